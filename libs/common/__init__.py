@@ -1,0 +1,1 @@
+"""What every service stands on: contracts, bus, store, telemetry. Knows no service."""

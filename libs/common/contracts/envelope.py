@@ -1,0 +1,98 @@
+"""What travels around a message: CloudEvents 1.0 in NATS headers, plus who acts and which trace it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from libs.common.contracts.messages import Principal
+from libs.common.errors import MalformedMessage, Unauthenticated
+
+ANSWER_OK = "ok"
+ANSWER_CREATED = "created"
+ANSWER_DUPLICATE = "duplicate"
+ANSWER_REFUSED = "refused"
+STATUS_HEADER = "nabla-status"
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """The headers of one message.
+
+    `id` is the outbox row's id: it is also the JetStream de-duplication id and the key of the receiver's inbox.
+    """
+
+    id: str
+    type: str
+    source: str
+    time: datetime
+    object_id: str = ""
+    team_id: str = ""
+    project_id: str = ""
+    revision: int = 0
+    attempt: int = 0
+    idempotency_key: str = ""
+    traceparent: str = ""
+    sender: Principal | None = field(default=None)
+    # What the route's `prepare` found out before the transaction; never on the wire.
+    facts: object = field(default=None, compare=False)
+
+    @property
+    def principal(self) -> Principal:
+        """Who acts.
+
+        Raises:
+            Unauthenticated: the message names nobody.
+        """
+        if self.sender is None:
+            raise Unauthenticated("no_principal", "The message does not say who acts.")
+        return self.sender
+
+    def headers(self) -> dict[str, str]:
+        optional = {
+            "ce-subject": self.object_id,
+            "ce-team": self.team_id,
+            "ce-project": self.project_id,
+            "ce-revision": str(self.revision) if self.revision else "",
+            "ce-attempt": str(self.attempt) if self.attempt else "",
+            "nabla-idempotency-key": self.idempotency_key,
+            "traceparent": self.traceparent,
+            "nabla-principal": self.sender.to_wire().decode() if self.sender else "",
+        }
+        required = {
+            "Nats-Msg-Id": self.id,
+            "ce-specversion": "1.0",
+            "ce-id": self.id,
+            "ce-type": self.type,
+            "ce-source": f"nabla/{self.source}",
+            "ce-time": self.time.astimezone(UTC).isoformat(),
+            "content-type": "application/json",
+        }
+        return required | {name: value for name, value in optional.items() if value}
+
+    @classmethod
+    def parse(cls, headers: Mapping[str, str]) -> Envelope:
+        """Reads the headers.
+
+        Raises:
+            MalformedMessage: a required header is missing or not of its form.
+        """
+        try:
+            sender = headers.get("nabla-principal")
+            return cls(
+                id=headers["ce-id"],
+                type=headers["ce-type"],
+                source=headers["ce-source"].removeprefix("nabla/"),
+                time=datetime.fromisoformat(headers["ce-time"]),
+                object_id=headers.get("ce-subject", ""),
+                team_id=headers.get("ce-team", ""),
+                project_id=headers.get("ce-project", ""),
+                revision=int(headers.get("ce-revision", 0)),
+                attempt=int(headers.get("ce-attempt", 0)),
+                idempotency_key=headers.get("nabla-idempotency-key", ""),
+                traceparent=headers.get("traceparent", ""),
+                sender=Principal.from_wire(sender.encode()) if sender else None,
+            )
+        except (KeyError, ValueError) as error:
+            raise MalformedMessage("Envelope", (str(error).strip("'"),)) from None

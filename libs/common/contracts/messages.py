@@ -1,0 +1,1184 @@
+"""Every message on the bus. Generated from proto/ by infra/generate_contracts.py: edit there, not here."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import ClassVar
+
+from pydantic import Field
+
+from libs.common.contracts.message import Int64, Kind, Message, Route
+
+
+class Principal(Message):
+    """Who acts. Travels with every request, query and command; the owner of an object checks it."""
+
+    # user, attempt or service.
+    kind: str = ""
+    # User id, attempt id or service name.
+    id: str = ""
+    name: str = ""
+    # The one team it acts for; a service names the team of the object at hand.
+    team_id: str = ""
+    # owner admin member viewer; empty for an attempt.
+    role: str = ""
+    # Limits of the token: empty for all, else a subset of "read", "write", "admin".
+    scopes: tuple[str, ...] = ()
+    # For an attempt: its project and job, the only ones it may touch.
+    project_id: str = ""
+    job_id: str = ""
+    attempt: int = 0
+
+
+class User(Message):
+    id: str = ""
+    name: str = ""
+    created_at: datetime | None = None
+
+
+class Team(Message):
+    id: str = ""
+    name: str = ""
+    created_at: datetime | None = None
+
+
+class Token(Message):
+    id: str = ""
+    name: str = ""
+    user_id: str = ""
+    team_id: str = ""
+    scopes: tuple[str, ...] = ()
+    created_at: datetime | None = None
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+    # Only in the answer that creates it.
+    secret: str = ""
+
+
+class AuthenticateToken(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.QUERY, "registry", "token.authenticate", reply="Principal")
+
+    # SHA-256 of the token, in hex; the token itself never travels on the bus.
+    token_hash: str = ""
+
+
+class CreateToken(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "registry", "token.create", reply="Token")
+
+    name: str = ""
+    scopes: tuple[str, ...] = ()
+    lifetime_s: float = 0.0
+    # SHA-256 of the secret, made by the gateway, which shows the secret once.
+    token_hash: str = ""
+
+
+class RevokeToken(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "registry", "token.revoke", reply="Token")
+
+    token_id: str = ""
+
+
+class ListTokens(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.QUERY, "registry", "token.list", reply="TokenPage")
+
+    cursor: str = ""
+    limit: int = 0
+
+
+class TokenPage(Message):
+    items: tuple[Token, ...] = ()
+    next_cursor: str = ""
+
+
+class TokenRevoked(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "registry", "token.revoked")
+
+    token_id: str = ""
+    token_hash: str = ""
+
+
+class CreateSignIn(Message):
+    """A code that signs a browser in once, within ten minutes."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "registry", "sign_in.create", reply="SignIn")
+
+    code_hash: str = ""
+
+
+class SignIn(Message):
+    id: str = ""
+    expires_at: datetime | None = None
+
+
+class RedeemSignIn(Message):
+    """Spends the code; the answer is the session's token, whose secret the gateway made."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "registry", "sign_in.redeem", reply="Token")
+
+    code_hash: str = ""
+    token_hash: str = ""
+
+
+class Resources(Message):
+    """What a job asks of a machine. Zero means "no wish" for memory and GPUs."""
+
+    cpu_count: float = 0.0
+    memory_bytes: Int64 = 0
+    gpu_count: float = 0.0
+
+
+class Environment(Message):
+    """Where `python` in the job comes from."""
+
+    # default: the platform's small environment; venv: a virtual environment of the submitting machine, bound
+    # read-only; requirements: frozen requirements, built once per node and cached by their hash.
+    kind: str = ""
+    path: str = ""
+    requirements: str = ""
+
+
+class Input(Message):
+    """A sealed file set that is laid into the job before it starts."""
+
+    fileset_id: str = ""
+    # Inside the job, below /workspace.
+    path: str = ""
+
+
+class ModelOutput(Message):
+    """A folder below /artifacts that becomes a model version when the job succeeds."""
+
+    name: str = ""
+    path: str = ""
+    framework: str = ""
+
+
+class JobTemplate(Message):
+    """Everything a client may say about a job."""
+
+    name: str = ""
+    # One element is a shell line; several are an argument vector.
+    command: tuple[str, ...] = ()
+    env: dict[str, str] = Field(default_factory=dict)
+    resources: Resources = Field(default_factory=lambda: Resources())
+    # A sealed file set of kind workspace; empty for none.
+    workspace_id: str = ""
+    environment: Environment = Field(default_factory=lambda: Environment())
+    timeout_s: float = 0.0
+    max_retries: int = 0
+    inputs: tuple[Input, ...] = ()
+    models: tuple[ModelOutput, ...] = ()
+    # Ports the job listens on that the platform makes reachable from the front door.
+    ports: tuple[int, ...] = ()
+    # command: a person's job. build, replica: a serving service's, started for a deployment.
+    kind: str = ""
+    # Where the workspace comes from, for people: folder, git commit, branch.
+    origin: dict[str, str] = Field(default_factory=dict)
+
+
+class TimelineEntry(Message):
+    """One entry of a job's history."""
+
+    at: datetime | None = None
+    state: str = ""
+    detail: str = ""
+    attempt: int = 0
+
+
+class Attempt(Message):
+    """One try of a job, as the scheduler knows it."""
+
+    id: str = ""
+    number: int = 0
+    state: str = ""
+    node_id: str = ""
+    detail: str = ""
+    exit_code: int | None = None
+    created_at: datetime | None = None
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    isolation: str = ""
+    peak_memory_bytes: Int64 = 0
+    # Inside port -> "host:port" where the node's forwarder listens.
+    addresses: dict[str, str] = Field(default_factory=dict)
+    gpu_indices: tuple[int, ...] = ()
+
+
+class Job(Message):
+    """One execution request and all that is known of it."""
+
+    id: str = ""
+    team_id: str = ""
+    project_id: str = ""
+    experiment_id: str = ""
+    template: JobTemplate = Field(default_factory=lambda: JobTemplate())
+    # submitted waiting queued starting running unreachable succeeded failed cancelled timed_out
+    state: str = ""
+    # Why it is in this state, for people.
+    detail: str = ""
+    # running or cancelled: what the user wants.
+    desired_state: str = ""
+    revision: Int64 = 0
+    created_at: datetime | None = None
+    queued_at: datetime | None = None
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    exit_code: int | None = None
+    attempt: Attempt = Field(default_factory=lambda: Attempt())
+    created_by: str = ""
+
+
+class JobQueued(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "scheduler", "job.queued")
+
+    job: Job = Field(default_factory=lambda: Job())
+
+
+class JobStarting(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "scheduler", "job.starting")
+
+    job: Job = Field(default_factory=lambda: Job())
+
+
+class JobRunning(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "scheduler", "job.running")
+
+    job: Job = Field(default_factory=lambda: Job())
+
+
+class JobUnreachable(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "scheduler", "job.unreachable")
+
+    job: Job = Field(default_factory=lambda: Job())
+
+
+class JobSucceeded(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "scheduler", "job.succeeded")
+
+    job: Job = Field(default_factory=lambda: Job())
+
+
+class JobFailed(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "scheduler", "job.failed")
+
+    job: Job = Field(default_factory=lambda: Job())
+
+
+class JobCancelled(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "scheduler", "job.cancelled")
+
+    job: Job = Field(default_factory=lambda: Job())
+
+
+class JobTimedOut(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "scheduler", "job.timed_out")
+
+    job: Job = Field(default_factory=lambda: Job())
+
+
+class SubmitJob(Message):
+    """Asked by people through the gateway."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "scheduler", "job.submit", reply="Job")
+
+    project_id: str = ""
+    template: JobTemplate = Field(default_factory=lambda: JobTemplate())
+    experiment_id: str = ""
+
+
+class OrderJob(Message):
+    """Ordered by the serving service for builds and replicas; the sender chooses the id, so repeating is harmless."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.COMMAND, "scheduler", "job.order")
+
+    job_id: str = ""
+    project_id: str = ""
+    template: JobTemplate = Field(default_factory=lambda: JobTemplate())
+
+
+class StopJob(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "scheduler", "job.stop", reply="Job")
+
+    job_id: str = ""
+
+
+class HaltJob(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.COMMAND, "scheduler", "job.halt")
+
+    job_id: str = ""
+
+
+class GetJob(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.QUERY, "scheduler", "job.get", reply="JobDetail")
+
+    job_id: str = ""
+
+
+class JobDetail(Message):
+    job: Job = Field(default_factory=lambda: Job())
+    attempts: tuple[Attempt, ...] = ()
+    timeline: tuple[TimelineEntry, ...] = ()
+
+
+class ListJobs(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.QUERY, "scheduler", "job.list", reply="JobPage")
+
+    project_id: str = ""
+    experiment_id: str = ""
+    state: str = ""
+    # command by default; "any" includes builds and replicas.
+    kind: str = ""
+    cursor: str = ""
+    limit: int = 0
+
+
+class JobPage(Message):
+    items: tuple[Job, ...] = ()
+    next_cursor: str = ""
+
+
+class Revision(Message):
+    number: int = 0
+    model_id: str = ""
+    model_name: str = ""
+    model_version: int = 0
+    framework: str = ""
+    model_fileset_id: str = ""
+    bento_fileset_id: str = ""
+    # building starting ready failed retired
+    state: str = ""
+    detail: str = ""
+    build_job_id: str = ""
+    replica_job_id: str = ""
+    created_at: datetime | None = None
+
+
+class Deployment(Message):
+    id: str = ""
+    team_id: str = ""
+    project_id: str = ""
+    name: str = ""
+    # building starting ready failed deleting deleted
+    state: str = ""
+    # Why, for people; with the last lines of the log when it failed.
+    detail: str = ""
+    # running or deleted: what the user wants.
+    desired_state: str = ""
+    revision: Revision = Field(default_factory=lambda: Revision())
+    # Path on the front door for programs, "/d/NAME", and host name for browsers, "NAME.apps.<domain>".
+    path: str = ""
+    host: str = ""
+    created_by: str = ""
+    created_at: datetime | None = None
+    ready_at: datetime | None = None
+    record_revision: Int64 = 0
+    # The bearer token of the endpoint; only for members of the team who may call it.
+    endpoint_token: str = ""
+    resources: Resources = Field(default_factory=lambda: Resources())
+
+
+class CreateDeployment(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "serving", "deployment.create", reply="Deployment")
+
+    name: str = ""
+    project_id: str = ""
+    # As the gateway read them from the registry.
+    model_id: str = ""
+    model_name: str = ""
+    model_version: int = 0
+    framework: str = ""
+    model_fileset_id: str = ""
+    resources: Resources = Field(default_factory=lambda: Resources())
+
+
+class DeleteDeployment(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "serving", "deployment.delete", reply="Deployment")
+
+    deployment_id: str = ""
+
+
+class GetDeployment(Message):
+    """By id or by name."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.QUERY, "serving", "deployment.get", reply="Deployment")
+
+    deployment_id: str = ""
+
+
+class ListDeployments(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.QUERY, "serving", "deployment.list", reply="DeploymentPage")
+
+    project_id: str = ""
+    cursor: str = ""
+    limit: int = 0
+
+
+class DeploymentPage(Message):
+    items: tuple[Deployment, ...] = ()
+    next_cursor: str = ""
+
+
+class DeploymentCreated(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "serving", "deployment.created")
+
+    deployment: Deployment = Field(default_factory=lambda: Deployment())
+
+
+class DeploymentStarting(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "serving", "deployment.starting")
+
+    deployment: Deployment = Field(default_factory=lambda: Deployment())
+
+
+class DeploymentReady(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "serving", "deployment.ready")
+
+    deployment: Deployment = Field(default_factory=lambda: Deployment())
+
+
+class DeploymentFailed(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "serving", "deployment.failed")
+
+    deployment: Deployment = Field(default_factory=lambda: Deployment())
+
+
+class DeploymentDeleted(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "serving", "deployment.deleted")
+
+    deployment: Deployment = Field(default_factory=lambda: Deployment())
+
+
+class Execution(Message):
+    attempt_id: str = ""
+    job_id: str = ""
+    number: int = 0
+    team_id: str = ""
+    project_id: str = ""
+    node_id: str = ""
+    # accepted reserved starting running finishing ended
+    state: str = ""
+    # When ended: exited stopped timed_out out_of_memory fenced lost refused
+    reason: str = ""
+    detail: str = ""
+    exit_code: int | None = None
+    signal: int | None = None
+    peak_memory_bytes: Int64 = 0
+    isolation: str = ""
+    # Inside port -> "host:port".
+    addresses: dict[str, str] = Field(default_factory=dict)
+    gpu_indices: tuple[int, ...] = ()
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    revision: Int64 = 0
+
+
+class StartExecution(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.COMMAND, "executor", "execution.start")
+
+    attempt_id: str = ""
+    job_id: str = ""
+    number: int = 0
+    project_id: str = ""
+    node_id: str = ""
+    experiment_id: str = ""
+    template: JobTemplate = Field(default_factory=lambda: JobTemplate())
+
+
+class StopExecution(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.COMMAND, "executor", "execution.stop")
+
+    attempt_id: str = ""
+    reason: str = ""
+
+
+class ReportExecution(Message):
+    """What a node agent saw of an attempt; telling it twice is harmless."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.COMMAND, "executor", "execution.report")
+
+    execution: Execution = Field(default_factory=lambda: Execution())
+
+
+class ExecutionRunning(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "executor", "execution.running")
+
+    execution: Execution = Field(default_factory=lambda: Execution())
+
+
+class ExecutionFinishing(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "executor", "execution.finishing")
+
+    execution: Execution = Field(default_factory=lambda: Execution())
+
+
+class ExecutionEnded(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "executor", "execution.ended")
+
+    execution: Execution = Field(default_factory=lambda: Execution())
+
+
+class ListExecutions(Message):
+    """For reconciling: what the executor knows of these attempts."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.QUERY, "executor", "execution.list", reply="ExecutionPage")
+
+    attempt_ids: tuple[str, ...] = ()
+
+
+class ExecutionPage(Message):
+    items: tuple[Execution, ...] = ()
+
+
+class AuthenticateAttempt(Message):
+    """Whose attempt token is this? Refused when the attempt has ended."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.QUERY, "executor", "execution.authenticate", reply="Execution")
+
+    token_hash: str = ""
+
+
+class Experiment(Message):
+    """A named template plus its jobs."""
+
+    id: str = ""
+    team_id: str = ""
+    project_id: str = ""
+    name: str = ""
+    # single; later gang and search.
+    kind: str = ""
+    created_by: str = ""
+    created_at: datetime | None = None
+    revision: Int64 = 0
+    jobs: tuple[Job, ...] = ()
+
+
+class ExperimentCreated(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "scheduler", "experiment.created")
+
+    experiment: Experiment = Field(default_factory=lambda: Experiment())
+
+
+class StartExperiment(Message):
+    """Creates the experiment and its job in one commit."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "scheduler", "experiment.start", reply="Experiment")
+
+    project_id: str = ""
+    name: str = ""
+    kind: str = ""
+    template: JobTemplate = Field(default_factory=lambda: JobTemplate())
+
+
+class GetExperiment(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.QUERY, "scheduler", "experiment.get", reply="Experiment")
+
+    experiment_id: str = ""
+
+
+class ListExperiments(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.QUERY, "scheduler", "experiment.list", reply="ExperimentPage")
+
+    project_id: str = ""
+    cursor: str = ""
+    limit: int = 0
+
+
+class ExperimentPage(Message):
+    items: tuple[Experiment, ...] = ()
+    next_cursor: str = ""
+
+
+class File(Message):
+    # Relative, with forward slashes.
+    path: str = ""
+    size_bytes: Int64 = 0
+    md5: str = ""
+    sha256: str = ""
+    # In answers: where to PUT (when open) or GET (when sealed), valid for minutes.
+    url: str = ""
+
+
+class Fileset(Message):
+    id: str = ""
+    team_id: str = ""
+    project_id: str = ""
+    # workspace artifacts model bento
+    kind: str = ""
+    # open sealed deleted
+    state: str = ""
+    # SHA-256 over the sorted list of paths and file hashes.
+    digest: str = ""
+    file_count: int = 0
+    size_bytes: Int64 = 0
+    job_id: str = ""
+    attempt: int = 0
+    created_at: datetime | None = None
+    sealed_at: datetime | None = None
+    revision: Int64 = 0
+
+
+class OpenFileset(Message):
+    """Opens a file set and answers where to put each file; one already sealed with this digest is answered as is."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "storage", "fileset.open", reply="FilesetGrant")
+
+    kind: str = ""
+    project_id: str = ""
+    digest: str = ""
+    files: tuple[File, ...] = ()
+    job_id: str = ""
+    attempt: int = 0
+    # The front door as the client reached it ("host:port"): URLs are signed for it.
+    endpoint: str = ""
+
+
+class FilesetGrant(Message):
+    fileset: Fileset = Field(default_factory=lambda: Fileset())
+    # What is still missing, each with a URL to PUT to; empty when all is there.
+    uploads: tuple[File, ...] = ()
+
+
+class SealFileset(Message):
+    """Checks that every file has arrived whole, then makes the set immutable."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "storage", "fileset.seal", reply="Fileset")
+
+    fileset_id: str = ""
+
+
+class FilesetSealed(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "storage", "fileset.sealed")
+
+    fileset: Fileset = Field(default_factory=lambda: Fileset())
+
+
+class GetFileset(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.QUERY, "storage", "fileset.get", reply="Fileset")
+
+    fileset_id: str = ""
+
+
+class ListFiles(Message):
+    """The files with a URL to GET each; of one file set, or of the newest attempt's artifacts of a job."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.QUERY, "storage", "fileset.list", reply="FilePage")
+
+    fileset_id: str = ""
+    job_id: str = ""
+    cursor: str = ""
+    limit: int = 0
+    endpoint: str = ""
+
+
+class FilePage(Message):
+    fileset: Fileset = Field(default_factory=lambda: Fileset())
+    items: tuple[File, ...] = ()
+    next_cursor: str = ""
+
+
+class LogLine(Message):
+    # Position in the job's whole log, over all attempts and ranks, given by the storage service; from 1.
+    sequence: Int64 = 0
+    at: datetime | None = None
+    # stdout, stderr, or nabla for the platform's own words.
+    stream: str = ""
+    text: str = ""
+    attempt: int = 0
+    rank: int = 0
+
+
+class LogFrame(Message):
+    """Lines as a node agent ships them. first_line counts from 0 within one attempt and rank."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.FRAME, "storage", "log.frame")
+
+    job_id: str = ""
+    attempt_id: str = ""
+    attempt: int = 0
+    rank: int = 0
+    first_line: Int64 = 0
+    lines: tuple[LogLine, ...] = ()
+    # No line follows in this attempt and rank.
+    last: bool = False
+
+
+class LogSealed(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "storage", "log.sealed")
+
+    job_id: str = ""
+    line_count: Int64 = 0
+    size_bytes: Int64 = 0
+
+
+class GetLog(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.QUERY, "storage", "log.get", reply="LogPage")
+
+    job_id: str = ""
+    # Lines with a greater sequence; negative: the last -after lines.
+    after: Int64 = 0
+    limit: int = 0
+
+
+class LogPage(Message):
+    lines: tuple[LogLine, ...] = ()
+    # The log is whole: no line will come after these.
+    complete: bool = False
+    last_sequence: Int64 = 0
+
+
+class ModelVersion(Message):
+    id: str = ""
+    model_id: str = ""
+    model_name: str = ""
+    version: int = 0
+    framework: str = ""
+    description: str = ""
+    fileset_id: str = ""
+    size_bytes: Int64 = 0
+    digest: str = ""
+    # Where it came from: a job, or empty for an upload.
+    job_id: str = ""
+    metrics: dict[str, float] = Field(default_factory=dict)
+    created_by: str = ""
+    created_at: datetime | None = None
+    project_id: str = ""
+
+
+class Model(Message):
+    id: str = ""
+    team_id: str = ""
+    project_id: str = ""
+    name: str = ""
+    description: str = ""
+    created_at: datetime | None = None
+    revision: Int64 = 0
+    latest_version: int = 0
+    latest: ModelVersion = Field(default_factory=lambda: ModelVersion())
+
+
+class RegisterModel(Message):
+    """Adds a version to the named model, and makes the model when it is new."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "registry", "model.register", reply="ModelVersion")
+
+    name: str = ""
+    project_id: str = ""
+    framework: str = ""
+    description: str = ""
+    # A sealed file set of kind model.
+    fileset_id: str = ""
+    job_id: str = ""
+    metrics: dict[str, float] = Field(default_factory=dict)
+    size_bytes: Int64 = 0
+    digest: str = ""
+
+
+class ModelVersionRegistered(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "registry", "model.registered")
+
+    version: ModelVersion = Field(default_factory=lambda: ModelVersion())
+
+
+class GetModel(Message):
+    """By id or by name; version 0 is the newest."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.QUERY, "registry", "model.get", reply="ModelDetail")
+
+    model_id: str = ""
+    project_id: str = ""
+
+
+class ModelDetail(Message):
+    model: Model = Field(default_factory=lambda: Model())
+    versions: tuple[ModelVersion, ...] = ()
+
+
+class GetModelVersion(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.QUERY, "registry", "model_version.get", reply="ModelVersion")
+
+    model_id: str = ""
+    version: int = 0
+    project_id: str = ""
+
+
+class ListModels(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.QUERY, "registry", "model.list", reply="ModelPage")
+
+    project_id: str = ""
+    cursor: str = ""
+    limit: int = 0
+
+
+class ModelPage(Message):
+    items: tuple[Model, ...] = ()
+    next_cursor: str = ""
+
+
+class Node(Message):
+    id: str = ""
+    hostname: str = ""
+    # ready silent gone
+    state: str = ""
+    cpu_count: float = 0.0
+    memory_bytes: Int64 = 0
+    gpu_count: float = 0.0
+    gpu_model: str = ""
+    # bwrap or process, and why and what restores isolation when it is process.
+    isolation: str = ""
+    isolation_detail: str = ""
+    seen_at: datetime | None = None
+
+
+class NodesReported(Message):
+    """The executor's whole inventory, sent on change and every few seconds: it doubles as its sign of life."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "executor", "node.reported")
+
+    nodes: tuple[Node, ...] = ()
+    # Why there is none, for people: "the Ray cluster is still starting".
+    detail: str = ""
+
+
+class ListNodes(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.QUERY, "executor", "node.list", reply="NodePage")
+
+
+class NodePage(Message):
+    items: tuple[Node, ...] = ()
+    detail: str = ""
+
+
+class Project(Message):
+    id: str = ""
+    team_id: str = ""
+    name: str = ""
+    description: str = ""
+    # active archived deleted
+    state: str = ""
+    created_by: str = ""
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
+    revision: Int64 = 0
+
+
+class ProjectCreated(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "registry", "project.created")
+
+    project: Project = Field(default_factory=lambda: Project())
+
+
+class ProjectUpdated(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "registry", "project.updated")
+
+    project: Project = Field(default_factory=lambda: Project())
+
+
+class ProjectArchived(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "registry", "project.archived")
+
+    project: Project = Field(default_factory=lambda: Project())
+
+
+class ProjectDeleted(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "registry", "project.deleted")
+
+    project: Project = Field(default_factory=lambda: Project())
+
+
+class ProjectRestored(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "registry", "project.restored")
+
+    project: Project = Field(default_factory=lambda: Project())
+
+
+class ProjectMoved(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "registry", "project.moved")
+
+    project: Project = Field(default_factory=lambda: Project())
+    from_team_id: str = ""
+
+
+class ProjectPurged(Message):
+    """The days that a deleted project is kept are over: whoever holds something of it lets go of it."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "registry", "project.purged")
+
+    project: Project = Field(default_factory=lambda: Project())
+
+
+class CreateProject(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "registry", "project.create", reply="Project")
+
+    name: str = ""
+    description: str = ""
+
+
+class UpdateProject(Message):
+    """Empty fields stay as they are."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "registry", "project.update", reply="Project")
+
+    project_id: str = ""
+    name: str | None = None
+    description: str | None = None
+
+
+class ArchiveProject(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "registry", "project.archive", reply="Project")
+
+    project_id: str = ""
+
+
+class DeleteProject(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "registry", "project.delete", reply="Project")
+
+    project_id: str = ""
+
+
+class RestoreProject(Message):
+    """Undoes archive and, within the days that deleted projects are kept, delete."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "registry", "project.restore", reply="Project")
+
+    project_id: str = ""
+
+
+class MoveProject(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "registry", "project.move", reply="Project")
+
+    project_id: str = ""
+    team_id: str = ""
+
+
+class GetProject(Message):
+    """By id, or by name within the caller's team."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.QUERY, "registry", "project.get", reply="Project")
+
+    project_id: str = ""
+
+
+class ListProjects(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.QUERY, "registry", "project.list", reply="ProjectPage")
+
+    # active by default; archived, deleted or any.
+    state: str = ""
+    cursor: str = ""
+    limit: int = 0
+
+
+class ProjectPage(Message):
+    items: tuple[Project, ...] = ()
+    next_cursor: str = ""
+
+
+class Point(Message):
+    name: str = ""
+    value: float = 0.0
+    step: Int64 = 0
+    at: datetime | None = None
+
+
+class Series(Message):
+    name: str = ""
+    # Their names are left empty: they are this series' own.
+    points: tuple[Point, ...] = ()
+    min: float = 0.0
+    max: float = 0.0
+    last: float = 0.0
+    point_count: Int64 = 0
+
+
+class Run(Message):
+    job_id: str = ""
+    team_id: str = ""
+    project_id: str = ""
+    name: str = ""
+    state: str = ""
+    params: dict[str, str] = Field(default_factory=dict)
+    tags: dict[str, str] = Field(default_factory=dict)
+    # Name -> last value.
+    metrics: dict[str, float] = Field(default_factory=dict)
+    created_at: datetime | None = None
+    ended_at: datetime | None = None
+    revision: Int64 = 0
+
+
+class LogRun(Message):
+    """A point again with the same attempt, name and step replaces the older one; an older attempt's is refused.
+    The answer holds what this call logged, not the whole run. Attempt 0 is the present one."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "registry", "run.log", reply="Run")
+
+    job_id: str = ""
+    attempt: int = 0
+    points: tuple[Point, ...] = ()
+    params: dict[str, str] = Field(default_factory=dict)
+    tags: dict[str, str] = Field(default_factory=dict)
+
+
+class RunLogged(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "registry", "run.logged")
+
+    job_id: str = ""
+    metrics: dict[str, float] = Field(default_factory=dict)
+
+
+class GetRun(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.QUERY, "registry", "run.get", reply="Run")
+
+    job_id: str = ""
+
+
+class GetMetrics(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.QUERY, "registry", "run.list_metrics", reply="MetricPage")
+
+    job_id: str = ""
+    # Empty for all.
+    name: str = ""
+    # Thinned evenly to at most this many points a series, first, last and extremes kept; 1,000 by default, never
+    # under 4, and fewer when many series share one answer.
+    max_points: int = 0
+
+
+class MetricPage(Message):
+    items: tuple[Series, ...] = ()
+
+
+class GetService(Message):
+    """Answered by every service: the subject carries the service's own name instead of the owner's."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.QUERY, "each", "service.get", reply="ServiceStatus")
+
+
+class ServiceStatus(Message):
+    name: str = ""
+    version: str = ""
+    ready: bool = False
+    detail: str = ""
+    uptime_s: float = 0.0
+    outbox_waiting: Int64 = 0
+    dead_letters: Int64 = 0
+
+
+MESSAGES: tuple[type[Message], ...] = (
+    Principal,
+    User,
+    Team,
+    Token,
+    AuthenticateToken,
+    CreateToken,
+    RevokeToken,
+    ListTokens,
+    TokenPage,
+    TokenRevoked,
+    CreateSignIn,
+    SignIn,
+    RedeemSignIn,
+    Resources,
+    Environment,
+    Input,
+    ModelOutput,
+    JobTemplate,
+    TimelineEntry,
+    Attempt,
+    Job,
+    JobQueued,
+    JobStarting,
+    JobRunning,
+    JobUnreachable,
+    JobSucceeded,
+    JobFailed,
+    JobCancelled,
+    JobTimedOut,
+    SubmitJob,
+    OrderJob,
+    StopJob,
+    HaltJob,
+    GetJob,
+    JobDetail,
+    ListJobs,
+    JobPage,
+    Revision,
+    Deployment,
+    CreateDeployment,
+    DeleteDeployment,
+    GetDeployment,
+    ListDeployments,
+    DeploymentPage,
+    DeploymentCreated,
+    DeploymentStarting,
+    DeploymentReady,
+    DeploymentFailed,
+    DeploymentDeleted,
+    Execution,
+    StartExecution,
+    StopExecution,
+    ReportExecution,
+    ExecutionRunning,
+    ExecutionFinishing,
+    ExecutionEnded,
+    ListExecutions,
+    ExecutionPage,
+    AuthenticateAttempt,
+    Experiment,
+    ExperimentCreated,
+    StartExperiment,
+    GetExperiment,
+    ListExperiments,
+    ExperimentPage,
+    File,
+    Fileset,
+    OpenFileset,
+    FilesetGrant,
+    SealFileset,
+    FilesetSealed,
+    GetFileset,
+    ListFiles,
+    FilePage,
+    LogLine,
+    LogFrame,
+    LogSealed,
+    GetLog,
+    LogPage,
+    ModelVersion,
+    Model,
+    RegisterModel,
+    ModelVersionRegistered,
+    GetModel,
+    ModelDetail,
+    GetModelVersion,
+    ListModels,
+    ModelPage,
+    Node,
+    NodesReported,
+    ListNodes,
+    NodePage,
+    Project,
+    ProjectCreated,
+    ProjectUpdated,
+    ProjectArchived,
+    ProjectDeleted,
+    ProjectRestored,
+    ProjectMoved,
+    ProjectPurged,
+    CreateProject,
+    UpdateProject,
+    ArchiveProject,
+    DeleteProject,
+    RestoreProject,
+    MoveProject,
+    GetProject,
+    ListProjects,
+    ProjectPage,
+    Point,
+    Series,
+    Run,
+    LogRun,
+    RunLogged,
+    GetRun,
+    GetMetrics,
+    MetricPage,
+    GetService,
+    ServiceStatus,
+)

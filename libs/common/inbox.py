@@ -1,0 +1,139 @@
+"""Exactly one effect per message, and one commit for many: the only way into a service's state from the bus.
+
+Messages that wait together are applied in one transaction, each in a savepoint of its own with its inbox row or
+idempotency key, and are acknowledged after the commit. A crash at any point either repeats a message that the
+inbox then recognises, or loses an answer that the sender asks for again under the same key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic
+
+from libs.common.contracts.envelope import ANSWER_CREATED, ANSWER_DUPLICATE, Envelope
+from libs.common.contracts.message import Kind, Message
+from libs.common.errors import Conflict, NablaError
+from libs.common.faults import crash_point
+from libs.common.routing import Route
+from libs.common.store import Store, U, UnitOfWork, is_transient
+from libs.common.telemetry import span
+
+BATCH = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    status: str
+    body: bytes
+
+
+@dataclass(slots=True)
+class _Waiting:
+    route: Route
+    message: Message
+    envelope: Envelope
+    done: asyncio.Future[Answer]
+
+
+class Inbox(Generic[U]):
+    """Applies messages to one store, in the order in which they came, up to BATCH a commit."""
+
+    def __init__(self, store: Store[U], service: str) -> None:
+        self._store = store
+        self._service = service
+        self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
+        self._committed: list[Callable[[], None]] = []
+
+    def after_commit(self, action: Callable[[], None]) -> None:
+        """Calls `action` after each commit: how background loops learn at once that there may be work."""
+        self._committed.append(action)
+
+    async def apply(self, route: Route, message: Message, envelope: Envelope) -> Answer:
+        """Waits until the message's effect is committed.
+
+        Raises:
+            whatever its handler raised; nothing of its effect is kept then.
+        """
+        waiting = _Waiting(route, message, envelope, asyncio.get_running_loop().create_future())
+        self._queue.put_nowait(waiting)
+        return await waiting.done
+
+    async def run(self) -> None:
+        while True:
+            batch = [await self._queue.get()]
+            while len(batch) < BATCH and not self._queue.empty():
+                batch.append(self._queue.get_nowait())
+            await self._commit(batch)
+
+    async def _commit(self, batch: list[_Waiting]) -> None:
+        try:
+            outcomes = await self._store.run(lambda unit: self._apply_all(unit, batch))
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            outcomes = [error] * len(batch)
+        else:
+            for action in self._committed:
+                action()
+            crash_point(f"{self._service}.after_commit_before_ack")
+        for waiting, outcome in zip(batch, outcomes, strict=True):
+            if waiting.done.done():
+                continue
+            if isinstance(outcome, Answer):
+                waiting.done.set_result(outcome)
+            else:
+                waiting.done.set_exception(outcome)
+
+    async def _apply_all(self, unit: U, batch: list[_Waiting]) -> list[Answer | Exception]:
+        outcomes: list[Answer | Exception] = []
+        for waiting in batch:
+            emitted = unit.emitted
+            try:
+                async with unit.session.begin_nested():
+                    outcomes.append(await self._apply_one(unit, waiting))
+                    await unit.session.flush()
+            except Exception as error:
+                if is_transient(error):
+                    # A stale read cannot be mended inside the transaction that has it: all is repeated.
+                    raise
+                unit.emitted = emitted
+                outcomes.append(error)
+        return outcomes
+
+    async def _apply_one(self, unit: U, waiting: _Waiting) -> Answer:
+        envelope, route = waiting.envelope, waiting.route
+        name = f"{self._service} {route.message.ROUTE.name}"
+        with span(name, envelope.traceparent, object=envelope.object_id, team=envelope.team_id):
+            if route.message.ROUTE.kind is Kind.REQUEST:
+                return await _answer_once(unit, waiting)
+            if await unit.already_applied(envelope.id):
+                return Answer(ANSWER_DUPLICATE, b"")
+            await unit.mark_applied(envelope.id)
+            await route.handler(waiting.message, unit, envelope)
+            return Answer(ANSWER_CREATED, b"")
+
+
+async def _answer_once(unit: UnitOfWork, waiting: _Waiting) -> Answer:
+    """The handler's answer, or the one given earlier to the same principal under the same key."""
+    envelope, route = waiting.envelope, waiting.route
+    principal = f"{envelope.principal.kind}:{envelope.principal.id}"
+    operation, key = route.message.ROUTE.name, envelope.idempotency_key
+    request_hash = hashlib.sha256(waiting.message.to_wire()).hexdigest()
+    if key and (given := await unit.given_answer(principal, operation, key)):
+        if given[0] != request_hash:
+            raise Conflict(
+                "idempotency_key_reused",
+                "This Idempotency-Key was used before for a different request.",
+                "Use a fresh key for each new request.",
+            )
+        return Answer(ANSWER_DUPLICATE, given[1])
+    reply = await route.handler(waiting.message, unit, envelope)
+    if reply is None:
+        raise NablaError(f"{operation} gave no answer")
+    body = reply.to_wire()
+    if key:
+        await unit.keep_answer(principal, operation, key, request_hash, body)
+    return Answer(ANSWER_CREATED, body)

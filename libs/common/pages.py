@@ -1,0 +1,33 @@
+"""Keyset pages: stable while rows come and go, and as quick on the last page as on the first."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+
+from libs.common.errors import Invalid
+
+DEFAULT_LIMIT = 50
+MAX_LIMIT = 500
+
+
+def page_limit(asked: int) -> int:
+    return min(asked, MAX_LIMIT) if asked > 0 else DEFAULT_LIMIT
+
+
+def encode_cursor(last_id: str) -> str:
+    return base64.urlsafe_b64encode(last_id.encode()).decode().rstrip("=")
+
+
+def decode_cursor(cursor: str) -> str:
+    """The id after which the page begins.
+
+    Raises:
+        Invalid: the cursor was not made by `encode_cursor`.
+    """
+    try:
+        return base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
+    except (binascii.Error, UnicodeDecodeError, ValueError):
+        raise Invalid(
+            "bad_cursor", "The cursor is not one that this API gave.", "Start without a cursor."
+        ) from None

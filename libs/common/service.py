@@ -1,0 +1,134 @@
+"""A running service: store, inbox, relay, bus, loops, watchdog and its small HTTP side, started and stopped in order.
+
+Every service's `app.build` returns one of these; nothing else differs between them but their routes and loops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import nats.js.errors
+from sqlalchemy import func, select
+
+from libs.common.bus import Bus
+from libs.common.contracts.envelope import Envelope
+from libs.common.contracts.message import Message
+from libs.common.contracts.messages import GetService, ServiceStatus
+from libs.common.contracts.subjects import DEAD_LETTERS, dead_letter_subject
+from libs.common.inbox import Inbox
+from libs.common.probes import Probes
+from libs.common.provision import provision_consumers
+from libs.common.relay import Relay
+from libs.common.routing import Route, Routes, Rule
+from libs.common.settings import Settings
+from libs.common.store import Store
+from libs.common.version import VERSION
+from libs.common.watchdog import Watchdog
+
+STATUS_RULE = Rule(role="viewer", scope="read", services=frozenset({"gateway"}))
+CONSUMER_CHECK_S = 10.0
+
+log = logging.getLogger(__name__)
+Loop = Callable[[], Awaitable[None]]
+
+
+@dataclass
+class Service:
+    """What `app.build` wires together.
+
+    Args:
+        loops: endless coroutines of the service's own, such as reconciliation; one that raises ends the process.
+        describe: ready or not, and why, for people.
+    """
+
+    name: str
+    settings: Settings
+    store: Store[Any]
+    bus: Bus
+    inbox: Inbox[Any]
+    routes: Routes
+    loops: tuple[Loop, ...] = ()
+    describe: Callable[[], tuple[bool, str]] = lambda: (True, "")
+    _started: float = field(default_factory=time.monotonic)
+    _dead_letters: int = 0
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Starts everything, and on leaving stops it: no new message, then the loops, then the connections."""
+        relay = Relay(self.store, self.bus)
+        self.bus.serve(with_status(self.routes, self._status), self.store, self.inbox)
+        probes = Probes(self.name, self.settings, lambda: self.bus.connected and self.describe()[0])
+        await probes.start()
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            await self._connect()
+            own = (self.inbox.run, relay.run, self._keep_consumers, Watchdog(lambda: self.bus.connected).run)
+            tasks = [asyncio.create_task(_coroutine(loop), name=str(loop)) for loop in (*own, *self.loops)]
+            for task in tasks:
+                task.add_done_callback(_end_on_error)
+            log.info("started", extra={"version": VERSION})
+            yield
+        finally:
+            await self.bus.stop()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await probes.stop()
+            await self.store.close()
+
+    async def _connect(self) -> None:
+        """Connects, and provisions this service's consumers before subscribing to them."""
+        await self.bus.broker.connect()
+        await provision_consumers(self.bus.jetstream, self.routes)
+        await self.bus.start()
+
+    async def _keep_consumers(self) -> None:
+        """Makes a consumer that somebody deleted again: its subscription would wait for ever and say nothing."""
+        while True:
+            await asyncio.sleep(CONSUMER_CHECK_S)
+            with contextlib.suppress(nats.errors.Error, nats.js.errors.Error, TimeoutError):
+                await provision_consumers(self.bus.jetstream, self.routes)
+                self._dead_letters = await self._count_dead_letters()
+
+    async def _count_dead_letters(self) -> int:
+        subject = dead_letter_subject(self.name)
+        info = await self.bus.jetstream.stream_info(DEAD_LETTERS, subjects_filter=subject)
+        return (info.state.subjects or {}).get(subject, 0)
+
+    async def _status(self, _message: Message, view: Any, _call: Envelope) -> ServiceStatus:
+        outbox = self.store.skeleton.outbox
+        waiting = select(func.count()).select_from(outbox).where(outbox.c.published_us.is_(None))
+        ready, detail = self.describe()
+        return ServiceStatus(
+            name=self.name,
+            version=VERSION,
+            ready=ready,
+            detail=detail,
+            uptime_s=round(time.monotonic() - self._started, 1),
+            outbox_waiting=(await view.execute(waiting)).scalar_one(),
+            dead_letters=self._dead_letters,
+        )
+
+
+def with_status(routes: Routes, status: Any) -> Routes:
+    """The routes plus the question that every service answers about itself."""
+    return Routes(routes.service, (*routes.routes, Route(GetService, status, STATUS_RULE)), routes.sends)
+
+
+async def _coroutine(loop: Loop) -> None:
+    await loop()
+
+
+def _end_on_error(task: asyncio.Task[None]) -> None:
+    if task.cancelled() or task.exception() is None:
+        return
+    log.critical("a loop died: %s", task.get_name(), exc_info=task.exception())
+    # A service with a dead loop looks alive and is not; it starts again from its database.
+    raise SystemExit(70)

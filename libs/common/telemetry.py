@@ -1,0 +1,119 @@
+"""Traces, metrics and logs: OpenTelemetry throughout, Prometheus at /metrics, JSON lines with trace and object ids.
+
+Spans go to an OTLP collector when the standard variable OTEL_EXPORTER_OTLP_ENDPOINT names one, and to a file of
+JSON lines when the settings name a folder, so that a single machine has traces without a collector.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from opentelemetry import context, metrics, propagate, trace
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter
+
+_SECRET = re.compile(r"(nbl[a-z]*_)[A-Za-z0-9_-]{8,}|(Bearer\s+)\S+")
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+def set_up(service: str, *, log_level: str = "INFO", traces_folder: Path | None = None) -> None:
+    """Installs providers and the log format for this process. Called once, by the process that runs a service."""
+    _set_up_logging(service, log_level)
+    resource = Resource.create({"service.name": f"nabla-{service}"})
+    _set_up_traces(service, resource, traces_folder)
+    _set_up_metrics(resource)
+
+
+def _set_up_traces(service: str, resource: Resource, traces_folder: Path | None) -> None:
+    provider = TracerProvider(resource=resource)
+    if os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    if traces_folder:
+        traces_folder.mkdir(parents=True, exist_ok=True)
+        out = (traces_folder / f"{service}.jsonl").open("a", buffering=1)
+        exporter = ConsoleSpanExporter(out=out, formatter=_span_line)
+        provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=1000))
+    trace.set_tracer_provider(provider)
+
+
+def _set_up_metrics(resource: Resource) -> None:
+    from opentelemetry.exporter.prometheus import PrometheusMetricReader
+
+    metrics.set_meter_provider(MeterProvider(metric_readers=[PrometheusMetricReader()], resource=resource))
+
+
+def _span_line(span: ReadableSpan) -> str:
+    return json.dumps(json.loads(span.to_json(indent=None)), separators=(",", ":")) + "\n"
+
+
+def tracer() -> trace.Tracer:
+    return trace.get_tracer("nabla")
+
+
+def meter() -> metrics.Meter:
+    return metrics.get_meter("nabla")
+
+
+def current_traceparent() -> str:
+    """The W3C traceparent of the active span, or an empty string."""
+    carrier: dict[str, str] = {}
+    propagate.inject(carrier)
+    return carrier.get("traceparent", "")
+
+
+@contextmanager
+def span(name: str, traceparent: str = "", **attributes: str | int) -> Iterator[trace.Span]:
+    """A span that continues the trace of `traceparent`, or of the active span when there is none."""
+    parent = propagate.extract({"traceparent": traceparent}) if traceparent else context.get_current()
+    tagged = {f"nabla.{key}": value for key, value in attributes.items() if value != ""}
+    with tracer().start_as_current_span(name, context=parent, attributes=tagged) as active:
+        yield active
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line, with the active trace, the `extra` fields, and secrets blanked."""
+
+    def __init__(self, service: str) -> None:
+        super().__init__()
+        self._service = service
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="microseconds"),
+            "level": record.levelname.lower(),
+            "service": self._service,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **{key: value for key, value in vars(record).items() if key not in _STANDARD},
+        }
+        active = trace.get_current_span().get_span_context()
+        if active.is_valid:
+            line["trace_id"] = format(active.trace_id, "032x")
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return redact(json.dumps(line, default=str, ensure_ascii=False))
+
+
+def redact(text: str) -> str:
+    """Blanks our tokens and bearer credentials."""
+    return _SECRET.sub(lambda match: (match[1] or match[2]) + "***", text)
+
+
+def _set_up_logging(service: str, level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter(service))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    for noisy in ("httpx", "httpcore", "asyncio", "faststream", "alembic", "urllib3", "aiosqlite"):
+        logging.getLogger(noisy).setLevel("WARNING")

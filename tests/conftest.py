@@ -1,0 +1,27 @@
+"""Fixtures for all suites: real servers, free ports, everything cleaned up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.databases import HINT, new_database, postgres_binaries, running_postgres
+
+
+@pytest.fixture(scope="session")
+def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A PostgreSQL server of this test session."""
+    if postgres_binaries() is None:
+        pytest.skip(f"PostgreSQL is not installed: {HINT}")
+    with running_postgres(tmp_path_factory.mktemp("postgres")) as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database, once on SQLite and once on PostgreSQL: what store suites run on."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/test.db"
+    return new_database(request.getfixturevalue("postgres_url"))

@@ -1,0 +1,85 @@
+"""Databases for store suites: SQLite files always, PostgreSQL from Debian's package where it can run.
+
+PostgreSQL refuses to run as root, so as root it is started as the user `postgres` that the package makes; an
+ordinary user starts it as itself.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from tests.support.ports import free_port, wait_for_port
+
+HINT = "apt-get install -y postgresql"
+
+
+def postgres_binaries() -> Path | None:
+    """The folder with initdb and postgres of the newest installed version."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
+    if found:
+        return found[-1].parent
+    on_path = shutil.which("initdb")
+    return Path(on_path).parent if on_path else None
+
+
+@contextmanager
+def running_postgres(folder: Path) -> Iterator[str]:
+    """A fresh server's URL, without a database name: `postgresql://nabla@127.0.0.1:PORT`."""
+    binaries = postgres_binaries()
+    assert binaries, HINT
+    run_as = _other_user(folder)
+    data, port = folder / "data", free_port()
+    _run([*run_as, str(binaries / "initdb"), "-D", str(data), "-U", "nabla", "--auth=trust", "-N"], folder)
+    options = [
+        "-p",
+        str(port),
+        "-k",
+        str(folder),
+        "-h",
+        "127.0.0.1",
+        "-c",
+        "fsync=off",
+        "-c",
+        "max_connections=60",
+    ]
+    log = (folder / "postgres.log").open("ab")
+    command = [*run_as, str(binaries / "postgres"), "-D", str(data), *options]
+    process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
+    try:
+        wait_for_port(port)
+        yield f"postgresql://nabla@127.0.0.1:{port}"
+    finally:
+        _run([*run_as, str(binaries / "pg_ctl"), "-D", str(data), "stop", "-m", "immediate"], folder)
+        process.wait(20)
+
+
+def new_database(server_url: str) -> str:
+    """Creates an empty database and answers its URL."""
+    binaries = postgres_binaries()
+    assert binaries
+    name = f"t{uuid4().hex[:12]}"
+    port = server_url.rsplit(":", 1)[1]
+    _run([str(binaries / "createdb"), "-h", "127.0.0.1", "-p", port, "-U", "nabla", name], Path("/"))
+    return f"{server_url}/{name}"
+
+
+def _other_user(folder: Path) -> list[str]:
+    if os.geteuid() != 0:
+        return []
+    user = pwd.getpwnam("postgres")
+    os.chown(folder, user.pw_uid, user.pw_gid)
+    for parent in (folder, *folder.parents):
+        if parent.owner() == "root" and parent != Path("/"):
+            parent.chmod(parent.stat().st_mode | 0o011)
+    return ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups", "--"]
+
+
+def _run(command: list[str], folder: Path) -> None:
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=60)
