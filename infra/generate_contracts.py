@@ -53,9 +53,7 @@ def main() -> int:
     text = formatted(render(descriptors()))
     if check:
         if TARGET.read_text() != text:
-            print(
-                f"{TARGET.relative_to(ROOT)} is not what proto/ says. Run: python infra/generate_contracts.py"
-            )
+            print(f"{TARGET.relative_to(ROOT)} is not what proto/ says. Run: python infra/generate_contracts.py")
             return 1
         return 0
     TARGET.write_text(text)
@@ -97,9 +95,7 @@ def message_classes(file: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield from visit(name)
 
 
-def message_class(
-    message: dict[str, Any], comments: dict[tuple[int, ...], str], path: tuple[int, ...]
-) -> str:
+def message_class(message: dict[str, Any], comments: dict[tuple[int, ...], str], path: tuple[int, ...]) -> str:
     lines = [f"class {message['name']}(Message):"]
     if comment := comments.get(path):
         lines += [f'    """{comment}"""', ""]
@@ -111,9 +107,7 @@ def message_class(
             "",
         ]
     maps = {
-        nested["name"]: nested
-        for nested in message.get("nestedType", [])
-        if nested.get("options", {}).get("mapEntry")
+        nested["name"]: nested for nested in message.get("nestedType", []) if nested.get("options", {}).get("mapEntry")
     }
     for index, field in enumerate(message.get("field", [])):
         if comment := comments.get((*path, 2, index)):
@@ -144,15 +138,13 @@ def base_type(field: dict[str, Any]) -> tuple[str, str]:
     if field["typeName"] == TIMESTAMP:
         return "datetime", "None"
     name = short(field["typeName"])
-    return name, f"Field(default_factory=lambda: {name}())"
+    return name, f"Field(default_factory={name})"
 
 
 def leading_comments(file: dict[str, Any]) -> dict[tuple[int, ...], str]:
     locations = file.get("sourceCodeInfo", {}).get("location", [])
     return {
-        tuple(location["path"]): "\n".join(
-            line.strip() for line in location["leadingComments"].strip().split("\n")
-        )
+        tuple(location["path"]): "\n".join(line.strip() for line in location["leadingComments"].strip().split("\n"))
         for location in locations
         if location.get("leadingComments")
     }

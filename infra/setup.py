@@ -696,9 +696,7 @@ def compile_lock(uv: list[str], source: str, target: Path, options: list[str]) -
     }
     done = subprocess.run(command, cwd=LOCKS, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SetupError(
-            f"{done.stderr}\nuv could not resolve {source}. Change the pin in it that is in the way."
-        )
+        raise SetupError(f"{done.stderr}\nuv could not resolve {source}. Change the pin in it that is in the way.")
 
 
 def measure(name: str, detailed: Path) -> dict[str, float]:
@@ -720,9 +718,7 @@ def download_bytes(name: str, packages: list[dict[str, Any]], on: str, python: t
         if not sizes:
             what = f"{package['name']} {package['version']}"
             where = f"Linux {on} with Python {python[0]}.{python[1]}"
-            raise SetupError(
-                f"{what} has no wheel for {where}. Pin another version, or move it to source.in."
-            )
+            raise SetupError(f"{what} has no wheel for {where}. Pin another version, or move it to source.in.")
         total += max(sizes)
     return total
 
@@ -797,9 +793,7 @@ def fetch_python() -> str | None:
         return None
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         subprocess.run([*uv, "python", "install", "3.13"], capture_output=True, timeout=300, check=False)
-        asked = subprocess.run(
-            [*uv, "python", "find", "3.13"], capture_output=True, text=True, timeout=60, check=False
-        )
+        asked = subprocess.run([*uv, "python", "find", "3.13"], capture_output=True, text=True, timeout=60, check=False)
         found = asked.stdout.strip()
         if found and version_of(found) == (3, 13):
             return found
@@ -810,9 +804,7 @@ def version_of(python: str) -> tuple[int, ...]:
     """What the interpreter itself says; () when it does not start."""
     ask = [python, "-c", "import sys; print(sys.version_info[0], sys.version_info[1])"]
     with contextlib.suppress(OSError, subprocess.TimeoutExpired, ValueError):
-        answer = subprocess.run(
-            ask, capture_output=True, text=True, timeout=30, check=False, env=child_environment()
-        )
+        answer = subprocess.run(ask, capture_output=True, text=True, timeout=30, check=False, env=child_environment())
         return tuple(int(part) for part in answer.stdout.split())
     return ()
 

@@ -33,7 +33,8 @@ def write_private(path: Path, text: str) -> None:
 def nats_public_key(folder: Path, user: str) -> str:
     """The public nkey of a NATS user; its seed is in `<folder>/<user>.nk`."""
     seed = secret_file(folder / f"{user}.nk", _new_seed())
-    return nkeys.from_seed(seed.encode()).public_key.decode()
+    public: bytes = nkeys.from_seed(seed.encode()).public_key
+    return public.decode()
 
 
 def _new_seed() -> str:
@@ -53,4 +54,4 @@ def s3_keys(keys: Path) -> tuple[str, str]:
     """Access key and secret key of the platform's one S3 identity."""
     made = json.dumps({"access_key": secrets.token_hex(10), "secret_key": secrets.token_hex(24)})
     pair = json.loads(secret_file(keys / "s3.json", made))
-    return pair["access_key"], pair["secret_key"]
+    return str(pair["access_key"]), str(pair["secret_key"])

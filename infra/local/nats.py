@@ -18,6 +18,7 @@ from libs.common.contracts.subjects import (
 )
 from libs.common.provision import consumers
 from libs.common.routing import Routes
+from libs.common.runner import SERVICES
 
 PROVISIONER = "provisioner"
 AGENT = "agent"
@@ -37,6 +38,16 @@ class Grant:
 class _Draft:
     publish: set[str] = field(default_factory=set)
     subscribe: set[str] = field(default_factory=set)
+
+
+def all_grants() -> tuple[Grant, ...]:
+    """Everybody who may sign in, from what each service's routes say."""
+    import importlib
+
+    from services.executor.routes import AGENT_SENDS
+
+    services = [grant_for(importlib.import_module(f"services.{name}.routes").routes()) for name in SERVICES]
+    return merged([*services, storage_extra(), gateway_extra(), agent_grant(AGENT_SENDS), provisioner_grant()])
 
 
 def grant_for(routes: Routes) -> Grant:
@@ -112,9 +123,7 @@ def events_of(service: str) -> tuple[type[Message], ...]:
     return tuple(
         message
         for message in MESSAGES
-        if getattr(message, "ROUTE", None)
-        and message.ROUTE.kind is Kind.EVENT
-        and message.ROUTE.owner == service
+        if getattr(message, "ROUTE", None) and message.ROUTE.kind is Kind.EVENT and message.ROUTE.owner == service
     )
 
 

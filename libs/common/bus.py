@@ -11,7 +11,7 @@ import asyncio
 import logging
 import os
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -47,7 +47,7 @@ from libs.common.errors import MalformedMessage, Refusal, Unavailable
 from libs.common.ids import new_id
 from libs.common.inbox import Inbox
 from libs.common.routing import Routes
-from libs.common.store import Store, is_transient
+from libs.common.store import is_transient
 from libs.common.telemetry import current_traceparent, meter, redact, span
 
 WORKERS = 64
@@ -102,9 +102,7 @@ class Bus:
         try:
             return self.broker.connection
         except IncorrectState:
-            raise Unavailable(
-                "bus_not_connected", "The message bus is not connected.", "Try again."
-            ) from None
+            raise Unavailable("bus_not_connected", "The message bus is not connected.", "Try again.") from None
 
     @property
     def jetstream(self) -> JetStreamContext:
@@ -178,15 +176,19 @@ class Bus:
             raise refusal_from(Problem.model_validate_json(answer.data))
         return reply.from_wire(answer.data)
 
-    def serve(self, routes: Routes, store: Store[Any], inbox: Inbox[Any]) -> None:
-        """Registers everything in `routes`; call before `start`. The consumers must have been provisioned."""
-        receiver = _Receiver(self, routes, inbox)
+    def serve(self, routes: Routes, inbox: Inbox[Any], further: Mapping[str, Inbox[Any]] | None = None) -> None:
+        """Registers everything in `routes`; call before `start`. The consumers must have been provisioned.
+
+        Args:
+            inbox: of the service's first database.
+            further: of the others, by the name that their routes give.
+        """
+        receiver = _Receiver(self, routes, {"": inbox} | dict(further or {}))
         for kind, stream in STREAM_OF_KIND.items():
             if routes.of_kind(kind):
                 self._subscribe_stream(stream, receiver.deliverer(kind))
         for route in routes.of_kind(Kind.REQUEST, Kind.QUERY):
-            answer = receiver.answerer(store)
-            self._subscribe_core(subject_for(route.message, service=self.service), answer)
+            self._subscribe_core(subject_for(route.message, service=self.service), receiver.answerer())
 
     def _subscribe_stream(self, stream: str, handle: Callable[[NatsMessage], Awaitable[None]]) -> None:
         subscriber = self.broker.subscriber(
@@ -209,10 +211,10 @@ class Bus:
 class _Receiver:
     """Turns raw messages into decoded ones, and errors into delays, dead letters or refusals."""
 
-    def __init__(self, bus: Bus, routes: Routes, inbox: Inbox[Any]) -> None:
+    def __init__(self, bus: Bus, routes: Routes, inboxes: Mapping[str, Inbox[Any]]) -> None:
         self._bus = bus
         self._routes = routes
-        self._inbox = inbox
+        self._inboxes = inboxes
 
     def deliverer(self, kind: Kind) -> Callable[[NatsMessage], Awaitable[None]]:
         async def deliver(message: NatsMessage) -> None:
@@ -222,7 +224,7 @@ class _Receiver:
                 route = self._routes.find(kind, envelope.type)
                 if route is None:
                     raise MalformedMessage("Envelope", (f"ce-type {envelope.type}",))
-                await self._inbox.apply(route, route.message.from_wire(raw.data), envelope)
+                await self._inboxes[route.database].apply(route, route.message.from_wire(raw.data), envelope)
             except Exception as error:
                 await self._put_off(raw, error)
             else:
@@ -236,9 +238,7 @@ class _Receiver:
         deliveries = raw.metadata.num_delivered
         kind = (raw.headers or {}).get("ce-type", raw.subject)
         if _worth_repeating(error) and deliveries < MAX_DELIVERIES:
-            log.warning(
-                "message put off", extra={"type": kind, "deliveries": deliveries, "reason": repr(error)}
-            )
+            log.warning("message put off", extra={"type": kind, "deliveries": deliveries, "reason": repr(error)})
             # Why: a plain nack comes back at once, 1,409 times a second.
             await raw.nak(delay=min(60.0, 0.05 * 2**deliveries) + random.uniform(0, 0.1))
             return
@@ -246,48 +246,45 @@ class _Receiver:
         _handled.add(1, {"type": kind, "outcome": "dead"})
         headers = dict(raw.headers or {}) | {
             "nabla-original-subject": raw.subject,
-            "nabla-error": redact(f"{type(error).__name__}: {error}")
-            .replace("\n", " ")
-            .replace("\r", " ")[:1000],
+            "nabla-error": redact(f"{type(error).__name__}: {error}").replace("\n", " ").replace("\r", " ")[:1000],
         }
         headers["Nats-Msg-Id"] = f"{self._bus.service}-{headers.get('ce-id', raw.metadata.sequence.stream)}"
         subject = dead_letter_subject(self._bus.service)
         await self._bus.publish_stored(DEAD_LETTERS, subject, headers, raw.data)
         await raw.term()
 
-    def answerer(self, store: Store[Any]) -> Callable[[NatsMessage], Awaitable[NatsResponse]]:
+    def answerer(self) -> Callable[[NatsMessage], Awaitable[NatsResponse]]:
         async def answer(message: NatsMessage) -> NatsResponse:
             raw = message.raw_message
             try:
                 envelope = Envelope.parse(raw.headers or {})
-                status, body = await self._decide(raw, envelope, store)
+                status, body = await self._decide(raw, envelope)
             except Exception as error:
                 problem = problem_of(error)
                 if problem.status >= 500:
                     log.error("request failed", extra={"subject": raw.subject}, exc_info=error)
                 _handled.add(1, {"type": raw.subject, "outcome": "refused"})
-                return NatsResponse(
-                    problem.model_dump_json().encode(), headers={STATUS_HEADER: ANSWER_REFUSED}
-                )
+                return NatsResponse(problem.model_dump_json().encode(), headers={STATUS_HEADER: ANSWER_REFUSED})
             _handled.add(1, {"type": envelope.type, "outcome": "answered"})
             return NatsResponse(body, headers={STATUS_HEADER: status})
 
         return answer
 
-    async def _decide(self, raw: Msg, envelope: Envelope, store: Store[Any]) -> tuple[str, bytes]:
+    async def _decide(self, raw: Msg, envelope: Envelope) -> tuple[str, bytes]:
         kind = Kind(raw.subject.split(".")[1])
         route = self._routes.find(kind, envelope.type)
         if route is None or not raw.subject.endswith(envelope.type):
             raise MalformedMessage("Envelope", (f"ce-type {envelope.type}",))
         route.rule.check(envelope.principal, route.message.ROUTE.name)
         decoded = route.message.from_wire(raw.data)
+        inbox = self._inboxes[route.database]
         if route.prepare:
             envelope = replace(envelope, facts=await route.prepare(decoded, envelope))
         if kind is Kind.REQUEST:
-            given = await self._inbox.apply(route, decoded, envelope)
+            given = await inbox.apply(route, decoded, envelope)
             return given.status, given.body
         with span(f"{self._bus.service} {route.message.ROUTE.name}", envelope.traceparent):
-            async with store.view() as view:
+            async with inbox.store.view() as view:
                 found = await route.handler(decoded, view, envelope)
         return ANSWER_OK, found.to_wire() if found else b"{}"
 

@@ -47,6 +47,10 @@ class Inbox(Generic[U]):
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
         self._committed: list[Callable[[], None]] = []
 
+    @property
+    def store(self) -> Store[U]:
+        return self._store
+
     def after_commit(self, action: Callable[[], None]) -> None:
         """Calls `action` after each commit: how background loops learn at once that there may be work."""
         self._committed.append(action)

@@ -1,4 +1,7 @@
-"""Schema migrations: alembic, one chain of versions per service in `services/<name>/migrations/`.
+"""Schema migrations: alembic, one chain of versions per database, in `services/<name>/migrations/`.
+
+A further database of a service is named `<service>/<database>`: its chain is in `migrations/<database>/`, its
+tables are in `store_<database>.py`.
 
 `python -m libs.common.migrations new scheduler "add a column"` writes the next version from the difference between
 the tables in the code and the chain so far.
@@ -25,12 +28,17 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS_TABLE = "alembic_version"
 
 
-def config_for(service: str) -> Config:
+def config_for(name: str) -> Config:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations_env"))
-    config.set_main_option("version_locations", str(ROOT / "services" / service / "migrations"))
+    config.set_main_option("version_locations", str(chain_folder(name)))
     config.set_main_option("path_separator", "os")
     return config
+
+
+def chain_folder(name: str) -> Path:
+    service, _, database = name.partition("/")
+    return ROOT / "services" / service / "migrations" / database
 
 
 async def migrate(engine: AsyncEngine, service: str) -> None:
@@ -55,7 +63,8 @@ def _present(connection: Connection) -> str | None:
 
 
 def metadata_of(service: str) -> MetaData:
-    store: Any = importlib.import_module(f"services.{service}.store")
+    name, _, database = service.partition("/")
+    store: Any = importlib.import_module(f"services.{name}.store" + (f"_{database}" if database else ""))
     metadata: MetaData = store.Base.metadata
     return metadata
 
@@ -63,7 +72,7 @@ def metadata_of(service: str) -> MetaData:
 async def write_version(service: str, message: str) -> None:
     """Writes the next migration, comparing the code with an SQLite database brought to the present version."""
     with tempfile.TemporaryDirectory() as folder:
-        engine = writer_engine(async_url(f"sqlite:///{folder}/{service}.db"))
+        engine = writer_engine(async_url(f"sqlite:///{folder}/new.db"))
         await migrate(engine, service)
         async with engine.connect() as connection:
             await connection.run_sync(_revision, service, message)
@@ -73,7 +82,7 @@ async def write_version(service: str, message: str) -> None:
 def _revision(connection: Connection, service: str, message: str) -> None:
     config = config_for(service)
     config.attributes |= {"connection": connection, "metadata": metadata_of(service)}
-    number = len(list((ROOT / "services" / service / "migrations").glob("[0-9]*.py"))) + 1
+    number = len(list(chain_folder(service).glob("[0-9]*.py"))) + 1
     command.revision(config, message=message, autogenerate=True, rev_id=f"{number:04d}")
 
 

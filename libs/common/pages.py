@@ -28,6 +28,4 @@ def decode_cursor(cursor: str) -> str:
     try:
         return base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
     except (binascii.Error, UnicodeDecodeError, ValueError):
-        raise Invalid(
-            "bad_cursor", "The cursor is not one that this API gave.", "Start without a cursor."
-        ) from None
+        raise Invalid("bad_cursor", "The cursor is not one that this API gave.", "Start without a cursor.") from None

@@ -7,6 +7,7 @@ settings than the code says (both measured).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from nats.js import JetStreamContext
 from nats.js.api import (
@@ -38,7 +39,7 @@ MAX_MESSAGE_BYTES = 262_144
 
 def streams(replicas: int = 1) -> tuple[StreamConfig, ...]:
     """The four streams. Full means refused, never forgotten, except for logs, whose truth is the node's spool."""
-    shared = {
+    shared: dict[str, Any] = {
         "storage": StorageType.FILE,
         "num_replicas": replicas,
         "max_msg_size": MAX_MESSAGE_BYTES,
@@ -78,9 +79,7 @@ def consumers(routes: Routes) -> tuple[Consumer, ...]:
         (COMMANDS, [f"nabla.cmd.{routes.service}.{SHARD}.>"] if routes.of_kind(Kind.COMMAND) else []),
         (LOGS, ["nabla.log.*.*"] if routes.of_kind(Kind.FRAME) else []),
     )
-    return tuple(
-        Consumer(stream, _consumer(routes.service, stream, filters)) for stream, filters in wanted if filters
-    )
+    return tuple(Consumer(stream, _consumer(routes.service, stream, filters)) for stream, filters in wanted if filters)
 
 
 def _consumer(service: str, stream: str, filters: list[str]) -> ConsumerConfig:

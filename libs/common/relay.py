@@ -54,9 +54,7 @@ class Relay:
             rows = (await view.execute(waiting)).all()
         if not rows:
             return 0
-        publishing = (
-            self._bus.publish_stored(r.stream, r.subject, json.loads(r.headers), r.body) for r in rows
-        )
+        publishing = (self._bus.publish_stored(r.stream, r.subject, json.loads(r.headers), r.body) for r in rows)
         await asyncio.gather(*publishing)
         crash_point(f"{self._store.source}.after_publish")
         async with self._store.begin() as unit:

@@ -51,9 +51,7 @@ class Rule:
         if self.role is None:
             raise Forbidden("not_allowed", f"Only the platform itself may {name}.")
         if principal.role not in ROLES or ROLES.index(principal.role) < ROLES.index(self.role):
-            detail = (
-                f"{name} needs the role {self.role} in the team; this token has {principal.role or 'none'}."
-            )
+            detail = f"{name} needs the role {self.role} in the team; this token has {principal.role or 'none'}."
             raise Forbidden("role_too_low", detail, "Ask an owner or admin of the team.")
         if principal.scopes and self.scope not in principal.scopes:
             detail = f"{name} needs the scope {self.scope}; this token has {', '.join(principal.scopes)}."
@@ -73,12 +71,14 @@ class Route:
     Args:
         prepare: for requests and queries: asks the outside world before the transaction opens. It runs after the
             rule and again with each repetition, so it changes nothing that a repetition would change again.
+        database: which of the service's databases the handler works in; empty for its first.
     """
 
     message: type[Message]
     handler: Handler
     rule: Rule
     prepare: Prepare | None = None
+    database: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,7 @@ from libs.common.contracts.message import Message
 from libs.common.contracts.messages import GetService, ServiceStatus
 from libs.common.contracts.subjects import DEAD_LETTERS, dead_letter_subject
 from libs.common.inbox import Inbox
+from libs.common.migrations import migrate
 from libs.common.probes import Probes
 from libs.common.provision import provision_consumers
 from libs.common.relay import Relay
@@ -46,6 +47,9 @@ class Service:
     Args:
         loops: endless coroutines of the service's own, such as reconciliation; one that raises ends the process.
         describe: ready or not, and why, for people.
+        further: inboxes of databases beside the first, by the name that routes give. Their writers never wait for
+            each other. Name `runs` has its tables in `store_runs.py` and its chain in `migrations/runs/`.
+        before_start: done once, with the databases migrated and before the first message.
     """
 
     name: str
@@ -56,20 +60,25 @@ class Service:
     routes: Routes
     loops: tuple[Loop, ...] = ()
     describe: Callable[[], tuple[bool, str]] = lambda: (True, "")
+    further: Mapping[str, Inbox[Any]] = field(default_factory=dict)
+    before_start: Loop | None = None
     _started: float = field(default_factory=time.monotonic)
     _dead_letters: int = 0
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Starts everything, and on leaving stops it: no new message, then the loops, then the connections."""
-        relay = Relay(self.store, self.bus)
-        self.bus.serve(with_status(self.routes, self._status), self.store, self.inbox)
+        await self._migrate_further()
+        if self.before_start:
+            await self.before_start()
+        self.bus.serve(with_status(self.routes, self._status), self.inbox, self.further)
         probes = Probes(self.name, self.settings, lambda: self.bus.connected and self.describe()[0])
         await probes.start()
         tasks: list[asyncio.Task[None]] = []
         try:
             await self._connect()
-            own = (self.inbox.run, relay.run, self._keep_consumers, Watchdog(lambda: self.bus.connected).run)
+            databases = [loop for inbox in self._inboxes for loop in (inbox.run, Relay(inbox.store, self.bus).run)]
+            own = (*databases, self._keep_consumers, Watchdog(lambda: self.bus.connected).run)
             tasks = [asyncio.create_task(_coroutine(loop), name=str(loop)) for loop in (*own, *self.loops)]
             for task in tasks:
                 task.add_done_callback(_end_on_error)
@@ -81,7 +90,17 @@ class Service:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await probes.stop()
-            await self.store.close()
+            for inbox in self._inboxes:
+                await inbox.store.close()
+
+    @property
+    def _inboxes(self) -> tuple[Inbox[Any], ...]:
+        return (self.inbox, *self.further.values())
+
+    async def _migrate_further(self) -> None:
+        """Brings the further databases to the newest version, as the runner did with the first."""
+        for name, inbox in self.further.items():
+            await migrate(inbox.store.writer, f"{self.name}/{name}")
 
     async def _connect(self) -> None:
         """Connects, and provisions this service's consumers before subscribing to them."""
@@ -102,9 +121,7 @@ class Service:
         info = await self.bus.jetstream.stream_info(DEAD_LETTERS, subjects_filter=subject)
         return (info.state.subjects or {}).get(subject, 0)
 
-    async def _status(self, _message: Message, view: Any, _call: Envelope) -> ServiceStatus:
-        outbox = self.store.skeleton.outbox
-        waiting = select(func.count()).select_from(outbox).where(outbox.c.published_us.is_(None))
+    async def _status(self, _message: Message, _view: Any, _call: Envelope) -> ServiceStatus:
         ready, detail = self.describe()
         return ServiceStatus(
             name=self.name,
@@ -112,9 +129,16 @@ class Service:
             ready=ready,
             detail=detail,
             uptime_s=round(time.monotonic() - self._started, 1),
-            outbox_waiting=(await view.execute(waiting)).scalar_one(),
+            outbox_waiting=sum([await _outbox_waiting(inbox.store) for inbox in self._inboxes]),
             dead_letters=self._dead_letters,
         )
+
+
+async def _outbox_waiting(store: Store[Any]) -> int:
+    outbox = store.skeleton.outbox
+    waiting = select(func.count()).select_from(outbox).where(outbox.c.published_us.is_(None))
+    async with store.view() as view:
+        return int((await view.execute(waiting)).scalar_one())
 
 
 def with_status(routes: Routes, status: Any) -> Routes:

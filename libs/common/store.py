@@ -138,9 +138,7 @@ class UnitOfWork:
         connection = await self.session.connection()
         return await connection.execute(statement)
 
-    async def swap(
-        self, table: type[SQLModel], object_id: str, revision: int, values: Mapping[str, Any]
-    ) -> None:
+    async def swap(self, table: type[SQLModel], object_id: str, revision: int, values: Mapping[str, Any]) -> None:
         """Saves `values` and the next revision if the row still has `revision`.
 
         Raises:
@@ -158,14 +156,10 @@ class UnitOfWork:
 
     async def already_applied(self, event_id: str) -> bool:
         inbox = self._skeleton.inbox
-        return (
-            await self.execute(select(inbox.c.event_id).where(inbox.c.event_id == event_id))
-        ).first() is not None
+        return (await self.execute(select(inbox.c.event_id).where(inbox.c.event_id == event_id))).first() is not None
 
     async def mark_applied(self, event_id: str) -> None:
-        await self.execute(
-            self._skeleton.inbox.insert().values(event_id=event_id, applied_us=to_us(self.now))
-        )
+        await self.execute(self._skeleton.inbox.insert().values(event_id=event_id, applied_us=to_us(self.now)))
 
     async def given_answer(self, principal: str, operation: str, key: str) -> tuple[str, bytes] | None:
         """Request hash and answer given earlier under this key."""
@@ -176,9 +170,7 @@ class UnitOfWork:
         row = (await self.execute(query)).first()
         return (row.request_hash, row.answer) if row else None
 
-    async def keep_answer(
-        self, principal: str, operation: str, key: str, request_hash: str, answer: bytes
-    ) -> None:
+    async def keep_answer(self, principal: str, operation: str, key: str, request_hash: str, answer: bytes) -> None:
         await self.execute(
             self._skeleton.idempotency.insert().values(
                 principal=principal,
@@ -205,9 +197,7 @@ class Store(Generic[U]):
         source: the service's name, for envelopes and crash points.
     """
 
-    def __init__(
-        self, url: str, unit: type[U], skeleton: Skeleton, source: str, clock: Clock = utc_now
-    ) -> None:
+    def __init__(self, url: str, unit: type[U], skeleton: Skeleton, source: str, clock: Clock = utc_now) -> None:
         self.url = async_url(url)
         self.skeleton = skeleton
         self.source = source

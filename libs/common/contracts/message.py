@@ -70,7 +70,5 @@ class Message(BaseModel):
         try:
             return cls.model_validate_json(body or b"{}")
         except ValidationError as error:
-            fields = sorted(
-                {".".join(str(part) for part in item["loc"]) or "body" for item in error.errors()}
-            )
+            fields = sorted({".".join(str(part) for part in item["loc"]) or "body" for item in error.errors()})
             raise MalformedMessage(cls.__name__, tuple(fields)) from None

@@ -160,10 +160,10 @@ class JobTemplate(Message):
     # One element is a shell line; several are an argument vector.
     command: tuple[str, ...] = ()
     env: dict[str, str] = Field(default_factory=dict)
-    resources: Resources = Field(default_factory=lambda: Resources())
+    resources: Resources = Field(default_factory=Resources)
     # A sealed file set of kind workspace; empty for none.
     workspace_id: str = ""
-    environment: Environment = Field(default_factory=lambda: Environment())
+    environment: Environment = Field(default_factory=Environment)
     timeout_s: float = 0.0
     max_retries: int = 0
     inputs: tuple[Input, ...] = ()
@@ -211,7 +211,7 @@ class Job(Message):
     team_id: str = ""
     project_id: str = ""
     experiment_id: str = ""
-    template: JobTemplate = Field(default_factory=lambda: JobTemplate())
+    template: JobTemplate = Field(default_factory=JobTemplate)
     # submitted waiting queued starting running unreachable succeeded failed cancelled timed_out
     state: str = ""
     # Why it is in this state, for people.
@@ -224,56 +224,56 @@ class Job(Message):
     started_at: datetime | None = None
     ended_at: datetime | None = None
     exit_code: int | None = None
-    attempt: Attempt = Field(default_factory=lambda: Attempt())
+    attempt: Attempt = Field(default_factory=Attempt)
     created_by: str = ""
 
 
 class JobQueued(Message):
     ROUTE: ClassVar[Route] = Route(Kind.EVENT, "scheduler", "job.queued")
 
-    job: Job = Field(default_factory=lambda: Job())
+    job: Job = Field(default_factory=Job)
 
 
 class JobStarting(Message):
     ROUTE: ClassVar[Route] = Route(Kind.EVENT, "scheduler", "job.starting")
 
-    job: Job = Field(default_factory=lambda: Job())
+    job: Job = Field(default_factory=Job)
 
 
 class JobRunning(Message):
     ROUTE: ClassVar[Route] = Route(Kind.EVENT, "scheduler", "job.running")
 
-    job: Job = Field(default_factory=lambda: Job())
+    job: Job = Field(default_factory=Job)
 
 
 class JobUnreachable(Message):
     ROUTE: ClassVar[Route] = Route(Kind.EVENT, "scheduler", "job.unreachable")
 
-    job: Job = Field(default_factory=lambda: Job())
+    job: Job = Field(default_factory=Job)
 
 
 class JobSucceeded(Message):
     ROUTE: ClassVar[Route] = Route(Kind.EVENT, "scheduler", "job.succeeded")
 
-    job: Job = Field(default_factory=lambda: Job())
+    job: Job = Field(default_factory=Job)
 
 
 class JobFailed(Message):
     ROUTE: ClassVar[Route] = Route(Kind.EVENT, "scheduler", "job.failed")
 
-    job: Job = Field(default_factory=lambda: Job())
+    job: Job = Field(default_factory=Job)
 
 
 class JobCancelled(Message):
     ROUTE: ClassVar[Route] = Route(Kind.EVENT, "scheduler", "job.cancelled")
 
-    job: Job = Field(default_factory=lambda: Job())
+    job: Job = Field(default_factory=Job)
 
 
 class JobTimedOut(Message):
     ROUTE: ClassVar[Route] = Route(Kind.EVENT, "scheduler", "job.timed_out")
 
-    job: Job = Field(default_factory=lambda: Job())
+    job: Job = Field(default_factory=Job)
 
 
 class SubmitJob(Message):
@@ -282,7 +282,7 @@ class SubmitJob(Message):
     ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "scheduler", "job.submit", reply="Job")
 
     project_id: str = ""
-    template: JobTemplate = Field(default_factory=lambda: JobTemplate())
+    template: JobTemplate = Field(default_factory=JobTemplate)
     experiment_id: str = ""
 
 
@@ -293,7 +293,7 @@ class OrderJob(Message):
 
     job_id: str = ""
     project_id: str = ""
-    template: JobTemplate = Field(default_factory=lambda: JobTemplate())
+    template: JobTemplate = Field(default_factory=JobTemplate)
 
 
 class StopJob(Message):
@@ -315,7 +315,7 @@ class GetJob(Message):
 
 
 class JobDetail(Message):
-    job: Job = Field(default_factory=lambda: Job())
+    job: Job = Field(default_factory=Job)
     attempts: tuple[Attempt, ...] = ()
     timeline: tuple[TimelineEntry, ...] = ()
 
@@ -364,7 +364,7 @@ class Deployment(Message):
     detail: str = ""
     # running or deleted: what the user wants.
     desired_state: str = ""
-    revision: Revision = Field(default_factory=lambda: Revision())
+    revision: Revision = Field(default_factory=Revision)
     # Path on the front door for programs, "/d/NAME", and host name for browsers, "NAME.apps.<domain>".
     path: str = ""
     host: str = ""
@@ -374,7 +374,7 @@ class Deployment(Message):
     record_revision: Int64 = 0
     # The bearer token of the endpoint; only for members of the team who may call it.
     endpoint_token: str = ""
-    resources: Resources = Field(default_factory=lambda: Resources())
+    resources: Resources = Field(default_factory=Resources)
 
 
 class CreateDeployment(Message):
@@ -388,7 +388,7 @@ class CreateDeployment(Message):
     model_version: int = 0
     framework: str = ""
     model_fileset_id: str = ""
-    resources: Resources = Field(default_factory=lambda: Resources())
+    resources: Resources = Field(default_factory=Resources)
 
 
 class DeleteDeployment(Message):
@@ -421,31 +421,31 @@ class DeploymentPage(Message):
 class DeploymentCreated(Message):
     ROUTE: ClassVar[Route] = Route(Kind.EVENT, "serving", "deployment.created")
 
-    deployment: Deployment = Field(default_factory=lambda: Deployment())
+    deployment: Deployment = Field(default_factory=Deployment)
 
 
 class DeploymentStarting(Message):
     ROUTE: ClassVar[Route] = Route(Kind.EVENT, "serving", "deployment.starting")
 
-    deployment: Deployment = Field(default_factory=lambda: Deployment())
+    deployment: Deployment = Field(default_factory=Deployment)
 
 
 class DeploymentReady(Message):
     ROUTE: ClassVar[Route] = Route(Kind.EVENT, "serving", "deployment.ready")
 
-    deployment: Deployment = Field(default_factory=lambda: Deployment())
+    deployment: Deployment = Field(default_factory=Deployment)
 
 
 class DeploymentFailed(Message):
     ROUTE: ClassVar[Route] = Route(Kind.EVENT, "serving", "deployment.failed")
 
-    deployment: Deployment = Field(default_factory=lambda: Deployment())
+    deployment: Deployment = Field(default_factory=Deployment)
 
 
 class DeploymentDeleted(Message):
     ROUTE: ClassVar[Route] = Route(Kind.EVENT, "serving", "deployment.deleted")
 
-    deployment: Deployment = Field(default_factory=lambda: Deployment())
+    deployment: Deployment = Field(default_factory=Deployment)
 
 
 class Execution(Message):
@@ -481,7 +481,7 @@ class StartExecution(Message):
     project_id: str = ""
     node_id: str = ""
     experiment_id: str = ""
-    template: JobTemplate = Field(default_factory=lambda: JobTemplate())
+    template: JobTemplate = Field(default_factory=JobTemplate)
 
 
 class StopExecution(Message):
@@ -496,25 +496,25 @@ class ReportExecution(Message):
 
     ROUTE: ClassVar[Route] = Route(Kind.COMMAND, "executor", "execution.report")
 
-    execution: Execution = Field(default_factory=lambda: Execution())
+    execution: Execution = Field(default_factory=Execution)
 
 
 class ExecutionRunning(Message):
     ROUTE: ClassVar[Route] = Route(Kind.EVENT, "executor", "execution.running")
 
-    execution: Execution = Field(default_factory=lambda: Execution())
+    execution: Execution = Field(default_factory=Execution)
 
 
 class ExecutionFinishing(Message):
     ROUTE: ClassVar[Route] = Route(Kind.EVENT, "executor", "execution.finishing")
 
-    execution: Execution = Field(default_factory=lambda: Execution())
+    execution: Execution = Field(default_factory=Execution)
 
 
 class ExecutionEnded(Message):
     ROUTE: ClassVar[Route] = Route(Kind.EVENT, "executor", "execution.ended")
 
-    execution: Execution = Field(default_factory=lambda: Execution())
+    execution: Execution = Field(default_factory=Execution)
 
 
 class ListExecutions(Message):
@@ -555,7 +555,7 @@ class Experiment(Message):
 class ExperimentCreated(Message):
     ROUTE: ClassVar[Route] = Route(Kind.EVENT, "scheduler", "experiment.created")
 
-    experiment: Experiment = Field(default_factory=lambda: Experiment())
+    experiment: Experiment = Field(default_factory=Experiment)
 
 
 class StartExperiment(Message):
@@ -566,7 +566,7 @@ class StartExperiment(Message):
     project_id: str = ""
     name: str = ""
     kind: str = ""
-    template: JobTemplate = Field(default_factory=lambda: JobTemplate())
+    template: JobTemplate = Field(default_factory=JobTemplate)
 
 
 class GetExperiment(Message):
@@ -633,7 +633,7 @@ class OpenFileset(Message):
 
 
 class FilesetGrant(Message):
-    fileset: Fileset = Field(default_factory=lambda: Fileset())
+    fileset: Fileset = Field(default_factory=Fileset)
     # What is still missing, each with a URL to PUT to; empty when all is there.
     uploads: tuple[File, ...] = ()
 
@@ -649,7 +649,7 @@ class SealFileset(Message):
 class FilesetSealed(Message):
     ROUTE: ClassVar[Route] = Route(Kind.EVENT, "storage", "fileset.sealed")
 
-    fileset: Fileset = Field(default_factory=lambda: Fileset())
+    fileset: Fileset = Field(default_factory=Fileset)
 
 
 class GetFileset(Message):
@@ -671,7 +671,7 @@ class ListFiles(Message):
 
 
 class FilePage(Message):
-    fileset: Fileset = Field(default_factory=lambda: Fileset())
+    fileset: Fileset = Field(default_factory=Fileset)
     items: tuple[File, ...] = ()
     next_cursor: str = ""
 
@@ -753,7 +753,7 @@ class Model(Message):
     created_at: datetime | None = None
     revision: Int64 = 0
     latest_version: int = 0
-    latest: ModelVersion = Field(default_factory=lambda: ModelVersion())
+    latest: ModelVersion = Field(default_factory=ModelVersion)
 
 
 class RegisterModel(Message):
@@ -776,7 +776,7 @@ class RegisterModel(Message):
 class ModelVersionRegistered(Message):
     ROUTE: ClassVar[Route] = Route(Kind.EVENT, "registry", "model.registered")
 
-    version: ModelVersion = Field(default_factory=lambda: ModelVersion())
+    version: ModelVersion = Field(default_factory=ModelVersion)
 
 
 class GetModel(Message):
@@ -789,7 +789,7 @@ class GetModel(Message):
 
 
 class ModelDetail(Message):
-    model: Model = Field(default_factory=lambda: Model())
+    model: Model = Field(default_factory=Model)
     versions: tuple[ModelVersion, ...] = ()
 
 
@@ -864,37 +864,37 @@ class Project(Message):
 class ProjectCreated(Message):
     ROUTE: ClassVar[Route] = Route(Kind.EVENT, "registry", "project.created")
 
-    project: Project = Field(default_factory=lambda: Project())
+    project: Project = Field(default_factory=Project)
 
 
 class ProjectUpdated(Message):
     ROUTE: ClassVar[Route] = Route(Kind.EVENT, "registry", "project.updated")
 
-    project: Project = Field(default_factory=lambda: Project())
+    project: Project = Field(default_factory=Project)
 
 
 class ProjectArchived(Message):
     ROUTE: ClassVar[Route] = Route(Kind.EVENT, "registry", "project.archived")
 
-    project: Project = Field(default_factory=lambda: Project())
+    project: Project = Field(default_factory=Project)
 
 
 class ProjectDeleted(Message):
     ROUTE: ClassVar[Route] = Route(Kind.EVENT, "registry", "project.deleted")
 
-    project: Project = Field(default_factory=lambda: Project())
+    project: Project = Field(default_factory=Project)
 
 
 class ProjectRestored(Message):
     ROUTE: ClassVar[Route] = Route(Kind.EVENT, "registry", "project.restored")
 
-    project: Project = Field(default_factory=lambda: Project())
+    project: Project = Field(default_factory=Project)
 
 
 class ProjectMoved(Message):
     ROUTE: ClassVar[Route] = Route(Kind.EVENT, "registry", "project.moved")
 
-    project: Project = Field(default_factory=lambda: Project())
+    project: Project = Field(default_factory=Project)
     from_team_id: str = ""
 
 
@@ -903,7 +903,7 @@ class ProjectPurged(Message):
 
     ROUTE: ClassVar[Route] = Route(Kind.EVENT, "registry", "project.purged")
 
-    project: Project = Field(default_factory=lambda: Project())
+    project: Project = Field(default_factory=Project)
 
 
 class CreateProject(Message):

@@ -36,6 +36,11 @@ def filter_for(message: type[Message]) -> str:
     return subject_for(message, team="*", object_id="*")
 
 
+def team_events(team: str, aggregate: str = "") -> str:
+    """The subject, with a wildcard, of all events of one team, or of one kind of object in it."""
+    return f"nabla.evt.{team}.{aggregate}.>" if aggregate else f"nabla.evt.{team}.>"
+
+
 def tail_subject(team: str, job_id: str) -> str:
     """Core NATS subject on which storage repeats log lines with their final sequence, for live followers."""
     return f"nabla.tail.{team}.{job_id}"
@@ -68,4 +73,5 @@ __all__ = [
     "stream_of",
     "subject_for",
     "tail_subject",
+    "team_events",
 ]

@@ -1,0 +1,265 @@
+"""`up`, `down` and `supervise`: one installation on this machine, started in the background and stopped whole."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+import nats
+
+from infra.local import nats as local_nats
+from infra.local import servers
+from infra.local.credentials import api_token, nats_public_key, s3_keys, write_private
+from infra.local.installation import Installation, claim_ports, open_installation
+from infra.local.settings import CHECKOUT, LocalSettings
+from infra.local.supervisor import Supervisor, share_memory
+from libs.common.provision import provision_streams
+from libs.common.runner import SERVICES, run
+
+UP_TIMEOUT_S = 120.0
+DOWN_TIMEOUT_S = 60.0
+
+log = logging.getLogger("nabla.supervisor")
+
+
+class InstallationError(Exception):
+    """The installation cannot be started or stopped: what happened, why, and what to do."""
+
+
+def up(settings: LocalSettings, say: Callable[[str], None]) -> Installation:
+    """Starts the installation unless it runs, and returns when its front door answers.
+
+    Ray may still be coming up then; jobs submitted meanwhile wait and say so.
+
+    Raises:
+        InstallationError: it did not come up in time, or its supervisor ended.
+    """
+    installation = open_installation(settings)
+    if supervisor_pid(installation):
+        say(f"Nabla is already running at {installation.ui}")
+        return installation
+    installation, moved = claim_ports(installation)
+    for line in moved:
+        say(line)
+    _start_in_background(installation)
+    _wait_for_front_door(installation)
+    return installation
+
+
+def _start_in_background(installation: Installation) -> None:
+    with (installation.logs / "supervisor.log").open("ab") as output:
+        subprocess.Popen(
+            [sys.executable, "-m", "services", "supervise"],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            cwd=CHECKOUT,
+            env=os.environ | {"NABLA_HOME": str(installation.home)},
+            start_new_session=True,
+        )
+
+
+def _wait_for_front_door(installation: Installation) -> None:
+    deadline = time.monotonic() + UP_TIMEOUT_S
+    started = time.monotonic()
+    while time.monotonic() < deadline:
+        if front_door_answers(installation):
+            return
+        if time.monotonic() - started > 3 and not supervisor_pid(installation):
+            break
+        time.sleep(0.05)
+    tail = (installation.logs / "supervisor.log").read_text(errors="replace").splitlines()[-8:]
+    raise InstallationError(
+        "Nabla did not come up. The end of its log:\n  " + "\n  ".join(tail) + f"\nAll logs are in {installation.logs}"
+    )
+
+
+def front_door_answers(installation: Installation) -> bool:
+    url = f"{installation.front_door}/api/v1/health"
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def down(settings: LocalSettings, say: Callable[[str], None]) -> None:
+    """Stops everything, running jobs included, and keeps all data.
+
+    Raises:
+        InstallationError: something is still running after a minute.
+    """
+    installation = open_installation(settings)
+    pid = supervisor_pid(installation)
+    if pid:
+        os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + DOWN_TIMEOUT_S
+        while supervisor_pid(installation):
+            if time.monotonic() > deadline:
+                raise InstallationError(f"The supervisor (process {pid}) does not end. Look at {installation.logs}.")
+            time.sleep(0.1)
+    stop_attempts(installation)
+    shutil.rmtree(installation.ray_folder, ignore_errors=True)
+    say("Nabla is stopped; all data are kept" if pid else "Nabla was not running")
+
+
+def stop_attempts(installation: Installation) -> None:
+    """Ends the shims that are left on this machine, and with each its sandbox."""
+    shims = [pid for pid in map(_shim_pid, (installation.home / "node" / "attempts").glob("*/shim.json")) if pid]
+    for pid in shims:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _shim_pid(file: Path) -> int:
+    """The pid of a live shim, or 0; a pid that now belongs to another program does not count."""
+    try:
+        shim = json.loads(file.read_text())
+        fields = Path(f"/proc/{shim['pid']}/stat").read_text().rsplit(")", 1)[1].split()
+    except (OSError, ValueError, KeyError):
+        return 0
+    return int(shim["pid"]) if int(fields[19]) == int(shim["start_ticks"]) else 0
+
+
+def supervisor_pid(installation: Installation) -> int:
+    """The running supervisor's pid, or 0. The lock decides, not the file: a killed supervisor holds none."""
+    try:
+        with (installation.run / "supervisor.lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return 0
+    except FileNotFoundError:
+        return 0
+    except BlockingIOError:
+        with contextlib.suppress(ValueError):
+            return int((installation.run / "supervisor.lock").read_text())
+        return -1
+
+
+def supervise(settings: LocalSettings) -> None:
+    """Runs the installation in this process until SIGTERM."""
+    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(message)s")
+    installation = open_installation(settings)
+    with _lock(installation):
+        supervisor = Supervisor(installation.run, installation.logs)
+        env = service_environment(installation)
+        os.environ.update(env)
+        _start_servers(supervisor, installation)
+        import_services()
+        share_memory()
+        for name in SERVICES:
+            supervisor.add_service(name, run, {})
+        supervisor.watch()
+
+
+@contextlib.contextmanager
+def _lock(installation: Installation) -> Iterator[TextIO]:
+    with (installation.run / "supervisor.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InstallationError("Nabla is already running here.") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield file
+
+
+def _start_servers(supervisor: Supervisor, installation: Installation) -> None:
+    settings = installation.settings
+    if not settings.ray_address:
+        write_private(installation.run / "ray.json", json.dumps({"address": f"127.0.0.1:{installation.ports['ray']}"}))
+        supervisor.add_server(servers.ray_head(installation))
+    if not settings.s3_endpoint:
+        supervisor.add_server(servers.seaweed(installation))
+    supervisor.add_server(servers.traefik(installation))
+    if not settings.nats_url:
+        server = servers.nats_server(installation, nats_config(installation))
+        supervisor.add_server(server)
+        _wait_for(server)
+        asyncio.run(provision(installation))
+
+
+def _wait_for(server: servers.Server, timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not server.ready():
+        if time.monotonic() > deadline:
+            raise InstallationError(f"{server.name} did not come up in {timeout_s:.0f} s. See its log.")
+        time.sleep(0.01)
+
+
+def nats_config(installation: Installation) -> str:
+    grants = local_nats.all_grants()
+    folder = installation.keys / "nats"
+    return local_nats.config_text(
+        host=installation.settings.host,
+        port=installation.ports["nats"],
+        store=installation.home / "data" / "nats",
+        public_keys={grant.user: nats_public_key(folder, grant.user) for grant in grants},
+        grants=grants,
+        sync=installation.settings.nats_sync,
+    )
+
+
+async def provision(installation: Installation) -> None:
+    """Creates the streams, as the only user who may."""
+    seed = (installation.keys / "nats" / f"{local_nats.PROVISIONER}.nk").read_text().strip()
+    connection = await nats.connect(installation.nats_url, nkeys_seed_str=seed)
+    try:
+        await provision_streams(connection.jetstream())
+    finally:
+        await connection.close()
+
+
+def import_services() -> None:
+    """Imports what the services share and, as far as it is light, what each one needs, before the first fork."""
+    import importlib
+
+    for name in SERVICES:
+        importlib.import_module(f"services.{name}.app")
+
+
+def service_environment(installation: Installation) -> dict[str, str]:
+    """What every service is told; also written to a file, so that one can be started alone by hand."""
+    settings = installation.settings
+    token_file = installation.keys / "api-token"
+    token = api_token(installation.keys)
+    if settings.s3_access_key:
+        keys = {"access_key": settings.s3_access_key, "secret_key": settings.s3_secret_key}
+        write_private(installation.keys / "s3.json", json.dumps(keys))
+    s3_keys(installation.keys)
+    env = servers.ray_environment(installation) | {
+        "NABLA_HOME": str(installation.home),
+        "NABLA_NATS_URL": installation.nats_url,
+        "NABLA_FRONT_DOOR": installation.front_door,
+        "NABLA_S3_ADDRESS": installation.s3_endpoint,
+        "NABLA_S3_ENDPOINT": installation.s3_endpoint,
+        "NABLA_TRAEFIK_DYNAMIC": str(installation.traefik_dynamic),
+        "NABLA_TRAEFIK_API": installation.traefik_api,
+        "NABLA_BOOTSTRAP_TOKEN_FILE": str(token_file),
+        "NABLA_LOG_LEVEL": settings.log_level,
+    }
+    if settings.database_url:
+        env["NABLA_DATABASE_URL"] = settings.database_url
+    if settings.ray_address:
+        env["NABLA_RAY_ADDRESS"] = settings.ray_address
+    if (installation.home / "nabla.toml").exists():
+        env["NABLA_SETTINGS"] = str(installation.home / "nabla.toml")
+    lines = [f"export {name}={json.dumps(value)}" for name, value in sorted(env.items())]
+    write_private(installation.run / "environment", "\n".join(lines) + "\n")
+    context = {"url": installation.front_door, "token": token, "ui": installation.ui}
+    write_private(installation.home / "context.json", json.dumps(context, indent=2))
+    return env

@@ -1,0 +1,143 @@
+"""One installation: its folder, its ports and its addresses, remembered from start to start."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from infra.local.settings import LocalSettings
+
+# Below Ray's workers (10002-19999) and beside the usual defaults, so that strangers are rarely met.
+PREFERRED_PORTS = {
+    "front_door": 8080,
+    "traefik_api": 23370,
+    "nats": 24222,
+    "s3": 23360,
+    "s3_grpc": 23361,
+    "filer": 23350,
+    "filer_grpc": 23351,
+    "volume": 23340,
+    "volume_grpc": 23341,
+    "master": 23333,
+    "master_grpc": 23334,
+    "ray": 26399,
+}
+
+
+@dataclass(frozen=True)
+class Installation:
+    """Where everything of one installation lives. Nothing is written outside of `home` but Ray's sockets."""
+
+    settings: LocalSettings
+    ports: dict[str, int]
+
+    @property
+    def home(self) -> Path:
+        return self.settings.home.absolute()
+
+    @property
+    def keys(self) -> Path:
+        return self.home / "keys"
+
+    @property
+    def run(self) -> Path:
+        return self.home / "run"
+
+    @property
+    def logs(self) -> Path:
+        return self.home / "logs"
+
+    @property
+    def front_door(self) -> str:
+        return f"http://127.0.0.1:{self.ports['front_door']}"
+
+    @property
+    def ui(self) -> str:
+        return f"http://localhost:{self.ports['front_door']}"
+
+    @property
+    def nats_url(self) -> str:
+        return self.settings.nats_url or f"nats://127.0.0.1:{self.ports['nats']}"
+
+    @property
+    def s3_endpoint(self) -> str:
+        return self.settings.s3_endpoint or f"127.0.0.1:{self.ports['s3']}"
+
+    @property
+    def traefik_api(self) -> str:
+        return f"http://127.0.0.1:{self.ports['traefik_api']}"
+
+    @property
+    def traefik_dynamic(self) -> Path:
+        return self.home / "traefik" / "dynamic"
+
+    @cached_property
+    def ray_folder(self) -> Path:
+        """Ray's session folder: in /tmp, as its socket paths must stay under 108 characters."""
+        tag = hashlib.sha256(str(self.home).encode()).hexdigest()[:10]
+        return Path(f"/tmp/nabla-ray-{os.getuid()}-{tag}")
+
+
+def open_installation(settings: LocalSettings) -> Installation:
+    """The installation in `settings.home`, with its remembered ports; makes the folder when it is new."""
+    home = settings.home.absolute()
+    for folder in (home, home / "run", home / "logs", home / "keys", home / "data"):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return Installation(settings, PREFERRED_PORTS | {"front_door": settings.port} | remembered_ports(home))
+
+
+def remembered_ports(home: Path) -> dict[str, int]:
+    file = home / "ports.json"
+    return dict(json.loads(file.read_text())) if file.exists() else {}
+
+
+def claim_ports(installation: Installation) -> tuple[Installation, list[str]]:
+    """The installation with ports that are free now, remembered, and what moved, in words for people.
+
+    Call only while nothing of this installation runs.
+    """
+    taken: set[int] = set()
+    ports: dict[str, int] = {}
+    moved: list[str] = []
+    for name, wanted in installation.ports.items():
+        port = next_free(installation.settings.host, wanted, taken)
+        if port != wanted and name == "front_door":
+            moved.append(f"port {wanted} is taken by another program: using {port}, and from now on")
+        taken.add(port)
+        ports[name] = port
+    (installation.home / "ports.json").write_text(json.dumps(ports, indent=2))
+    return Installation(installation.settings, ports), moved
+
+
+def next_free(host: str, wanted: int, taken: set[int]) -> int:
+    """The first free port from `wanted` on.
+
+    Raises:
+        OSError: none of the next 200 is free.
+    """
+    for port in range(wanted, wanted + 200):
+        if port not in taken and is_free(host, port):
+            return port
+    raise OSError(f"none of the ports {wanted} to {wanted + 199} is free on {host}")
+
+
+def is_free(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+        return True
+
+
+def answers(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether something listens."""
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex((host, port)) == 0

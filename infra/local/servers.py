@@ -1,0 +1,188 @@
+"""The servers that a single machine needs beside the services: how each is started, and how one knows it is up."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from infra.local.credentials import ray_token, s3_keys, write_private
+from infra.local.installation import Installation, answers
+
+BIN = Path(sys.executable).parent
+# The oldest versions that have what we rely on, and the fixes that the security catalogue asks for.
+OLDEST = {"nats-server": (2, 12, 6), "weed": (4, 48), "traefik": (3, 0)}
+VERSION_ARGUMENT = {"nats-server": "--version", "weed": "version", "traefik": "version"}
+
+
+class ServerMissingError(Exception):
+    """A program is not there or too old: what happened, and what to do."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A program to supervise.
+
+    Args:
+        ready: whether it answers now.
+        stop_s: how long it may take to end before it is killed.
+    """
+
+    name: str
+    command: list[str]
+    ready: Callable[[], bool]
+    env: dict[str, str] = field(default_factory=dict)
+    stop_s: float = 10.0
+
+
+def find_program(name: str, configured: str) -> str:
+    """The program's path: from the settings, else PATH, else the wheel installed beside this Python.
+
+    Raises:
+        ServerMissingError: it is nowhere, or older than OLDEST says.
+    """
+    path = configured or shutil.which(name) or str(BIN / name)
+    if not Path(path).exists():
+        raise ServerMissingError(f"{name} is not installed: run `make up`, or name it in nabla.toml")
+    version = program_version(name, path)
+    if version < OLDEST[name]:
+        wanted = ".".join(map(str, OLDEST[name]))
+        if path != str(BIN / name) and not configured and (BIN / name).exists():
+            return str(BIN / name)
+        raise ServerMissingError(f"{path} is version {'.'.join(map(str, version))}; Nabla needs {wanted} or newer")
+    return path
+
+
+def program_version(name: str, path: str) -> tuple[int, ...]:
+    shown = subprocess.run([path, VERSION_ARGUMENT[name]], capture_output=True, text=True, timeout=30, check=False)
+    found = re.search(r"(\d+)\.(\d+)(?:\.(\d+))?", shown.stdout + shown.stderr)
+    return tuple(int(part) for part in found.groups(default="0")) if found else (0,)
+
+
+def nats_server(installation: Installation, config: str) -> Server:
+    file = installation.run / "nats.json"
+    write_private(file, config)
+    program = find_program("nats-server", installation.settings.nats_server)
+    port = installation.ports["nats"]
+    return Server("nats", [program, "-c", str(file)], lambda: answers(port))
+
+
+def seaweed(installation: Installation) -> Server:
+    """S3, filer, volume and master in one process, on loopback, with one identity.
+
+    Without the identity file it would accept anybody; telemetry and the table catalogues are off.
+    """
+    access, secret = s3_keys(installation.keys)
+    identity = {
+        "name": "nabla",
+        "credentials": [{"accessKey": access, "secretKey": secret}],
+        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+    }
+    write_private(installation.run / "s3.json", json.dumps({"identities": [identity]}))
+    folder = installation.home / "data" / "objects"
+    folder.mkdir(parents=True, exist_ok=True)
+    ports = installation.ports
+    command = [
+        find_program("weed", installation.settings.weed),
+        "-logtostderr=true",
+        "server",
+        f"-dir={folder}",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        f"-master.port={ports['master']}",
+        f"-master.port.grpc={ports['master_grpc']}",
+        "-master.telemetry=false",
+        "-master.volumeSizeLimitMB=1024",
+        f"-volume.port={ports['volume']}",
+        f"-volume.port.grpc={ports['volume_grpc']}",
+        "-volume.max=100",
+        "-filer",
+        f"-filer.port={ports['filer']}",
+        f"-filer.port.grpc={ports['filer_grpc']}",
+        "-s3",
+        f"-s3.port={ports['s3']}",
+        f"-s3.port.grpc={ports['s3_grpc']}",
+        f"-s3.config={installation.run / 's3.json'}",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+    ]
+    return Server("s3", command, lambda: answers(ports["s3"]))
+
+
+def traefik(installation: Installation) -> Server:
+    installation.traefik_dynamic.mkdir(parents=True, exist_ok=True)
+    config = {
+        "global": {"checkNewVersion": False, "sendAnonymousUsage": False},
+        "entryPoints": {
+            "web": {
+                "address": f"{installation.settings.host}:{installation.ports['front_door']}",
+                # Uploads to the object store take as long as they take.
+                "transport": {"respondingTimeouts": {"readTimeout": "0s"}},
+            },
+            "traefik": {"address": f"127.0.0.1:{installation.ports['traefik_api']}"},
+        },
+        "api": {"insecure": True, "dashboard": False},
+        "providers": {"file": {"directory": str(installation.traefik_dynamic), "watch": True}},
+        "log": {"level": "WARN"},
+    }
+    file = installation.run / "traefik.json"
+    # Traefik reads YAML, of which JSON is a part.
+    file = file.with_suffix(".yml")
+    file.write_text(json.dumps(config, indent=2))
+    program = find_program("traefik", installation.settings.traefik)
+    api = installation.ports["traefik_api"]
+    return Server("traefik", [program, f"--configFile={file}"], lambda: answers(api))
+
+
+def ray_environment(installation: Installation) -> dict[str, str]:
+    """What Ray and everyone who talks to it need: the token, and no phoning home."""
+    ray_token(installation.keys)
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(installation.keys / "ray-token"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DISABLE_IMPORT_WARNING": "1",
+    }
+
+
+def ray_head(installation: Installation) -> Server:
+    """A Ray head that stays in the foreground and ends when one of its processes does."""
+    port = installation.ports["ray"]
+    installation.ray_folder.mkdir(mode=0o700, exist_ok=True)
+    command = [
+        sys.executable,
+        str(BIN / "ray"),
+        "start",
+        "--head",
+        "--block",
+        "--node-ip-address=127.0.0.1",
+        f"--port={port}",
+        f"--temp-dir={installation.ray_folder}",
+        "--include-dashboard=false",
+        "--include-log-monitor=false",
+        "--disable-usage-stats",
+        f"--object-store-memory={object_store_bytes()}",
+        *_amounts(installation),
+    ]
+    return Server("ray", command, lambda: answers(port), env=ray_environment(installation), stop_s=20.0)
+
+
+def object_store_bytes() -> int:
+    """Little: data travel by S3, not by Ray's object store; and /dev/shm may be tiny in a container."""
+    free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
+    return max(78_643_200, min(200_000_000, free // 3))
+
+
+def _amounts(installation: Installation) -> list[str]:
+    amounts = []
+    if installation.settings.cpus:
+        amounts.append(f"--num-cpus={installation.settings.cpus}")
+    if installation.settings.gpus >= 0:
+        amounts.append(f"--num-gpus={installation.settings.gpus}")
+    return amounts

@@ -1,0 +1,25 @@
+"""Starts Nabla: everything (`up`), one service in the foreground (`scheduler`), or the demo (`demo`)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from libs.common.runner import SERVICES, run
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m services", description=__doc__)
+    actions = ["up", "down", "supervise", "demo"]
+    parser.add_argument("what", nargs="?", default="up", choices=[*actions, *SERVICES], metavar="WHAT")
+    what = parser.parse_args().what
+    if what in SERVICES:
+        run(what)
+        return 0
+    from infra.local import console
+
+    return console.main(what)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
