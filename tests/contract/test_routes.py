@@ -1,0 +1,68 @@
+"""Every message has one owner that listens, every sender is allowed to send, and nobody listens to what is not sent."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from infra.local.nats import all_grants, events_of
+from libs.common.contracts.message import Kind, Message
+from libs.common.contracts.messages import MESSAGES
+from libs.common.contracts.subjects import filter_for
+from libs.common.routing import INTERNAL, Routes
+from libs.common.runner import SERVICES
+
+pytestmark = pytest.mark.contract
+
+ROUTED = tuple(message for message in MESSAGES if hasattr(message, "ROUTE"))
+ORDERS = tuple(message for message in ROUTED if message.ROUTE.kind is not Kind.EVENT and message.ROUTE.owner != "each")
+
+
+def routes_of(service: str) -> Routes:
+    found: Routes = importlib.import_module(f"services.{service}.routes").routes()
+    return found
+
+
+ALL = {service: routes_of(service) for service in SERVICES}
+
+
+@pytest.mark.parametrize("message", ORDERS, ids=lambda message: message.ROUTE.type)
+def test_the_owner_of_a_message_has_a_route_for_it(message: type[Message]) -> None:
+    listening = [service for service, routes in ALL.items() if any(r.message is message for r in routes.routes)]
+    assert listening == [message.ROUTE.owner]
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_each_request_and_query_has_a_rule_of_its_own(service: str) -> None:
+    for route in ALL[service].of_kind(Kind.REQUEST, Kind.QUERY):
+        assert route.rule is not INTERNAL, f"{route.message.__name__} may be sent by people or services: say by whom"
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_what_a_service_sends_has_an_owner_that_listens(service: str) -> None:
+    for message in ALL[service].sends:
+        assert message.ROUTE.kind is not Kind.EVENT, "a service publishes its own events, and no others"
+        assert message.ROUTE.owner in SERVICES
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_events_are_listened_to_by_others_than_their_owner(service: str) -> None:
+    for route in ALL[service].of_kind(Kind.EVENT):
+        assert route.message.ROUTE.owner != service
+        assert route.message in events_of(route.message.ROUTE.owner)
+
+
+def test_only_the_owner_of_an_event_may_publish_it() -> None:
+    for message in ROUTED:
+        if message.ROUTE.kind is Kind.EVENT:
+            allowed = {grant.user for grant in all_grants() if filter_for(message) in grant.publish}
+            assert allowed == {message.ROUTE.owner}
+
+
+def test_nobody_but_the_provisioner_may_change_streams() -> None:
+    for grant in all_grants():
+        if grant.user != "provisioner":
+            assert not any("STREAM" in s and "STREAM.INFO" not in s for s in grant.publish), grant.user
+            assert "$JS.API.>" not in grant.publish
+            assert ">" not in grant.subscribe
