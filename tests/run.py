@@ -22,7 +22,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = ("unit", "contract", "integration", "e2e", "chaos")
 # Program (a glob) -> the package that has it.
-SYSTEM = {"/usr/lib/postgresql/*/bin/initdb": "postgresql", "/usr/bin/chromium*": "chromium", "/usr/sbin/ip": "iproute2"}
+SYSTEM = {
+    "/usr/lib/postgresql/*/bin/initdb": "postgresql",
+    "/usr/bin/chromium*": "chromium",
+    "/usr/sbin/ip": "iproute2",
+}
 
 
 @dataclass

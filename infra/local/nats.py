@@ -17,7 +17,7 @@ from libs.common.contracts.subjects import (
     filter_for,
 )
 from libs.common.provision import consumers
-from libs.common.routing import Routes
+from libs.common.routing import Routes, routes_of
 from libs.common.runner import SERVICES
 
 PROVISIONER = "provisioner"
@@ -42,11 +42,9 @@ class _Draft:
 
 def all_grants() -> tuple[Grant, ...]:
     """Everybody who may sign in, from what each service's routes say."""
-    import importlib
-
     from services.executor.routes import AGENT_SENDS
 
-    services = [grant_for(importlib.import_module(f"services.{name}.routes").routes()) for name in SERVICES]
+    services = [grant_for(routes_of(name)) for name in SERVICES]
     return merged([*services, storage_extra(), gateway_extra(), agent_grant(AGENT_SENDS), provisioner_grant()])
 
 

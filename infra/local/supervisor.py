@@ -112,7 +112,7 @@ class Supervisor:
                 env=os.environ | server.env,
                 cwd=self.run_folder,
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=die_with_parent,  # noqa: PLW1509 - this process has one thread
             )
         return process.pid
 

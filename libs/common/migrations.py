@@ -1,7 +1,7 @@
 """Schema migrations: alembic, one chain of versions per database, in `services/<name>/migrations/`.
 
 A further database of a service is named `<service>/<database>`: its chain is in `migrations/<database>/`, its
-tables are in `store_<database>.py`.
+tables are in `store/<database>.py`.
 
 `python -m libs.common.migrations new scheduler "add a column"` writes the next version from the difference between
 the tables in the code and the chain so far.
@@ -64,7 +64,7 @@ def _present(connection: Connection) -> str | None:
 
 def metadata_of(service: str) -> MetaData:
     name, _, database = service.partition("/")
-    store: Any = importlib.import_module(f"services.{name}.store" + (f"_{database}" if database else ""))
+    store: Any = importlib.import_module(f"services.{name}.store" + (f".{database}" if database else ""))
     metadata: MetaData = store.Base.metadata
     return metadata
 

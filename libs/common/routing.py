@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,3 +104,16 @@ class Routes:
 
     def find(self, kind: Kind, message_type: str) -> Route | None:
         return self.by_type.get(f"{kind.value}:{message_type}")
+
+
+def routes_of(service: str) -> Routes:
+    """The routes of a service without building it: what it listens to and sends, for permissions and checks.
+
+    Handlers that need a built service are the unbound functions of their classes here.
+    """
+    module = importlib.import_module(f"services.{service}.routes")
+    if hasattr(module, "ROUTES"):
+        found: Routes = module.ROUTES
+        return found
+    built: Routes = module.routes()
+    return built

@@ -48,7 +48,7 @@ class Service:
         loops: endless coroutines of the service's own, such as reconciliation; one that raises ends the process.
         describe: ready or not, and why, for people.
         further: inboxes of databases beside the first, by the name that routes give. Their writers never wait for
-            each other. Name `runs` has its tables in `store_runs.py` and its chain in `migrations/runs/`.
+            each other. Name `runs` has its tables in `store/runs.py` and its chain in `migrations/runs/`.
         before_start: done once, with the databases migrated and before the first message.
     """
 

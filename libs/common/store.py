@@ -229,6 +229,8 @@ class Store(Generic[U]):
         """A reading transaction; what it writes is never committed."""
         async with AsyncSession(self._reader, expire_on_commit=False) as session:
             yield self._unit(session, self.skeleton, self.source, self._clock())
+            # Rows stay readable after the view: rolling back would expire them.
+            session.expunge_all()
             await session.rollback()
 
     async def run(self, work: Callable[[U], Awaitable[T]]) -> T:

@@ -1,0 +1,73 @@
+"""nabla experiments"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from nabla.cli.output import details, print_json, table
+from nabla.cli.projects import LIMIT
+from nabla.cli.run import SUBMITTING
+from nabla.cli.session import Group, Session, pass_session
+from nabla.cli.submission import Options, submission_options, submit_and_follow
+from nabla.objects import Experiment
+
+
+@click.group(cls=Group)
+def experiments() -> None:
+    """Start and list experiments: a named template plus its jobs."""
+
+
+@experiments.group("run", cls=Group)
+def run_experiment() -> None:
+    """Start an experiment."""
+
+
+@run_experiment.command(
+    context_settings=SUBMITTING,
+    example="nabla experiments run singlenode --name baseline --project digits -- python train.py",
+)
+@submission_options
+@pass_session
+def singlenode(session: Session, /, **said: object) -> int:
+    """One job on one machine; the same as `nabla run`."""
+    return submit_and_follow(session, Options(**said), Path.cwd())  # type: ignore[arg-type]
+
+
+@experiments.command("list", example="nabla experiments list --project digits")
+@click.option("--project", default="", help="Only this project's.")
+@LIMIT
+@pass_session
+def list_experiments(session: Session, project: str, limit: int) -> None:
+    """List experiments, the newest first."""
+    found = list(session.client().experiments.list(project, limit))
+    if session.as_json:
+        return print_json(found)
+    rows = [(e.id, e.name, e.kind, _states(e), e.created_at) for e in found]
+    table(("ID", "NAME", "KIND", "JOBS", "CREATED"), rows, "No experiments. `nabla run -- COMMAND` starts one.")
+
+
+@experiments.command(example="nabla experiments get ex01jabc")
+@click.argument("experiment")
+@pass_session
+def get(session: Session, experiment: str) -> None:
+    """Show an experiment and its jobs."""
+    found = session.client().experiments.get(experiment)
+    if session.as_json:
+        return print_json(found)
+    details(
+        [
+            ("id", found.id),
+            ("name", found.name),
+            ("kind", found.kind),
+            ("project", found.project_id),
+            ("created", found.created_at),
+        ]
+    )
+    rows = [(job.id, job.template.name, job.state, job.detail) for job in found.jobs]
+    table(("ID", "NAME", "STATE", "DETAIL"), rows, "It has no job.")
+
+
+def _states(experiment: Experiment) -> str:
+    return ", ".join(job.state for job in experiment.jobs)

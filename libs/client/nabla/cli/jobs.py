@@ -1,0 +1,170 @@
+"""nabla jobs"""
+
+from __future__ import annotations
+
+import click
+
+from nabla.cli.output import details, note, print_json, table
+from nabla.cli.projects import LIMIT
+from nabla.cli.session import Group, Session, pass_session
+from nabla.client import Client
+from nabla.hints import LAST_LINES, readable_size
+from nabla.objects import Attempt, Job, JobDetail, LogLine
+
+STATES = (
+    "submitted", "waiting", "queued", "starting", "running", "unreachable", "succeeded", "failed", "cancelled",
+    "timed_out",
+)  # fmt: skip
+
+
+@click.group(cls=Group)
+def jobs() -> None:
+    """List, watch and stop jobs."""
+
+
+@jobs.command("list", example="nabla jobs list --project digits --state running")
+@click.option("--project", default="", help="Only this project's.")
+@click.option("--state", type=click.Choice(STATES), help="Only those in this state.")
+@click.option("--all", "all_kinds", is_flag=True, help="Builds and replicas of deployments, too.")
+@LIMIT
+@pass_session
+def list_jobs(session: Session, project: str, state: str | None, all_kinds: bool, limit: int) -> None:
+    """List jobs, the newest first."""
+    found = list(session.client().jobs.list(project, state or "", "any" if all_kinds else "", limit))
+    if session.as_json:
+        return print_json(found)
+    rows = [(job.id, job.template.name, job.state, _result(job), job.detail, job.created_at) for job in found]
+    table(
+        ("ID", "NAME", "STATE", "EXIT", "DETAIL", "CREATED"),
+        rows,
+        "No jobs. `nabla run -- COMMAND` starts one.",
+    )
+
+
+@jobs.command(example="nabla jobs get js01jabc")
+@click.argument("job")
+@pass_session
+def get(session: Session, job: str) -> None:
+    """Show a job, its attempts and its history; for a failed one its last lines and a hint."""
+    client = session.client()
+    found = client.jobs.get(job)
+    if session.as_json:
+        return print_json(found)
+    _show(found)
+    if found.job.state in ("failed", "timed_out"):
+        from nabla.cli.follow import explain
+
+        explain(found.job, [line.text for line in client.jobs.tail(job, LAST_LINES)], repeat=True)
+
+
+@jobs.command(example=("nabla jobs logs js01jabc --tail 50", "nabla jobs logs js01jabc --follow"))
+@click.argument("job")
+@click.option("--follow", "-f", is_flag=True, help="Until the job has ended.")
+@click.option("--tail", type=click.IntRange(0), help="Start with the last N lines.")
+@pass_session
+def logs(session: Session, job: str, follow: bool, tail: int | None) -> None:
+    """Print a job's log. With --json one object a line."""
+    from nabla.cli.follow import print_json_line, show_line
+
+    show = print_json_line if session.as_json else show_line
+    client = session.client()
+    after = 0
+    for line in _present(client, job, tail):
+        show(line)
+        after = line.sequence
+    if follow:
+        for line in client.jobs.follow(job, after):
+            show(line)
+
+
+@jobs.command(example="nabla jobs attach js01jabc")
+@click.argument("job")
+@click.option("--tail", type=click.IntRange(0), default=100, show_default=True, help="Start with the last N lines.")
+@pass_session
+def attach(session: Session, job: str, tail: int) -> int:
+    """Come back to a job: its log until it ends. The exit code is the job's; Ctrl-C leaves again."""
+    from nabla.cli.follow import follow
+
+    client = session.client()
+    return follow(session, client, job, _before_last(client, job, tail))
+
+
+@jobs.command(example="nabla jobs stop js01jabc")
+@click.argument("job", nargs=-1, required=True)
+@pass_session
+def stop(session: Session, job: tuple[str, ...]) -> None:
+    """Stop jobs. One that has ended stays as it is."""
+    client = session.client()
+    stopped = [client.jobs.stop(job_id) for job_id in job]
+    if session.as_json:
+        return print_json(stopped)
+    for one in stopped:
+        note(f"Job {one.id} is {one.state}." if one.ended else f"Stopping job {one.id}.")
+
+
+@jobs.command(example="nabla jobs metrics js01jabc --name loss")
+@click.argument("job")
+@click.option("--name", default="", help="Only this metric.")
+@click.option("--max-points", type=click.IntRange(1), help="Thin each series to so many points.")
+@pass_session
+def metrics(session: Session, job: str, name: str, max_points: int | None) -> None:
+    """Show what a job has logged; --json has every point."""
+    series = session.client().jobs.metrics(job, name, max_points)
+    if session.as_json:
+        return print_json(series)
+    rows = [(one.name, one.last, one.min, one.max, one.point_count) for one in series]
+    table(
+        ("METRIC", "LAST", "MIN", "MAX", "POINTS"),
+        rows,
+        "No metrics. nabla.log({...}) in the job records them.",
+    )
+
+
+def _present(client: Client, job: str, tail: int | None) -> list[LogLine]:
+    return list(client.jobs.logs(job) if tail is None else client.jobs.tail(job, tail))
+
+
+def _before_last(client: Client, job: str, count: int) -> int:
+    """The sequence number after which the last `count` lines come."""
+    if count:
+        lines = client.jobs.tail(job, count)
+        return lines[0].sequence - 1 if lines else 0
+    return client.jobs.log_page(job, -1, 1).last_sequence
+
+
+def _result(job: Job) -> object:
+    return "" if job.exit_code is None else job.exit_code
+
+
+def _show(found: JobDetail) -> None:
+    job, template, attempt = found.job, found.job.template, found.job.attempt or Attempt()
+    wishes = template.resources
+    details(
+        [
+            ("id", job.id),
+            ("name", template.name),
+            ("state", job.state),
+            ("detail", job.detail),
+            ("exit code", _result(job)),
+            ("command", " ".join(template.command)),
+            ("project", job.project_id),
+            ("experiment", job.experiment_id),
+            ("node", attempt.node_id),
+            ("isolation", attempt.isolation),
+            ("asked for", _wishes(wishes.cpu_count, wishes.memory_bytes, wishes.gpu_count)),
+            ("peak memory", readable_size(attempt.peak_memory_bytes) if attempt.peak_memory_bytes else ""),
+            ("environment", template.environment.path or template.environment.kind),
+            ("from", ", ".join(f"{key} {value}" for key, value in template.origin.items())),
+            ("created", job.created_at),
+            ("started", job.started_at),
+            ("ended", job.ended_at),
+        ]
+    )
+    rows = [(entry.at, entry.state, entry.attempt or "", entry.detail) for entry in found.timeline]
+    click.echo()
+    table(("WHEN", "STATE", "ATTEMPT", "DETAIL"), rows, "No history yet.")
+
+
+def _wishes(cpus: float, memory_bytes: int, gpus: float) -> str:
+    parts = ((cpus, f"{cpus:g} CPUs"), (memory_bytes, readable_size(memory_bytes)), (gpus, f"{gpus:g} GPUs"))
+    return ", ".join(text for wish, text in parts if wish)

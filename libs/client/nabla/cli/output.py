@@ -1,0 +1,114 @@
+"""Tables for people, JSON for programs. Standard output carries the answer and standard error all other words."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from nabla.transfer import Progress
+
+STATE_STYLES = {
+    "running": "cyan", "starting": "cyan", "building": "cyan", "succeeded": "green", "ready": "green",
+    "active": "green", "failed": "red", "timed_out": "red", "unreachable": "yellow", "waiting": "yellow",
+    "silent": "yellow", "gone": "red", "cancelled": "dim", "archived": "dim", "deleted": "dim",
+}  # fmt: skip
+# A pipe has no width: nothing in it is cut or wrapped.
+PIPE_WIDTH = 10_000
+
+
+def print_json(value: object) -> None:
+    from nabla.decoding import as_json
+
+    click.echo(json.dumps(as_json(value), indent=2, ensure_ascii=False))
+
+
+def note(text: str) -> None:
+    """A word to the person at the terminal."""
+    click.echo(text, err=True)
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[object]], empty: str) -> None:
+    """`empty` is said on standard error when there is nothing to show: what to do to change that."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        shown.add_column(heading, overflow="fold", no_wrap=heading in ("ID", "STATE"))
+    for row in rows:
+        shown.add_row(*(Text(cell(value), style=STATE_STYLES.get(str(value), "")) for value in row))
+    if shown.row_count:
+        console().print(shown)
+    else:
+        note(empty)
+
+
+def details(pairs: Iterable[tuple[str, object]]) -> None:
+    """One object: its facts under each other, without the empty ones."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(box=None, pad_edge=False, show_header=False)
+    shown.add_column(style="bold", no_wrap=True)
+    shown.add_column(overflow="fold")
+    for name, value in pairs:
+        if value not in (None, "", (), {}):
+            shown.add_row(name, Text(cell(value), style=STATE_STYLES.get(str(value), "")))
+    console().print(shown)
+
+
+def console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else PIPE_WIDTH
+    return Console(file=stream, width=width, highlight=False, soft_wrap=False)
+
+
+def cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, datetime):
+        return ago(value, datetime.now(timezone.utc))
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(cell(item) for item in value)
+    return str(value)
+
+
+def ago(moment: datetime, now: datetime) -> str:
+    """How long ago, roughly; in the future, "in ..."."""
+    seconds = (now - moment).total_seconds()
+    text = span(abs(seconds))
+    return f"{text} ago" if seconds >= 0 else f"in {text}"
+
+
+def span(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+@contextlib.contextmanager
+def progress(title: str, total_bytes: int | None) -> Iterator[Progress]:
+    """A bar on standard error while bytes move, where somebody looks."""
+    if not sys.stderr.isatty():
+        yield lambda size_bytes: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total_bytes)
+        yield lambda size_bytes: bar.advance(task, size_bytes)

@@ -1,0 +1,42 @@
+"""Which project a command in a folder means: named, the job's own, remembered, or one named after the folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from nabla.cli.output import note
+from nabla.client import Client
+from nabla.errors import NotFound
+from nabla.remembered import Folders, project_name
+
+
+def choose_project(client: Client, named: str, folder: Path, folders: Folders | None = None) -> str:
+    """The project's id or name. Whatever was not asked for outright is said."""
+    if named or os.environ.get("NABLA_PROJECT_ID"):
+        return named or os.environ["NABLA_PROJECT_ID"]
+    folders = folders or Folders()
+    return _remembered(client, folder, folders) or _from_folder(client, folder, folders)
+
+
+def _remembered(client: Client, folder: Path, folders: Folders) -> str:
+    """Asked for, since it may have been deleted or archived meanwhile."""
+    project_id = folders.project(client.context.url, folder)
+    if not project_id:
+        return ""
+    try:
+        project = client.projects.get(project_id)
+    except NotFound:
+        return ""
+    if project.state == "deleted":
+        return ""
+    note(f"Project {project.name} (as last time in this folder; --project chooses another).")
+    return project.id
+
+
+def _from_folder(client: Client, folder: Path, folders: Folders) -> str:
+    project, made = client.projects.ensure(project_name(folder))
+    folders.remember(client.context.url, folder, project.id)
+    how = "created, named after this folder" if made else "existing, named like this folder"
+    note(f"Project {project.name} ({how}; --project chooses another).")
+    return project.id

@@ -1,0 +1,181 @@
+"""From a command line to a submitted job: project, workspace, environment, template. `nabla run` and
+`nabla experiments run singlenode` are the same thing under two names."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, TypeVar
+
+import click
+
+from nabla.cli import environment
+from nabla.cli.follow import follow
+from nabla.cli.output import note, print_json, progress
+from nabla.cli.project_choice import choose_project
+from nabla.cli.session import Session
+from nabla.cli.values import size, span
+from nabla.client import Client
+from nabla.hints import readable_size
+from nabla.objects import Experiment, JobTemplate, ModelOutput, Resources
+from nabla.packing import Workspace, pack
+
+ASK_ABOVE_BYTES = 1 << 30
+ASK_ABOVE_FILES = 50_000
+LISTED = 10
+F = TypeVar("F", bound=Callable[..., object])
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line said."""
+
+    command: tuple[str, ...]
+    project: str
+    name: str
+    env: tuple[str, ...]
+    cpus: float
+    memory: int
+    gpus: float
+    timeout: float
+    retries: int
+    models: tuple[str, ...]
+    no_workspace: bool
+    detach: bool
+    yes: bool
+
+
+def submission_options(function: F) -> F:
+    """The options of a submission, in the order in which help shows them."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+_OPTIONS = (
+    click.option("--project", default="", help="Name or id; when left out, this folder's, made if need be."),
+    click.option("--name", default="", help="A name for people; taken from the command when left out."),
+    click.option(
+        "--env",
+        multiple=True,
+        metavar="KEY=VALUE|ENVIRONMENT",
+        help="A variable for the job; or where its python comes from: active (this terminal's virtualenv or conda "
+        "environment), default (the platform's), or a requirements FILE. May be repeated.",
+    ),
+    click.option("--cpus", type=click.FloatRange(0), default=0.0, help="CPU cores."),
+    click.option("--memory", type=size, default="0", metavar="SIZE", help="Memory, such as 4G."),
+    click.option("--gpus", type=click.FloatRange(0), default=0.0, help="GPUs."),
+    click.option("--timeout", type=span, default="0", metavar="TIME", help="Stop it after so long, such as 2h."),
+    click.option("--retries", type=click.IntRange(0), default=0, help="Try again so often when it fails."),
+    click.option(
+        "--model",
+        "models",
+        multiple=True,
+        metavar="NAME=PATH[:FRAMEWORK]",
+        help="Register this folder or file of $NABLA_ARTIFACTS as a model when the job succeeds. May be repeated.",
+    ),
+    click.option("--no-workspace", is_flag=True, help="Send no folder along."),
+    click.option("--detach", is_flag=True, help="Print the job's id and return at once."),
+    click.option("--yes", is_flag=True, help="Answer questions with yes."),
+    click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True),
+)
+
+
+def submit_and_follow(session: Session, options: Options, folder: Path) -> int:
+    """Everything `nabla run` does. The answer is the exit code."""
+    env, models = environment.parse(options.env), tuple(map(model_output, options.models))
+    if not options.no_workspace:
+        confirm_place(folder, options.yes)
+    client = session.client(60.0)
+    python = environment.choose(env.choice, client)
+    project = choose_project(client, options.project, folder)
+    workspace_id, origin = "", {"folder": folder.name}
+    if not options.no_workspace:
+        workspace_id, origin = send_workspace(client, project, folder, options.yes)
+    template = JobTemplate(
+        name=options.name or name_of(options.command),
+        command=options.command,
+        env=env.variables,
+        resources=Resources(options.cpus, options.memory, options.gpus),
+        workspace_id=workspace_id,
+        environment=python,
+        timeout_s=options.timeout,
+        max_retries=options.retries,
+        models=models,
+        origin=origin,
+    )
+    return _started(session, client, client.experiments.start(project, template.name, template), options.detach)
+
+
+def _started(session: Session, client: Client, experiment: Experiment, detach: bool) -> int:
+    job = experiment.jobs[0]
+    if not detach:
+        note(f"Job {job.id} (Ctrl-C detaches, the job goes on).")
+        return follow(session, client, job.id)
+    if session.as_json:
+        print_json(job)
+    else:
+        click.echo(job.id)
+        note(f"Follow it with `nabla jobs attach {job.id}`.")
+    return 0
+
+
+def send_workspace(client: Client, project: str, folder: Path, yes: bool) -> tuple[str, dict[str, str]]:
+    """The id of the sealed workspace and where it came from."""
+    workspace = pack(folder)
+    tell_left_out(workspace)
+    confirm_size(workspace, yes)
+    with progress("Uploading workspace", None) as told:
+        fileset = workspace.upload(client.filesets, project, told)
+    return fileset.id, workspace.origin
+
+
+def tell_left_out(workspace: Workspace) -> None:
+    tree = workspace.tree
+    for paths, why in (
+        (tree.secrets, "Left out for safety"),
+        (tree.machine, "Left out (made anew in the job)"),
+        (tree.links_outside, "Left out (links that lead out of the folder)"),
+        (tree.special, "Left out (not a file)"),
+    ):
+        if paths:
+            more = f" and {len(paths) - LISTED} more" if len(paths) > LISTED else ""
+            note(f"{why}: {', '.join(paths[:LISTED])}{more}")
+
+
+def confirm_place(folder: Path, yes: bool) -> None:
+    """A home folder or a whole disk is hardly ever meant."""
+    place = {folder.anchor: "the root of the file system", str(Path.home()): "your home folder"}.get(str(folder))
+    if place:
+        _confirm(f"{folder} is {place}: send all of it along as the workspace?", yes)
+
+
+def confirm_size(workspace: Workspace, yes: bool) -> None:
+    files, size_bytes = workspace.new_file_count, workspace.new_size_bytes
+    if files > ASK_ABOVE_FILES or size_bytes > ASK_ABOVE_BYTES:
+        _confirm(f"{files} new files, {readable_size(size_bytes)}: send them along as the workspace?", yes)
+
+
+def _confirm(question: str, yes: bool) -> None:
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise click.UsageError(f"{question} Add --yes, or --no-workspace, or name folders in .nablaignore.")
+    click.confirm(question, abort=True, err=True)
+
+
+def name_of(command: tuple[str, ...]) -> str:
+    """From the script's name, else the program's: "python -u train.py --lr 1" is "train"."""
+    words = command if len(command) > 1 else tuple(command[0].split())
+    script = next((word for word in words if re.search(r"\.(py|sh|R|jl|ipynb)$", word)), words[0] if words else "run")
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(script).stem).strip("-.")[:60] or "run"
+
+
+def model_output(text: str) -> ModelOutput:
+    name, equals, rest = text.partition("=")
+    path, _, framework = rest.partition(":")
+    if not (name and equals and path):
+        raise click.BadParameter(f"{text!r} is not NAME=PATH or NAME=PATH:FRAMEWORK.", param_hint="--model")
+    return ModelOutput(name, path, framework)

@@ -1,0 +1,114 @@
+"""The client: one object through which everything the platform offers is reached.
+
+with nabla.Client() as client:
+    for job in client.jobs.list(limit=10):
+        print(job.id, job.state)
+"""
+
+from __future__ import annotations
+
+import time
+from functools import cached_property
+from types import TracebackType
+from typing import Callable
+
+import httpx
+
+from nabla import contexts
+from nabla.contexts import Context
+from nabla.decoding import decode
+from nabla.errors import NoServer
+from nabla.job.identity import front_door
+from nabla.objects import Principal, SignInLink, Status
+from nabla.resources.deployments import Deployments
+from nabla.resources.experiments import Experiments
+from nabla.resources.filesets import Filesets
+from nabla.resources.jobs import Jobs
+from nabla.resources.models import Models
+from nabla.resources.projects import Projects
+from nabla.resources.tokens import Tokens
+from nabla.transport import PATIENCE_S, OnRetry, Transport
+
+
+class Client:
+    """Talks to one server as one principal.
+
+    Without arguments it finds its server as the command line does (see nabla.contexts); `context` names a saved
+    one; `url` and `token` say both outright. Not meant to be shared between threads while it is being closed,
+    otherwise safe to share. `http` replaces the network in tests.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        token: str | None = None,
+        context: str | None = None,
+        *,
+        patience_s: float = PATIENCE_S,
+        on_retry: OnRetry | None = None,
+        http: httpx.BaseTransport | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.context = _context(url, token, context)
+        self._transport = Transport(
+            self.context.url,
+            self.context.token,
+            patience_s=patience_s,
+            on_retry=on_retry,
+            http=http,
+            sleep=sleep,
+        )
+        self.filesets = Filesets(self._transport, http)
+        self.projects = Projects(self._transport)
+        self.experiments = Experiments(self._transport)
+        self.tokens = Tokens(self._transport)
+
+    @cached_property
+    def jobs(self) -> Jobs:
+        return Jobs(self._transport, self.filesets, self.experiments)
+
+    @cached_property
+    def models(self) -> Models:
+        return Models(self._transport, self.filesets)
+
+    @cached_property
+    def deployments(self) -> Deployments:
+        return Deployments(self._transport)
+
+    def predict(self, deployment: str, inputs: object) -> dict[str, object]:
+        """Asks a deployed model: rows in, `{"predictions": [...]}` out."""
+        return self.deployments.predict(deployment, inputs)
+
+    def whoami(self) -> Principal:
+        return decode(Principal, self._transport.get("/whoami"))
+
+    def status(self) -> Status:
+        return decode(Status, self._transport.get("/status"))
+
+    def server_time(self) -> float | None:
+        """The server's clock, in seconds since the epoch; needs no valid token."""
+        return self._transport.server_time()
+
+    def sign_in_link(self) -> SignInLink:
+        """A link that signs one browser in, once."""
+        return decode(SignInLink, self._transport.post("/sign-in-links"))
+
+    def close(self) -> None:
+        self.filesets.close()
+        self._transport.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _context(url: str | None, token: str | None, name: str | None) -> Context:
+    if url is None and token is None:
+        return contexts.resolve(name)
+    if not (url and token):
+        raise NoServer("Client() needs url and token together, or neither.", "Give both.")
+    return Context("given", front_door(url), token, "the caller")

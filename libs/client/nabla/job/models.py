@@ -1,0 +1,65 @@
+"""Registers what a job has trained, straight from the job."""
+
+from __future__ import annotations
+
+from typing import Dict, List, Mapping, Optional
+
+from nabla.decoding import decode
+from nabla.errors import NablaError
+from nabla.job.http import post, put_file
+from nabla.job.identity import JobIdentity
+from nabla.manifest import Manifest, PathLike, describe
+from nabla.objects import FilesetGrant, ModelVersion
+
+
+def save_model(
+    path: PathLike,
+    *,
+    name: str,
+    framework: str,
+    description: str = "",
+    metrics: Optional[Mapping[str, float]] = None,
+) -> ModelVersion:
+    """Uploads a file or folder and registers it as the next version of the model `name`.
+
+    The bytes go straight to object storage. Nothing is registered unless all of them arrived whole, and calling
+    it again with the same files uploads nothing twice. Raises NotInJob outside a job.
+    """
+    identity = JobIdentity.from_environment()
+    fileset_id = _upload(identity, describe(path))
+    body: Dict[str, object] = {
+        "project_id": identity.project_id,
+        "framework": framework,
+        "description": description,
+        "fileset_id": fileset_id,
+        "job_id": identity.job_id,
+        "metrics": {key: float(value) for key, value in (metrics or {}).items()},
+    }
+    return decode(ModelVersion, post(identity, f"/models/{_quoted(name)}/versions", body))
+
+
+def _upload(identity: JobIdentity, manifest: Manifest) -> str:
+    files: List[Dict[str, object]] = [file.as_json() for file in manifest.files]
+    body: Dict[str, object] = {
+        "kind": "model",
+        "project_id": identity.project_id,
+        "digest": manifest.digest,
+        "files": files,
+        "job_id": identity.job_id,
+        "attempt": identity.attempt,
+    }
+    grant = decode(FilesetGrant, post(identity, "/filesets", body))
+    local = {file.path: file for file in manifest.files}
+    for upload in grant.uploads:
+        if upload.path not in local:
+            raise NablaError(f"The server asks for {upload.path!r}, which is not part of the model.")
+        put_file(upload.url, local[upload.path].source, local[upload.path].size_bytes)
+    if grant.fileset.state != "sealed":
+        post(identity, f"/filesets/{grant.fileset.id}/seal", {})
+    return grant.fileset.id
+
+
+def _quoted(name: str) -> str:
+    from urllib.parse import quote
+
+    return quote(name, safe="")

@@ -1,0 +1,378 @@
+"""What the API answers, as frozen dataclasses. The shapes are those of proto/nabla/**."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Mapping, Optional, Tuple
+
+
+@dataclass(frozen=True)
+class Principal:
+    """Who a token speaks for."""
+
+    kind: str = ""
+    id: str = ""
+    name: str = ""
+    team_id: str = ""
+    role: str = ""
+    scopes: Tuple[str, ...] = ()
+    project_id: str = ""
+    job_id: str = ""
+    attempt: int = 0
+
+
+@dataclass(frozen=True)
+class Token:
+    id: str = ""
+    name: str = ""
+    user_id: str = ""
+    team_id: str = ""
+    scopes: Tuple[str, ...] = ()
+    created_at: Optional[datetime] = None
+    expires_at: Optional[datetime] = None
+    revoked_at: Optional[datetime] = None
+    secret: str = ""
+
+
+@dataclass(frozen=True)
+class SignInLink:
+    """Opens the web interface once, signed in."""
+
+    url: str = ""
+    expires_at: Optional[datetime] = None
+
+
+@dataclass(frozen=True)
+class Project:
+    id: str = ""
+    team_id: str = ""
+    name: str = ""
+    description: str = ""
+    state: str = ""
+    created_by: str = ""
+    created_at: Optional[datetime] = None
+    updated_at: Optional[datetime] = None
+    revision: int = 0
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of a file set; `url` is where to PUT or GET it, for some minutes."""
+
+    path: str = ""
+    size_bytes: int = 0
+    md5: str = ""
+    sha256: str = ""
+    url: str = ""
+
+
+@dataclass(frozen=True)
+class Fileset:
+    id: str = ""
+    team_id: str = ""
+    project_id: str = ""
+    kind: str = ""
+    state: str = ""
+    digest: str = ""
+    file_count: int = 0
+    size_bytes: int = 0
+    job_id: str = ""
+    attempt: int = 0
+    created_at: Optional[datetime] = None
+    sealed_at: Optional[datetime] = None
+    revision: int = 0
+
+
+@dataclass(frozen=True)
+class FilesetGrant:
+    """A file set and what of it is still to be uploaded."""
+
+    fileset: Fileset = Fileset()
+    uploads: Tuple[File, ...] = ()
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Zero means no wish."""
+
+    cpu_count: float = 0.0
+    memory_bytes: int = 0
+    gpu_count: float = 0.0
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where the job's `python` comes from: `default`, `venv` (a path) or `requirements` (their text)."""
+
+    kind: str = "default"
+    path: str = ""
+    requirements: str = ""
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """A folder below /artifacts that becomes a model version when the job succeeds."""
+
+    name: str = ""
+    path: str = ""
+    framework: str = ""
+
+
+@dataclass(frozen=True)
+class JobTemplate:
+    """Everything one may say about a job."""
+
+    name: str = ""
+    command: Tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    resources: Resources = Resources()
+    workspace_id: str = ""
+    environment: Environment = Environment()
+    timeout_s: float = 0.0
+    max_retries: int = 0
+    models: Tuple[ModelOutput, ...] = ()
+    ports: Tuple[int, ...] = ()
+    kind: str = "command"
+    origin: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    id: str = ""
+    number: int = 0
+    state: str = ""
+    node_id: str = ""
+    detail: str = ""
+    exit_code: Optional[int] = None
+    created_at: Optional[datetime] = None
+    started_at: Optional[datetime] = None
+    ended_at: Optional[datetime] = None
+    isolation: str = ""
+    peak_memory_bytes: int = 0
+    addresses: Mapping[str, str] = field(default_factory=dict)
+    gpu_indices: Tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class TimelineEntry:
+    at: Optional[datetime] = None
+    state: str = ""
+    detail: str = ""
+    attempt: int = 0
+
+
+ENDED_STATES = frozenset({"succeeded", "failed", "cancelled", "timed_out"})
+
+
+@dataclass(frozen=True)
+class Job:
+    id: str = ""
+    team_id: str = ""
+    project_id: str = ""
+    experiment_id: str = ""
+    template: JobTemplate = field(default_factory=JobTemplate)
+    state: str = ""
+    detail: str = ""
+    desired_state: str = ""
+    revision: int = 0
+    created_at: Optional[datetime] = None
+    queued_at: Optional[datetime] = None
+    started_at: Optional[datetime] = None
+    ended_at: Optional[datetime] = None
+    exit_code: Optional[int] = None
+    attempt: Optional[Attempt] = None
+    created_by: str = ""
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED_STATES
+
+
+@dataclass(frozen=True)
+class JobDetail:
+    job: Job = field(default_factory=Job)
+    attempts: Tuple[Attempt, ...] = ()
+    timeline: Tuple[TimelineEntry, ...] = ()
+
+
+@dataclass(frozen=True)
+class Experiment:
+    id: str = ""
+    team_id: str = ""
+    project_id: str = ""
+    name: str = ""
+    kind: str = ""
+    created_by: str = ""
+    created_at: Optional[datetime] = None
+    revision: int = 0
+    jobs: Tuple[Job, ...] = ()
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """`sequence` counts from 1 over all attempts and ranks of the job; `stream` is stdout, stderr or nabla."""
+
+    sequence: int = 0
+    at: Optional[datetime] = None
+    stream: str = "stdout"
+    text: str = ""
+    attempt: int = 0
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class LogPage:
+    lines: Tuple[LogLine, ...] = ()
+    complete: bool = False
+    last_sequence: int = 0
+
+
+@dataclass(frozen=True)
+class Point:
+    name: str = ""
+    value: float = 0.0
+    step: int = 0
+    at: Optional[datetime] = None
+
+
+@dataclass(frozen=True)
+class Series:
+    name: str = ""
+    points: Tuple[Point, ...] = ()
+    min: float = 0.0
+    max: float = 0.0
+    last: float = 0.0
+    point_count: int = 0
+
+
+@dataclass(frozen=True)
+class MetricPage:
+    items: Tuple[Series, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """The tracked record of a job: parameters, tags and the last value of each metric."""
+
+    job_id: str = ""
+    team_id: str = ""
+    project_id: str = ""
+    name: str = ""
+    state: str = ""
+    params: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    created_at: Optional[datetime] = None
+    ended_at: Optional[datetime] = None
+    revision: int = 0
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    id: str = ""
+    model_id: str = ""
+    model_name: str = ""
+    version: int = 0
+    framework: str = ""
+    description: str = ""
+    fileset_id: str = ""
+    size_bytes: int = 0
+    digest: str = ""
+    job_id: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    created_by: str = ""
+    created_at: Optional[datetime] = None
+    project_id: str = ""
+
+
+@dataclass(frozen=True)
+class Model:
+    id: str = ""
+    team_id: str = ""
+    project_id: str = ""
+    name: str = ""
+    description: str = ""
+    created_at: Optional[datetime] = None
+    revision: int = 0
+    latest_version: int = 0
+    latest: Optional[ModelVersion] = None
+
+
+@dataclass(frozen=True)
+class ModelDetail:
+    model: Model = field(default_factory=Model)
+    versions: Tuple[ModelVersion, ...] = ()
+
+
+@dataclass(frozen=True)
+class Revision:
+    number: int = 0
+    model_id: str = ""
+    model_name: str = ""
+    model_version: int = 0
+    framework: str = ""
+    model_fileset_id: str = ""
+    bento_fileset_id: str = ""
+    state: str = ""
+    detail: str = ""
+    build_job_id: str = ""
+    replica_job_id: str = ""
+    created_at: Optional[datetime] = None
+
+
+@dataclass(frozen=True)
+class Deployment:
+    id: str = ""
+    team_id: str = ""
+    project_id: str = ""
+    name: str = ""
+    state: str = ""
+    detail: str = ""
+    desired_state: str = ""
+    revision: Optional[Revision] = None
+    path: str = ""
+    host: str = ""
+    created_by: str = ""
+    created_at: Optional[datetime] = None
+    ready_at: Optional[datetime] = None
+    record_revision: int = 0
+    endpoint_token: str = field(default="", repr=False)
+    resources: Resources = Resources()
+
+
+@dataclass(frozen=True)
+class ServiceStatus:
+    name: str = ""
+    version: str = ""
+    ready: bool = False
+    detail: str = ""
+    uptime_s: float = 0.0
+    outbox_waiting: int = 0
+    dead_letters: int = 0
+
+
+@dataclass(frozen=True)
+class Node:
+    id: str = ""
+    hostname: str = ""
+    state: str = ""
+    cpu_count: float = 0.0
+    memory_bytes: int = 0
+    gpu_count: float = 0.0
+    gpu_model: str = ""
+    isolation: str = ""
+    isolation_detail: str = ""
+    seen_at: Optional[datetime] = None
+
+
+@dataclass(frozen=True)
+class Status:
+    """The whole installation at a glance."""
+
+    version: str = ""
+    isolation: str = ""
+    isolation_detail: str = ""
+    services: Tuple[ServiceStatus, ...] = ()
+    nodes: Tuple[Node, ...] = ()
+    nodes_detail: str = ""

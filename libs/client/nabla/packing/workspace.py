@@ -1,0 +1,100 @@
+"""Brings the parts together: scan, hash, and upload when the server does not know the tree yet."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from functools import cached_property
+from pathlib import Path
+
+from nabla.errors import WorkspaceError
+from nabla.manifest import LocalFile, Manifest
+from nabla.objects import Fileset
+from nabla.packing import archive
+from nabla.packing.archive import ARCHIVE, ChangedMeanwhile, tree_digest
+from nabla.packing.hashes import ArchiveFacts, HashCache
+from nabla.packing.origin import describe_origin
+from nabla.packing.tree import FOLDER, LINK, Entry, Tree, scan
+from nabla.resources.filesets import Filesets
+from nabla.transfer import Progress, silent
+
+ATTEMPTS = 3
+
+
+class Workspace:
+    """A scanned folder. What it costs to go on can be asked before anything is read or sent."""
+
+    def __init__(self, tree: Tree, cache_folder: Path | None = None) -> None:
+        self.tree = tree
+        self._cache_folder = cache_folder
+        self._cache = HashCache(tree.root, cache_folder)
+        new = [entry for entry in tree.entries if _is_file(entry) and self._cache.known(entry) is None]
+        self.new_file_count = len(new)
+        self.new_size_bytes = sum(entry.size_bytes for entry in new)
+
+    @cached_property
+    def origin(self) -> dict[str, str]:
+        return describe_origin(self.tree.root)
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        return {entry.path: self._hash(entry) for entry in self.tree.entries}
+
+    @cached_property
+    def digest(self) -> str:
+        return tree_digest(self.tree.entries, self.hashes)
+
+    def upload(self, filesets: Filesets, project: str, progress: Progress = silent) -> Fileset:
+        """The sealed file set of this tree. A file that changes meanwhile starts it over, three times at most."""
+        now = self
+        for _ in range(ATTEMPTS - 1):
+            try:
+                return now._upload(filesets, project, progress)
+            except ChangedMeanwhile:
+                now = Workspace(scan(self.tree.root), self._cache_folder)
+        return now._upload(filesets, project, progress)
+
+    def _upload(self, filesets: Filesets, project: str, progress: Progress) -> Fileset:
+        with tempfile.TemporaryDirectory(prefix="nabla-") as folder:
+            path = Path(folder, ARCHIVE)
+            remembered = self._cache.archive(self.digest)
+            if remembered is not None:
+                grant = filesets.open("workspace", project, self._manifest(path, remembered))
+                if not grant.uploads:
+                    fileset = filesets.finish(grant, ())
+                    self._cache.save(self.digest, remembered)
+                    return fileset
+            # Opened again with the facts as written: another zlib may pack the same tree into other bytes.
+            written = self._write(path)
+            fileset = filesets.upload("workspace", project, self._manifest(path, written), progress)
+        self._cache.save(self.digest, written)
+        return fileset
+
+    def _write(self, path: Path) -> ArchiveFacts:
+        try:
+            return archive.write(path, self.tree.root, self.tree.entries, self.hashes)
+        except OSError as error:
+            raise WorkspaceError(
+                f"Cannot pack the folder into {path.parent}: {error.strerror}.",
+                "Make room there, or set TMPDIR to a folder with more.",
+            ) from error
+
+    def _manifest(self, path: Path, facts: ArchiveFacts) -> Manifest:
+        file = LocalFile(ARCHIVE, path, facts.size_bytes, facts.md5, facts.sha256)
+        return Manifest(self.digest, (file,))
+
+    def _hash(self, entry: Entry) -> str:
+        if entry.mode == LINK:
+            return hashlib.sha256(entry.target.encode("utf-8", "surrogateescape")).hexdigest()
+        return hashlib.sha256(b"").hexdigest() if entry.mode == FOLDER else self._cache.sha256(entry)
+
+
+def pack(folder: Path, cache_folder: Path | None = None) -> Workspace:
+    """Scans a folder; nothing is read or sent yet."""
+    if not folder.is_dir():
+        raise WorkspaceError(f"{str(folder)!r} is not a folder.", "Run it in the folder that holds your code.")
+    return Workspace(scan(folder), cache_folder)
+
+
+def _is_file(entry: Entry) -> bool:
+    return entry.mode not in (LINK, FOLDER)

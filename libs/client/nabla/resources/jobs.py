@@ -1,0 +1,161 @@
+"""Jobs: start, watch, stop, and fetch what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Union
+
+from nabla.decoding import as_json, decode
+from nabla.errors import NablaError, Unavailable, Unreachable
+from nabla.objects import File, Job, JobDetail, JobTemplate, LogLine, LogPage, MetricPage, Resources, Run, Series
+from nabla.resources.base import Resource, segment
+from nabla.resources.experiments import Experiments
+from nabla.resources.filesets import Filesets
+from nabla.sse import EventParser, ServerEvent
+from nabla.transfer import Progress, silent
+from nabla.transport import FIRST_DELAY_S, LONGEST_DELAY_S, Transport
+
+JobEvent = Union[LogLine, Job]
+# How long a stream may stay away before following gives up; jobs outlive a restart of any service.
+RECONNECT_S = 600.0
+
+
+class Jobs(Resource):
+    def __init__(self, transport: Transport, filesets: Filesets, experiments: Experiments) -> None:
+        super().__init__(transport)
+        self._filesets = filesets
+        self._experiments = experiments
+
+    def run(
+        self,
+        command: Sequence[str],
+        *,
+        project: str,
+        name: str = "",
+        folder: Path | str | None = None,
+        env: Mapping[str, str] | None = None,
+        resources: Resources | None = None,
+    ) -> Job:
+        """Starts one job, with `folder` (if given) as its workspace. For all else, fill a JobTemplate."""
+        workspace_id, origin = "", {}
+        if folder is not None:
+            from nabla.packing import pack
+
+            workspace = pack(Path(folder))
+            workspace_id = workspace.upload(self._filesets, project).id
+            origin = workspace.origin
+        template = JobTemplate(
+            name=name or "run",
+            command=tuple(command),
+            env=dict(env or {}),
+            resources=resources or Resources(),
+            workspace_id=workspace_id,
+            origin=origin,
+        )
+        return self._experiments.start(project, template.name, template).jobs[0]
+
+    def submit(self, project: str, template: JobTemplate, experiment_id: str = "") -> Job:
+        """A job of its own, or one more of an experiment."""
+        body: dict[str, object] = {"project_id": project, "template": as_json(template)}
+        if experiment_id:
+            body["experiment_id"] = experiment_id
+        return decode(Job, self._transport.post("/jobs", body))
+
+    def list(self, project: str = "", state: str = "", kind: str = "", limit: int | None = None) -> Iterator[Job]:
+        """Newest first; `kind` "any" shows builds and replicas too."""
+        return self._paged("/jobs", Job, {"project_id": project, "state": state, "kind": kind}, limit)
+
+    def get(self, job_id: str) -> JobDetail:
+        return decode(JobDetail, self._transport.get(f"/jobs/{segment(job_id)}"))
+
+    def stop(self, job_id: str) -> Job:
+        return decode(Job, self._transport.post(f"/jobs/{segment(job_id)}/stop"))
+
+    def log_page(self, job_id: str, after: int = 0, limit: int = 1000) -> LogPage:
+        """Lines after a sequence number; the last -after lines when it is negative."""
+        answer = self._transport.get(f"/jobs/{segment(job_id)}/logs", {"after": after, "limit": limit})
+        return decode(LogPage, answer)
+
+    def logs(self, job_id: str, after: int = 0) -> Iterator[LogLine]:
+        """The lines there are now, each once and in order, without waiting for more."""
+        while True:
+            page = self.log_page(job_id, after)
+            yield from page.lines
+            if not page.lines or page.lines[-1].sequence >= page.last_sequence:
+                return
+            after = page.lines[-1].sequence
+
+    def tail(self, job_id: str, count: int) -> Sequence[LogLine]:
+        return (self.log_page(job_id, -count, count).lines) if count > 0 else ()
+
+    def follow(self, job_id: str, after: int = 0) -> Iterator[LogLine]:
+        """Every line after `after` until the job has ended and its log is whole; see `watch`."""
+        return (event for event in self.watch(job_id, after) if isinstance(event, LogLine))
+
+    def watch(self, job_id: str, after: int = 0) -> Iterator[JobEvent]:
+        """Log lines as they come and the job at each change of its state; the last item is the ended job.
+
+        A broken stream is opened again after the last line seen, so no line is lost or comes twice. Gives up, with
+        the error, after ten minutes without any answer.
+        """
+        last, delay_s, deadline = after, FIRST_DELAY_S, time.monotonic() + RECONNECT_S
+        while True:
+            failure: NablaError = Unreachable("The log stream ended before the job did.")
+            try:
+                for event in self._stream(job_id, last):
+                    delay_s, deadline = FIRST_DELAY_S, time.monotonic() + RECONNECT_S
+                    item = _job_event(event)
+                    if isinstance(item, LogLine):
+                        if item.sequence <= last:
+                            continue
+                        last = item.sequence
+                    if item is not None:
+                        yield item
+                    if event.event == "end":
+                        return
+            except (Unreachable, Unavailable) as error:
+                failure = error
+            if time.monotonic() > deadline:
+                raise failure
+            self._transport.tell_retry(failure)
+            self._transport.sleep(delay_s)
+            delay_s = min(delay_s * 2, LONGEST_DELAY_S)
+
+    def _stream(self, job_id: str, after: int) -> Iterator[ServerEvent]:
+        parser = EventParser()
+        path, last_id = f"/jobs/{segment(job_id)}/logs/stream", str(after) if after else ""
+        with self._transport.stream(path, {"after": after}, last_id) as chunks:
+            for chunk in chunks:
+                yield from parser.feed(chunk)
+
+    def artifacts(self, job_id: str) -> Iterator[File]:
+        """What the newest attempt left in /artifacts; nothing while it runs."""
+        return self._paged(f"/jobs/{segment(job_id)}/artifacts", File, {}, None)
+
+    def download_artifacts(self, job_id: str, folder: Path, progress: Progress = silent) -> Sequence[Path]:
+        return self._filesets.download(self.artifacts(job_id), folder, progress)
+
+    def metrics(self, job_id: str, name: str = "", max_points: int | None = None) -> Sequence[Series]:
+        params = {"name": name, "max_points": max_points}
+        answer = self._transport.get(f"/jobs/{segment(job_id)}/metrics", params)
+        return decode(MetricPage, answer).items
+
+    def log_metrics(self, job_id: str, points: Sequence[Mapping[str, object]]) -> Run:
+        """Adds points ({name, value, step}) from outside the job."""
+        body = {"points": [dict(point) for point in points]}
+        return decode(Run, self._transport.post(f"/jobs/{segment(job_id)}/metrics", body))
+
+    def tracked(self, job_id: str) -> Run:
+        """Parameters, tags and the last value of each metric."""
+        return decode(Run, self._transport.get(f"/jobs/{segment(job_id)}/run"))
+
+
+def _job_event(event: ServerEvent) -> JobEvent | None:
+    if event.event == "line":
+        return decode(LogLine, json.loads(event.data))
+    if event.event in ("state", "end"):
+        return decode(Job, json.loads(event.data))
+    return None

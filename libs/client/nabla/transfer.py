@@ -1,0 +1,131 @@
+"""Bytes between this machine and object storage, by presigned URL and never through the API."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Callable
+
+import httpx
+
+from nabla.errors import TransferError
+from nabla.manifest import CHUNK_BYTES, LocalFile, hash_file
+from nabla.objects import File
+
+# Told how many bytes went over; negative when a broken transfer starts again.
+Progress = Callable[[int], None]
+ATTEMPTS = 6
+_WORTH_REPEATING = frozenset({429, 500, 502, 503, 504})
+
+
+def silent(size_bytes: int) -> None:
+    """A Progress that nobody looks at."""
+
+
+class ExpiredUrl(TransferError):
+    """The store refuses the URL; a new grant helps."""
+
+
+class Transfers:
+    """A connection pool of its own: presigned URLs carry their authority, so no token may go along."""
+
+    def __init__(self, http: httpx.BaseTransport | None = None, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._http = httpx.Client(timeout=httpx.Timeout(60.0, connect=5.0), transport=http)
+        self._sleep = sleep
+
+    def close(self) -> None:
+        self._http.close()
+
+    def put(self, url: str, file: LocalFile, progress: Progress = silent) -> None:
+        def once() -> None:
+            headers = {"Content-Length": str(file.size_bytes), "Content-Type": "application/octet-stream"}
+            content = _told(_chunks(file.source), progress)
+            _check(self._http.put(url, content=content, headers=headers), file.path)
+
+        self._repeat(once, file.path, progress)
+
+    def fetch(self, file: File, folder: Path, progress: Progress = silent) -> Path:
+        """Downloads one file of a file set below `folder`; what is there already with the same hash is kept.
+
+        The file appears under its name only when it is whole and its SHA-256 is right.
+        """
+        target = inside(folder, file.path)
+        if _is_there(target, file):
+            progress(file.size_bytes)
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(target.name + ".part")
+        self._repeat(lambda: self._download(file, part, progress), file.path, progress)
+        os.replace(part, target)
+        return target
+
+    def _download(self, file: File, part: Path, progress: Progress) -> None:
+        sha256 = hashlib.sha256()
+        with self._http.stream("GET", file.url) as response, part.open("wb") as stream:
+            _check(response, file.path)
+            for chunk in response.iter_bytes(CHUNK_BYTES):
+                stream.write(chunk)
+                sha256.update(chunk)
+                progress(len(chunk))
+        if file.sha256 and sha256.hexdigest() != file.sha256:
+            part.unlink()
+            raise TransferError(f"{file.path!r} arrived damaged: its SHA-256 differs.", "Try again.")
+
+    def _repeat(self, once: Callable[[], None], path: str, progress: Progress) -> None:
+        delay_s = 0.2
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                once()
+                return
+            except httpx.TransportError as error:
+                if attempt == ATTEMPTS:
+                    reason = str(error) or type(error).__name__
+                    raise TransferError(f"The transfer of {path!r} broke off: {reason}.", "Try again.") from error
+            self._sleep(delay_s)
+            delay_s *= 2
+
+
+def inside(folder: Path, path: str) -> Path:
+    """Where a file of a file set goes below `folder`; refuses names that lead out of it."""
+    parts = PurePosixPath(path).parts
+    windows = PureWindowsPath(path)
+    if not parts or path.startswith("/") or ".." in parts or windows.drive or "\\" in path:
+        raise TransferError(f"The file set holds a file named {path!r}, which could lead outside the folder.")
+    return folder.joinpath(*parts)
+
+
+def _is_there(target: Path, file: File) -> bool:
+    if not (file.sha256 and target.is_file() and target.stat().st_size == file.size_bytes):
+        return False
+    return hash_file(target)[2] == file.sha256
+
+
+def _chunks(source: Path) -> Iterator[bytes]:
+    with source.open("rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES // 4):
+            yield chunk
+
+
+def _told(chunks: Iterator[bytes], progress: Progress) -> Iterator[bytes]:
+    """Counts what was sent, and takes it back when the transfer breaks off."""
+    sent = 0
+    try:
+        for chunk in chunks:
+            yield chunk
+            sent += len(chunk)
+            progress(len(chunk))
+    except GeneratorExit:
+        progress(-sent)
+        raise
+
+
+def _check(response: httpx.Response, path: str) -> None:
+    if response.is_success:
+        return
+    if response.status_code in _WORTH_REPEATING:
+        raise httpx.RemoteProtocolError(f"object storage answered HTTP {response.status_code}")
+    kind = ExpiredUrl if response.status_code == httpx.codes.FORBIDDEN else TransferError
+    raise kind(f"Object storage refused {path!r}: HTTP {response.status_code}.", "Try again.")

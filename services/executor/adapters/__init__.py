@@ -1,0 +1,1 @@
+"""The executor's ports made real: what touches Ray, processes, sandboxes and disks."""

@@ -1,0 +1,355 @@
+"""One attempt's life on its node, told in the order in which it happens.
+
+Everything that must survive the agent is in the attempt's folder: `order.json` (what was asked for), the shim's
+records, the log's journal, `sealed.json` (what was kept) and `reported.json` (which phases the bus has stored).
+`run` may therefore be begun again at any point, by another process, and goes on from what it finds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from libs.common.clock import from_us, to_us, utc_now
+from libs.common.contracts.envelope import Envelope
+from libs.common.contracts.messages import Execution, JobTemplate, LogFrame, Principal, ReportExecution
+from services.executor.adapters import zygote
+from services.executor.adapters.agent_bus import AgentBus
+from services.executor.adapters.attempt_folder import AttemptFolder, ExitRecord, MalformedSpec, write_durably
+from services.executor.adapters.attempt_log import AttemptLog, Identity
+from services.executor.adapters.environments import EnvironmentRefused, Environments
+from services.executor.adapters.folder_watch import FolderWatch, wait_for_change
+from services.executor.adapters.job_spec import NodeFacts, spec_for
+from services.executor.adapters.sealing import NotKept, Owner, Sealing
+from services.executor.adapters.staging import Staging, StagingFailed
+from services.executor.domain.execution import ENDED, FINISHING, RUNNING, STARTING, short_reason
+from services.executor.ports import StartOrder
+
+LOOK_S = 1.0
+STARTED_PATIENCE_S = 0.2
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What all attempts of a node share."""
+
+    bus: AgentBus
+    staging: Staging
+    sealing: Sealing
+    environments: Environments
+    watch: FolderWatch
+    node: NodeFacts
+    zygote_socket: Path
+    revive_zygote: Callable[[], None]
+
+
+class AttemptRun:
+    """Runs one attempt from its order to its reported end."""
+
+    def __init__(self, folder: AttemptFolder, order: StartOrder, means: Means) -> None:
+        self.order = order
+        self._folder = folder
+        self._means = means
+        self._changed = asyncio.Event()
+        self._log_changed = asyncio.Event()
+        identity = Identity(order.job_id, order.attempt_id, order.number)
+        self._log = AttemptLog(folder.path, identity, self._send_frame, self._log_changed)
+        self._reported: dict[str, Any] = read_json(folder.path / "reported.json") or {}
+        self.phase = str(self._reported.get("state", STARTING))
+
+    @property
+    def is_over(self) -> bool:
+        """Its end is stored on the bus."""
+        return self.phase == ENDED
+
+    def present(self) -> Execution:
+        """The attempt as this node knows it now."""
+        return self._execution(self.phase)
+
+    def stop(self, grace_s: float, reason: str) -> None:
+        """Asks for the end, whatever the attempt is doing; harmless when it is over."""
+        if self._folder.read_exit() is None:
+            self._folder.request_stop(grace_s, reason)
+            self._changed.set()
+
+    async def run(self) -> None:
+        if self.is_over:
+            return
+        self._means.watch.watch(self._folder.path, self._changed)
+        self._means.watch.watch(self._folder.path, self._log_changed)
+        self._means.watch.watch(self._folder.spool, self._log_changed)
+        shipping = asyncio.create_task(self._log.ship())
+        try:
+            await self._start()
+            await self._until_started()
+            ended = await self._until_ended()
+            self._log.job_ended()
+            await self._report(FINISHING)
+            await self._keep(ended)
+            self._log.say("end", end_line(ended, self.order.template), tail=True)
+            self._log.close()
+            await shipping
+            await self._report(ENDED)
+        finally:
+            shipping.cancel()
+            self._means.watch.forget(self._changed)
+            self._means.watch.forget(self._log_changed)
+
+    async def _start(self) -> None:
+        """Stages and starts, unless that was done before; whatever forbids it becomes the attempt's end."""
+        if self._folder.read_exit() or self._folder.read_shim():
+            return
+        try:
+            if not (self._folder.path / "spec.json").exists():
+                await self._or_stopped(self._prepare())
+            await asyncio.to_thread(self._start_shim)
+        except _Stopped:
+            stop = self._folder.read_stop()
+            self._never_started("stopped", stop.reason if stop else "")
+        except (StagingFailed, EnvironmentRefused, MalformedSpec, zygote.StartFailed, OSError) as error:
+            for number, line in enumerate(str(error).splitlines() or [repr(error)]):
+                self._log.say(f"refused-{number}", line)
+            self._never_started("refused", str(error))
+
+    async def _or_stopped(self, work: Any) -> None:
+        """Does the work, but leaves it when somebody asks for the end."""
+        task = asyncio.ensure_future(work)
+        try:
+            while not task.done():
+                self._changed.clear()
+                if self._folder.read_stop():
+                    raise _Stopped
+                waiting = asyncio.create_task(wait_for_change(self._changed, LOOK_S))
+                await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+                waiting.cancel()
+            await task
+        finally:
+            task.cancel()
+
+    async def _prepare(self) -> None:
+        template, node = self.order.template, self._means.node
+        if template.environment.kind == "requirements":
+            # Building may take minutes: the first line says what is being waited for.
+            self._log.say("building", "environment: preparing the requirements")
+        environment = await self._means.environments.prepare(template.environment)
+        self._log.say("environment", f"environment: {environment.name}")
+        self._log.say("node", f"node: {node.hostname}, isolation: {node.isolation}")
+        await self._means.staging.lay(template, self.order.team_id, self._folder.workspace)
+        spec = await asyncio.to_thread(spec_for, self.order, environment.prefix, node)
+        await asyncio.to_thread(AttemptFolder.create, node.node_dir, spec)
+
+    def _start_shim(self) -> None:
+        while True:
+            try:
+                zygote.start_attempt(self._means.zygote_socket, self._folder.path)
+            except zygote.ZygoteUnavailable as error:
+                log.warning("the zygote is started again", extra={"reason": str(error)})
+                self._means.revive_zygote()
+            else:
+                return
+
+    def _never_started(self, reason: Any, detail: str) -> None:
+        record = ExitRecord(
+            code=None,
+            signal=None,
+            reason=reason,
+            detail=short_reason(detail),
+            peak_rss_bytes=0,
+            started_at_us=None,
+            ended_at_us=to_us(utc_now()),
+        )
+        self._folder.write_exit(record)
+
+    async def _until_started(self) -> None:
+        while self._folder.read_started() is None:
+            self._changed.clear()
+            if self._folder.read_exit() or self._is_dead():
+                return
+            await wait_for_change(self._changed, STARTED_PATIENCE_S)
+        await self._report(RUNNING)
+
+    async def _until_ended(self) -> ExitRecord:
+        while True:
+            self._changed.clear()
+            ended = self._folder.read_exit()
+            if ended:
+                return ended
+            if self._is_dead():
+                return self._lost()
+            await wait_for_change(self._changed, LOOK_S)
+
+    def _is_dead(self) -> bool:
+        """The shim was killed, and all of the job with it. It may have written its end just before."""
+        return not self._folder.shim_is_alive() and self._folder.read_exit() is None
+
+    def _lost(self) -> ExitRecord:
+        """No reason of the shim's: this node's agent saw it gone. Written down, so that it is said once."""
+        started = self._folder.read_started()
+        record = ExitRecord(
+            code=None,
+            signal=None,
+            reason="refused",
+            detail="the process that watched over the job was killed, and the job with it",
+            peak_rss_bytes=0,
+            started_at_us=started.at_us if started else None,
+            ended_at_us=to_us(utc_now()),
+        )
+        write_durably(self._folder.path / "lost.json", b"{}")
+        self._folder.write_exit(record)
+        return record
+
+    async def _keep(self, ended: ExitRecord) -> None:
+        """Seals artifacts and models once; problems go to the log and do not change how the job ended."""
+        marker = self._folder.path / "sealed.json"
+        if marker.exists() or ended.started_at_us is None:
+            return
+        owner = Owner(
+            self.order.attempt_id, self.order.job_id, self.order.number, self.order.team_id, self.order.project_id
+        )
+        try:
+            count = await self._means.sealing.seal_artifacts(owner, self._folder.artifacts)
+            if count:
+                self._log.say("artifacts", f"artifacts: {count} files kept", tail=True)
+        except NotKept as error:
+            self._log.say("artifacts", f"artifacts: not kept: {error}", tail=True)
+        if ended.reason == "exited" and ended.code == 0:
+            await self._keep_models(owner)
+        write_durably(marker, b"{}")
+
+    async def _keep_models(self, owner: Owner) -> None:
+        for model in self.order.template.models:
+            try:
+                version = await self._means.sealing.register_model(owner, self._folder.artifacts, model)
+                said = f"model: {model.name} version {version} registered"
+            except NotKept as error:
+                said = f"model: {model.name} not registered: {error}"
+            self._log.say(f"model-{model.name}", said, tail=True)
+
+    async def _report(self, state: str) -> None:
+        """Tells the executor; returns when the bus has stored it. A phase is told once for each node."""
+        if state in self._reported.get("told", []):
+            self.phase = state
+            return
+        execution = self._execution(state)
+        envelope = Envelope(
+            # The same for the same fact, so that a repetition is stored once; beneath 40 characters.
+            id=f"{self.order.attempt_id}-{state[0]}{execution.node_id[:8]}",
+            type=ReportExecution.ROUTE.type,
+            source="agent",
+            time=utc_now(),
+            object_id=self.order.attempt_id,
+            team_id=self.order.team_id,
+            project_id=self.order.project_id,
+            attempt=self.order.number,
+            traceparent=self.order.traceparent,
+            sender=Principal(kind="service", id="agent", team_id=self.order.team_id),
+        )
+        await self._means.bus.publish(ReportExecution(execution=execution), envelope)
+        self.phase = state
+        self._reported = {"state": state, "told": [*self._reported.get("told", []), state]}
+        write_durably(self._folder.path / "reported.json", json.dumps(self._reported).encode())
+
+    def _execution(self, state: str) -> Execution:
+        order, started, ended = self.order, self._folder.read_started(), self._folder.read_exit()
+        seen = Execution(
+            attempt_id=order.attempt_id,
+            job_id=order.job_id,
+            number=order.number,
+            team_id=order.team_id,
+            project_id=order.project_id,
+            node_id=self._means.node.node_id,
+            state=state,
+            isolation=started.isolation if started else "",
+            addresses={str(port): f"127.0.0.1:{at}" for port, at in started.ports.items()} if started else {},
+            gpu_indices=order.gpu_indices,
+            started_at=from_us(started.at_us) if started else None,
+        )
+        if not ended or state != ENDED:
+            return seen
+        lost = (self._folder.path / "lost.json").exists()
+        return seen.model_copy(
+            update={
+                "reason": "lost" if lost else ended.reason,
+                "detail": short_reason(ended.detail),
+                "exit_code": ended.code,
+                "signal": ended.signal,
+                "peak_memory_bytes": ended.peak_rss_bytes,
+                "ended_at": from_us(ended.ended_at_us),
+            }
+        )
+
+    async def _send_frame(self, first_line: int, body: bytes) -> None:
+        envelope = Envelope(
+            id=f"{self.order.attempt_id}-0-{first_line}",
+            type=LogFrame.ROUTE.type,
+            source="agent",
+            time=utc_now(),
+            object_id=self.order.job_id,
+            team_id=self.order.team_id,
+            project_id=self.order.project_id,
+            attempt=self.order.number,
+            traceparent=self.order.traceparent,
+        )
+        await self._means.bus.publish_body(LogFrame, body, envelope)
+
+
+class _Stopped(Exception):  # noqa: N818 - a fact
+    """Somebody asked for the end before the start."""
+
+
+def end_line(ended: ExitRecord, template: JobTemplate) -> str:
+    """The log's last line, for people."""
+    facts = [f"peak memory {_bytes(ended.peak_rss_bytes)}"] if ended.peak_rss_bytes else []
+    match ended.reason:
+        case "exited":
+            facts.insert(0, f"exit code {ended.code}")
+        case "out_of_memory":
+            limit = template.resources.memory_bytes
+            facts.insert(0, "killed: out of memory" + (f", limit {_bytes(limit)}" if limit else ""))
+        case "timed_out":
+            facts.insert(0, f"ended: its time limit of {template.timeout_s:g} s is over")
+        case _:
+            facts.insert(0, f"{ended.reason}: {short_reason(ended.detail, 300)}".removesuffix(": "))
+    if ended.started_at_us:
+        facts.append(f"{(ended.ended_at_us - ended.started_at_us) / 1e6:.1f} s")
+    return ", ".join(facts)
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1000:.0f} kB"
+
+
+def write_order(folder: AttemptFolder, order: StartOrder) -> None:
+    """Commits the order: from here on the attempt exists on this node."""
+    for path in (folder.path.parent, folder.path):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in (folder.workspace, folder.artifacts, folder.tmp, folder.spool):
+        path.mkdir(mode=0o700, exist_ok=True)
+    plain = asdict(replace(order, template=JobTemplate())) | {"template": order.template.to_wire().decode()}
+    write_durably(folder.path / "order.json", json.dumps(plain).encode())
+
+
+def read_order(folder: AttemptFolder) -> StartOrder | None:
+    plain = read_json(folder.path / "order.json")
+    if plain is None:
+        return None
+    template = JobTemplate.from_wire(plain.pop("template").encode())
+    return StartOrder(**plain | {"template": template, "gpu_indices": tuple(plain["gpu_indices"])})
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        loaded: dict[str, Any] = json.loads(path.read_bytes())
+        return loaded
+    return None

@@ -1,0 +1,169 @@
+"""Where `python` in a job comes from: the platform's small environment, one of this machine, or a built one."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from libs.common.contracts.messages import Environment
+from libs.common.errors import NablaError
+from services.executor.adapters.transfer import remove_tree
+
+BUILD_LIMIT_S = 1800.0
+LAST_LINES = 10
+# The installer reads its index from the platform's own settings, never from the job's text.
+_REQUIREMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\s*(\[[^\]]*\])?\s*([=<>!~;\\].*)?")
+_HASH = re.compile(r"--hash=[a-z0-9]+:[0-9a-fA-F]+\s*\\?")
+
+
+class EnvironmentRefused(NablaError):
+    """The job cannot have this environment; the text says why, for the user to read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An environment to bind read-only at its own path, and how the log names it."""
+
+    prefix: str
+    name: str
+
+
+class Environments:
+    """The environments of one node.
+
+    Args:
+        default: the prefix of the platform's small environment.
+        cache: where built ones are kept; each at a path of its own, as environments cannot be moved.
+        hidden: folders of the platform that no job may be shown, whatever it calls its environment.
+    """
+
+    def __init__(self, default: Path, cache: Path, hidden: tuple[Path, ...]) -> None:
+        self._default = default
+        self._cache = cache
+        self._hidden = tuple(path.resolve() for path in hidden)
+        self._building: dict[str, asyncio.Lock] = {}
+
+    async def prepare(self, wanted: Environment) -> Prepared:
+        """Raises EnvironmentRefused."""
+        match wanted.kind or "default":
+            case "default":
+                return self._prepare_default()
+            case "venv":
+                return self._prepare_present(Path(wanted.path))
+            case "requirements":
+                return await self._prepare_built(wanted.requirements)
+            case other:
+                raise EnvironmentRefused(f"{other!r} is not one of default, venv, requirements")
+
+    def _prepare_default(self) -> Prepared:
+        if not _python(self._default):
+            raise EnvironmentRefused(f"the default environment is not installed on this node ({self._default})")
+        return Prepared(str(self._default), f"default ({_version(self._default)})")
+
+    def _prepare_present(self, path: Path) -> Prepared:
+        resolved = path.resolve()
+        if not path.is_absolute() or ".." in path.parts or not _python(path):
+            raise EnvironmentRefused(f"{path} is not a Python environment on this node")
+        if not (path / "pyvenv.cfg").is_file() and not (path / "conda-meta").is_dir():
+            raise EnvironmentRefused(f"{path} is neither a virtualenv nor a conda environment")
+        for hidden in self._hidden:
+            if hidden.is_relative_to(resolved) or resolved.is_relative_to(hidden):
+                raise EnvironmentRefused(f"{path} holds files of the platform")
+        return Prepared(str(resolved), f"{path} ({_version(path)})")
+
+    async def _prepare_built(self, requirements: str) -> Prepared:
+        lines = checked_requirements(requirements)
+        if not _python(self._default):
+            raise EnvironmentRefused(f"the default environment is not installed on this node ({self._default})")
+        version = _version(self._default)
+        key = hashlib.sha256("\n".join([version, *lines]).encode()).hexdigest()[:24]
+        prefix = self._cache / key
+        async with self._building.setdefault(key, asyncio.Lock()):
+            if not (prefix / ".complete").exists():
+                await self._build(prefix, lines)
+        count = sum(line[0].isalnum() for line in lines)
+        return Prepared(str(prefix), f"{count} requirements ({version})")
+
+    async def _build(self, prefix: Path, lines: list[str]) -> None:
+        if prefix.exists():
+            await asyncio.to_thread(remove_tree, prefix)
+        prefix.mkdir(parents=True)
+        python = str(self._default / "bin" / "python")
+        await _run([python, "-m", "venv", "--without-pip", str(prefix)])
+        listed = prefix / "requirements.txt"
+        listed.write_text("\n".join(lines) + "\n")
+        await _run([*_installer(python, prefix), "--only-binary", ":all:", "-r", str(listed)])
+        (prefix / ".complete").touch()
+
+
+def checked_requirements(text: str) -> list[str]:
+    """The lines that name packages. Options, paths and URLs are refused: they would read the node's own files.
+
+    Raises:
+        EnvironmentRefused.
+    """
+    lines = [line.split(" #")[0].strip() for line in text.splitlines()]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    for line in lines:
+        if not _REQUIREMENT.fullmatch(line) and not _HASH.fullmatch(line):
+            raise EnvironmentRefused(f"the requirement {line[:80]!r} is not a package's name and version")
+    if not lines:
+        raise EnvironmentRefused("the list of requirements is empty")
+    return lines
+
+
+def _installer(python: str, prefix: Path) -> list[str]:
+    uv = shutil.which("uv")
+    target = str(prefix / "bin" / "python")
+    if uv:
+        return [uv, "pip", "install", "--quiet", "--python", target]
+    return [python, "-m", "pip", "--python", target, "install", "--quiet", "--disable-pip-version-check"]
+
+
+async def _run(command: list[str]) -> None:
+    """Runs an installer; its last lines are the reason when it fails."""
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env=_installer_environment(),
+    )
+    try:
+        output, _ = await asyncio.wait_for(process.communicate(), BUILD_LIMIT_S)
+    except (TimeoutError, asyncio.CancelledError):
+        process.kill()
+        await process.wait()
+        raise
+    if process.returncode:
+        last = output.decode("utf-8", "replace").strip().splitlines()[-LAST_LINES:]
+        raise EnvironmentRefused("the requirements cannot be installed:\n" + "\n".join(last))
+
+
+def _installer_environment() -> dict[str, str]:
+    """What names indexes, proxies, certificates and caches; not the platform's own secrets."""
+    kept = ("PATH", "HOME", "LANG", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE")
+    prefixes = ("PIP_", "UV_INDEX", "UV_CACHE", "UV_DEFAULT_INDEX", "HTTP_", "HTTPS_", "NO_PROXY", "http", "no_proxy")
+    return {name: value for name, value in os.environ.items() if name in kept or name.startswith(prefixes)}
+
+
+def _python(prefix: Path) -> bool:
+    return os.access(prefix / "bin" / "python", os.X_OK)
+
+
+def _version(prefix: Path) -> str:
+    """`Python 3.11.7`, from what the environment says of itself: starting it would cost each job milliseconds."""
+    try:
+        text = (prefix / "pyvenv.cfg").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"^version(?:_info)?\s*=\s*([0-9.]+)", text, re.MULTILINE)
+    if found:
+        return f"Python {found[1].rstrip('.')}"
+    libraries = sorted((prefix / "lib").glob("python3.*"))
+    return f"Python {libraries[-1].name.removeprefix('python')}" if libraries else "Python"

@@ -1,0 +1,274 @@
+"""Ways through the wall of a sandbox's network, without root and without a network device.
+
+A socket belongs to the network namespace in which it was made, whoever holds it afterwards. So the way out
+(the front door) is a listening socket made inside and served outside, and the way in (an exposed port) is one
+made outside and served by a process that lives inside. Serving is the same loop on both sides: accept, connect,
+copy. Each side is one process, forked only when asked for, run as the job's uid, ended with the shim.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
+
+from services.executor.adapters import kernel
+from services.executor.adapters.attempt_folder import FrontDoor
+
+_BUFFER_BYTES = 256 * 1024
+_IP_FREEBIND = 15  # binds 127.0.0.1 before bwrap has brought the loopback up
+_WAIT_S = 10.0
+
+
+class Route(NamedTuple):
+    """Connections to the listener go to this address."""
+
+    listener: socket.socket
+    host: str
+    port: int
+
+
+def open_front_door(network: int, doors: Sequence[FrontDoor], uid: int | None) -> int:
+    """Listen inside the network namespace and serve from out here. Returns the relay's pid; raises OSError.
+
+    Connections wait in the listeners from now on, so the command can be let go.
+    """
+    listeners = _listen_inside(network, [door.listen_port for door in doors], uid)
+    targets = [(door.target_host, door.target_port) for door in doors]
+    return _fork_relay([Route(s, *target) for s, target in zip(listeners, targets, strict=True)], None, uid)
+
+
+def expose(network: int, ports: Sequence[int], uid: int | None) -> tuple[int, dict[int, int]]:
+    """Serve free ports of the host's loopback from inside the namespace: (the relay's pid, inside -> host)."""
+    routes = [Route(_listen("127.0.0.1", 0), "127.0.0.1", port) for port in ports]
+    host_ports = {route.port: route.listener.getsockname()[1] for route in routes}
+    return _fork_relay(routes, network, uid), host_ports
+
+
+def relay(routes: Sequence[Route]) -> NoReturn:
+    """Accept, connect and copy in both directions until the process is killed."""
+    _Relay(routes).run()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
+    listener.bind((host, port))
+    listener.listen(1024)
+    listener.setblocking(False)
+    return listener
+
+
+def _listen_inside(network: int, ports: Sequence[int], uid: int | None) -> list[socket.socket]:
+    """Have a forked helper enter the namespace, make the sockets there and pass them back."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        helper = os.fork()
+        if helper == 0:
+            _run_helper(theirs, network, ports, uid)
+        theirs.close()
+        ours.settimeout(_WAIT_S)
+        try:
+            message, descriptors, _, _ = socket.recv_fds(ours, 4096, len(ports))
+        finally:
+            os.waitpid(helper, 0)
+    if len(descriptors) != len(ports):
+        raise OSError(f"the front door cannot be opened: {message.decode() or 'its helper died'}")
+    return [socket.socket(fileno=descriptor) for descriptor in descriptors]
+
+
+def _run_helper(channel: socket.socket, network: int, ports: Sequence[int], uid: int | None) -> NoReturn:
+    try:
+        signal.alarm(int(_WAIT_S))
+        _enter(network, uid)
+        listeners = [_listen("127.0.0.1", port) for port in ports]
+        socket.send_fds(channel, [b"ok"], [listener.fileno() for listener in listeners])
+    except OSError as error:
+        channel.send(str(error).encode())
+    finally:
+        os._exit(0)
+
+
+def _fork_relay(routes: Sequence[Route], network: int | None, uid: int | None) -> int:
+    shim = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        _run_relay(routes, network, uid, shim)
+    for route in routes:
+        route.listener.close()
+    return pid
+
+
+def _run_relay(routes: Sequence[Route], network: int | None, uid: int | None, shim: int) -> NoReturn:
+    try:
+        os.setsid()
+        _enter(network, uid)
+        kernel.end_with_parent(signal.SIGKILL, shim)
+        keep_only([route.listener.fileno() for route in routes])
+        relay(routes)
+    finally:
+        os._exit(1)
+
+
+def _enter(network: int | None, uid: int | None) -> None:
+    if uid is not None:
+        kernel.become(uid)
+    if network is not None:
+        kernel.enter_network(network)
+
+
+def keep_only(descriptors: Sequence[int]) -> None:
+    """Close all that a forked process inherited but these and its standard streams."""
+    edge = 3
+    for descriptor in sorted(descriptors):
+        os.closerange(edge, descriptor)
+        edge = descriptor + 1
+    os.closerange(edge, os.sysconf("SC_OPEN_MAX"))
+
+
+class _End:
+    """One socket of a connection. `waiting` is what could not be sent on it yet; it bounds what is read."""
+
+    __slots__ = ("connected", "finished", "interest", "other", "socket", "waiting")
+
+    def __init__(self, end: socket.socket, connected: bool) -> None:
+        self.socket = end
+        self.connected = connected
+        self.finished = False  # the peer has said all it will
+        self.waiting: memoryview | None = None
+        self.interest = 0
+        self.other: _End = self
+
+
+class _Relay:
+    def __init__(self, routes: Sequence[Route]) -> None:
+        self._epoll = select.epoll()
+        self._routes = {route.listener.fileno(): route for route in routes}
+        self._addresses = {number: _resolve(route) for number, route in self._routes.items()}
+        self._ends: dict[int, _End] = {}
+        self._over: list[socket.socket] = []
+        self._buffer = bytearray(_BUFFER_BYTES)
+        self._view = memoryview(self._buffer)
+        for number in self._routes:
+            self._epoll.register(number, select.EPOLLIN)
+
+    def run(self) -> NoReturn:
+        while True:
+            for number, events in self._epoll.poll():
+                if number in self._routes:
+                    self._accept(number)
+                elif (end := self._ends.get(number)) is not None:
+                    self._serve(end, events)
+            while self._over:  # not earlier: a number used anew would get the old socket's events
+                self._over.pop().close()
+
+    def _accept(self, number: int) -> None:
+        family, address = self._addresses[number]
+        try:
+            client, _ = self._routes[number].listener.accept()
+            target = socket.socket(family, socket.SOCK_STREAM)
+        except BlockingIOError:
+            return
+        except OSError:  # no descriptors left: those that are open may end
+            time.sleep(0.01)
+            return
+        for end in (client, target):
+            end.setblocking(False)
+            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        failure = target.connect_ex(address)
+        self._join(_End(client, connected=True), _End(target, connected=failure == 0))
+
+    def _join(self, client: _End, target: _End) -> None:
+        client.other, target.other = target, client
+        for end in (client, target):
+            self._ends[end.socket.fileno()] = end
+        self._listen_to(client, target)
+
+    def _serve(self, end: _End, events: int) -> None:
+        try:
+            if not end.connected:
+                _finish_connecting(end)
+            if events & select.EPOLLOUT:
+                self._send_waiting(end)
+            if events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR) and _may_read(end):
+                self._copy(end)
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._close(end)
+            return
+        if end.finished and end.other.finished and end.waiting is None and end.other.waiting is None:
+            self._close(end)
+        else:
+            self._listen_to(end, end.other)
+
+    def _copy(self, source: _End) -> None:
+        count = source.socket.recv_into(self._buffer)
+        target = source.other
+        if count == 0:
+            source.finished = True
+            target.socket.shutdown(socket.SHUT_WR)
+            return
+        try:
+            sent = target.socket.send(self._view[:count])
+        except BlockingIOError:
+            sent = 0
+        if sent < count:
+            target.waiting = memoryview(bytes(self._view[sent:count]))
+
+    def _send_waiting(self, end: _End) -> None:
+        if end.waiting is not None:
+            rest = end.waiting[end.socket.send(end.waiting) :]
+            end.waiting = rest if rest else None
+
+    def _listen_to(self, *ends: _End) -> None:
+        for end in ends:
+            interest = select.EPOLLIN if _may_read(end) else 0
+            if end.waiting is not None or not end.connected:
+                interest |= select.EPOLLOUT
+            self._set_interest(end, interest)
+
+    def _set_interest(self, end: _End, interest: int) -> None:
+        """No interest means out of the set: epoll reports a hang-up unasked, again and again."""
+        if interest == end.interest:
+            return
+        number = end.socket.fileno()
+        if not interest:
+            self._epoll.unregister(number)
+        elif not end.interest:
+            self._epoll.register(number, interest)
+        else:
+            self._epoll.modify(number, interest)
+        end.interest = interest
+
+    def _close(self, end: _End) -> None:
+        for each in (end, end.other):
+            self._set_interest(each, 0)
+            del self._ends[each.socket.fileno()]
+            self._over.append(each.socket)
+
+
+def _may_read(end: _End) -> bool:
+    """Only what can be passed on is read: a slow receiver slows its sender, and memory stays bounded."""
+    return end.connected and end.other.connected and not end.finished and end.other.waiting is None
+
+
+def _finish_connecting(end: _End) -> None:
+    failure = end.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if failure:
+        raise OSError(failure, os.strerror(failure))
+    end.connected = True
+
+
+def _resolve(route: Route) -> tuple[socket.AddressFamily, tuple[str, int]]:
+    found = socket.getaddrinfo(route.host, route.port, type=socket.SOCK_STREAM)
+    if not found:
+        raise OSError(errno.EADDRNOTAVAIL, "no address", route.host)
+    family, _, _, _, address = found[0]
+    return family, (str(address[0]), int(address[1]))

@@ -1,0 +1,99 @@
+"""From an order to what the shim is told: command, environment, mounts, limits."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from services.executor.adapters.attempt_folder import AttemptSpec, Bind, FrontDoor, Isolation
+from services.executor.ports import StartOrder
+
+# Where the in-job `nabla` package is inside a sandbox.
+SDK_INSIDE = "/opt/nabla"
+STOP_GRACE_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """What an attempt has to know of its node."""
+
+    node_id: str
+    hostname: str
+    node_dir: Path
+    storage_root: Path
+    client_folder: Path
+    front_door: str
+    isolation: Isolation
+    bwrap_path: str
+    contact_file: Path
+    fence_s: float
+
+
+def spec_for(order: StartOrder, environment_prefix: str, node: NodeFacts) -> AttemptSpec:
+    """Makes the team's storage folder on the way, and nothing else outside of the attempt's own."""
+    walled = node.isolation == "bwrap"
+    template = order.template
+    uid = order.team_uid if os.geteuid() == 0 else None
+    host, port = door_of(node.front_door)
+    sdk = Bind(str(node.client_folder / "nabla"), f"{SDK_INSIDE}/nabla")
+    return AttemptSpec(
+        attempt_id=order.attempt_id,
+        job_id=order.job_id,
+        command=template.command[0] if len(template.command) == 1 else list(template.command),
+        env=job_variables(order, node),
+        cpu_count=template.resources.cpu_count or 1.0,
+        memory_bytes=template.resources.memory_bytes or None,
+        gpu_indices=list(order.gpu_indices),
+        isolation=node.isolation,
+        run_as_uid=uid,
+        timeout_s=template.timeout_s or None,
+        stop_grace_s=STOP_GRACE_S,
+        binds_ro=[sdk] if walled else [],
+        binds_rw=[Bind(str(storage_of(order.team_id, node.storage_root, uid)), "/storage")],
+        environment_prefix=environment_prefix,
+        front_door=[FrontDoor(port, host, port)] if walled else [],
+        expose_ports=list(template.ports),
+        node_contact_file=str(node.contact_file),
+        node_fence_s=node.fence_s,
+        bwrap_path=node.bwrap_path,
+    )
+
+
+def job_variables(order: StartOrder, node: NodeFacts) -> dict[str, str]:
+    """The user's variables beneath the platform's; the shim adds those that it alone knows."""
+    walled = node.isolation == "bwrap"
+    given = dict(order.template.env)
+    sdk = SDK_INSIDE if walled else str(node.client_folder)
+    url = urlsplit(node.front_door)
+    inside = f"{url.scheme}://127.0.0.1:{door_of(node.front_door)[1]}" if walled else node.front_door
+    return given | {
+        "PYTHONPATH": ":".join(filter(None, [given.get("PYTHONPATH", ""), sdk])),
+        "NABLA_API_URL": inside,
+        "NABLA_TOKEN": order.token,
+        "NABLA_EXPERIMENT_ID": order.experiment_id,
+        "NABLA_PROJECT_ID": order.project_id,
+        "NABLA_TEAM_ID": order.team_id,
+        "NABLA_ATTEMPT": str(order.number),
+        "NABLA_RANK": "0",
+        "NABLA_WORLD_SIZE": "1",
+        "NABLA_NODE_ID": node.node_id,
+    }
+
+
+def door_of(front_door: str) -> tuple[str, int]:
+    """Host and port of the front door."""
+    url = urlsplit(front_door)
+    return url.hostname or "127.0.0.1", url.port or (443 if url.scheme == "https" else 80)
+
+
+def storage_of(team_id: str, root: Path, uid: int | None) -> Path:
+    """The team's persistent folder on this node, made when it is first needed."""
+    root.mkdir(mode=0o711, parents=True, exist_ok=True)
+    folder = root / team_id
+    if not folder.exists():
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if uid is not None:
+            os.chown(folder, uid, uid)
+    return folder

@@ -1,0 +1,349 @@
+"""The process that runs one attempt and outlives everything above it: agent, zygote, Ray, the platform.
+
+It starts the command (launch.py), keeps what it prints (spool.py), ends it when its time, its memory, its
+node's contact or somebody's patience is over, and says in exit.json how it ended. It needs nothing but the
+attempt's folder, and it leaves nothing behind: a shim that ends, or is killed, takes all of the job with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes  # noqa: F401 - imported before the fork, as all that is used below it
+import json
+import os
+import resource
+import selectors
+import signal
+import sys
+import time
+import traceback
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from services.executor.adapters import kernel, processes
+from services.executor.adapters.attempt_folder import (
+    WAKE,
+    AttemptFolder,
+    AttemptSpec,
+    ExitReason,
+    ExitRecord,
+    MalformedSpec,
+    ShimRecord,
+    StartedRecord,
+    write_durably,
+)
+from services.executor.adapters.cgroup import Cgroup, Limits
+from services.executor.adapters.launch import Job, LaunchRefused, launch, shell_code
+from services.executor.adapters.spool import SpoolWriter, Stream
+
+_READ_BYTES = 256 * 1024
+_PARTIAL_S = 0.1
+_CHECK_S = 1.0
+_SAMPLE_S = 0.25
+_SAMPLE_SHARE = 20  # memory is looked at for at most a twentieth of the time
+_DRAIN_LIMIT_S = 5.0
+_KILL_AGAIN_S = 1.0
+_ERROR_TAIL_BYTES = 2000
+
+
+def become_shim(path: str | os.PathLike[str]) -> ShimRecord:
+    """Detach this process from all above it, and record it in the attempt's folder, durably."""
+    folder = AttemptFolder(path)
+    os.setsid() if os.getpid() != os.getsid(0) else None
+    kernel.set_name("nabla-shim")
+    kernel.adopt_orphans()
+    os.umask(0o077)
+    os.chdir("/")
+    nothing = os.open(os.devnull, os.O_RDWR)
+    log = os.open(folder.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for number, descriptor in enumerate((nothing, nothing, log)):
+        os.dup2(descriptor, number)
+    os.close(nothing)
+    os.close(log)
+    record = ShimRecord(os.getpid(), processes.start_ticks(os.getpid()) or 0, processes.boot_id())
+    folder.write_shim(record)
+    return record
+
+
+def run_attempt(path: str | os.PathLike[str]) -> None:
+    """Become the shim of this attempt and see it through. Always leaves exit.json."""
+    become_shim(path)
+    see_through(path)
+
+
+def see_through(path: str | os.PathLike[str]) -> None:
+    """Run the attempt in this process, which is its shim already, and write its end."""
+    folder = AttemptFolder(path)
+    try:
+        record = _run(folder)
+    except Exception as error:
+        traceback.print_exc()
+        record = _refused(f"the shim failed: {error!r}")
+    finally:
+        processes.end_descendants()
+    folder.write_exit(record)
+
+
+def write_contact(path: str | os.PathLike[str]) -> None:
+    """Say that this node is in contact now. The agent calls it; the shims of the node read it."""
+    now_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+    write_durably(Path(path), json.dumps({"boottime_s": now_s, "boot_id": processes.boot_id()}).encode())
+
+
+def _run(folder: AttemptFolder) -> ExitRecord:
+    try:
+        spec = folder.read_spec()
+    except MalformedSpec as error:
+        return _refused(str(error))
+    stop = folder.read_stop()
+    if stop is not None:
+        return _never_started("stopped", stop.reason)
+    cgroup = Cgroup.create(spec.attempt_id, Limits(spec.memory_bytes, spec.cpu_count, int(spec.pids_limit)))
+    try:
+        return _Attempt(folder, spec, cgroup, launch(spec, folder, cgroup)).run()
+    except LaunchRefused as error:
+        return _refused(str(error))
+    finally:
+        processes.end_descendants()
+        if cgroup is not None:
+            cgroup.remove()
+
+
+class _Attempt:
+    """One attempt from its release to its end: a loop over its two streams, its process and the clock."""
+
+    def __init__(self, folder: AttemptFolder, spec: AttemptSpec, cgroup: Cgroup | None, job: Job) -> None:
+        self._folder = folder
+        self._spec = spec
+        self._cgroup = cgroup
+        self._job = job
+        self._spool = SpoolWriter(folder.spool, int(spec.max_spool_bytes))
+        self._selector = selectors.DefaultSelector()
+        self._status: int | None = None
+        self._error_tail = b""
+        self._reason: ExitReason = "exited"
+        self._detail = ""
+        self._kill_at: float | None = None
+        self._flush_at: float | None = None
+        self._check_at = 0.0
+        self._peak_bytes = 0
+        self._begun_at = time.monotonic()
+        self._begun_boottime_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    def run(self) -> ExitRecord:
+        self._watch()
+        started_at_us = _now_us()
+        self._job.release()
+        ports = self._job.ports
+        self._folder.write_started(StartedRecord(self._job.root, started_at_us, self._spec.isolation, ports))
+        while self._status is None:
+            self._step()
+        processes.end_descendants()
+        self._drain()
+        self._spool.close(_now_us())
+        return self._record(started_at_us)
+
+    def _watch(self) -> None:
+        wake, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.signal(WAKE, lambda *_: None)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        streams: list[tuple[int, Stream]] = [(self._job.stdout, "o"), (self._job.stderr, "e")]
+        for descriptor, stream in streams:
+            self._selector.register(descriptor, selectors.EVENT_READ, partial(self._read, descriptor, stream))
+        process = os.pidfd_open(self._job.pid)
+        self._selector.register(process, selectors.EVENT_READ, self._reap)
+        self._selector.register(wake, selectors.EVENT_READ, partial(self._wake, wake))
+
+    def _step(self) -> None:
+        for key, _ in self._selector.select(self._patience_s()):
+            key.data()
+        now = time.monotonic()
+        if self._flush_at is not None and now >= self._flush_at:
+            self._spool.flush(_now_us())
+            self._flush_at = None
+        if now >= self._check_at:
+            self._check(now)
+        if self._kill_at is not None and now >= self._kill_at:
+            self._job.kill()
+            self._kill_at = now + _KILL_AGAIN_S
+
+    def _patience_s(self) -> float:
+        moments = [moment for moment in (self._check_at, self._flush_at, self._kill_at) if moment is not None]
+        return max(0.0, min(moments) - time.monotonic())
+
+    def _read(self, descriptor: int, stream: Stream) -> None:
+        try:
+            data = os.read(descriptor, _READ_BYTES)
+        except BlockingIOError:
+            return
+        if not data:
+            self._selector.unregister(descriptor)
+            return
+        self._spool.write(stream, data, _now_us())
+        if stream == "e":
+            self._error_tail = (self._error_tail + data[-_ERROR_TAIL_BYTES:])[-_ERROR_TAIL_BYTES:]
+        if not self._spool.has_partial:
+            self._flush_at = None
+        elif self._flush_at is None:
+            self._flush_at = time.monotonic() + _PARTIAL_S
+
+    def _reap(self) -> None:
+        self._status = os.waitpid(self._job.pid, 0)[1]
+
+    def _wake(self, descriptor: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(descriptor, 512)
+        self._check_at = 0.0
+
+    def _drain(self) -> None:
+        """What is left in the pipes. All writers are dead, so their end is near; the limit is for surprises."""
+        deadline = time.monotonic() + _DRAIN_LIMIT_S
+        while len(self._selector.get_map()) > _NOT_STREAMS and time.monotonic() < deadline:
+            for key, _ in self._selector.select(0.05):
+                if key.fd in (self._job.stdout, self._job.stderr):
+                    key.data()
+
+    def _check(self, now: float) -> None:
+        self._check_at = now + _CHECK_S
+        self._check_stop(now)
+        self._check_time(now)
+        self._check_fence(now)
+        self._check_memory(now)
+
+    def _check_stop(self, now: float) -> None:
+        stop = self._folder.read_stop()
+        if stop is not None:
+            self._end("stopped", stop.reason, now, stop.grace_s)
+
+    def _check_time(self, now: float) -> None:
+        limit_s = self._spec.timeout_s
+        if limit_s is None:
+            return
+        end = self._begun_at + limit_s
+        if now >= end:
+            self._end("timed_out", f"it ran for {limit_s:g} s", now, self._spec.stop_grace_s)
+        else:
+            self._check_at = min(self._check_at, end)
+
+    def _check_fence(self, now: float) -> None:
+        if self._spec.node_contact_file is None:
+            return
+        silence_s = time.clock_gettime(time.CLOCK_BOOTTIME) - self._last_contact_s()
+        if silence_s > self._spec.node_fence_s:
+            self._end("fenced", f"the node was out of contact for {silence_s:.0f} s", now, 0)
+
+    def _last_contact_s(self) -> float:
+        """No contact on record, or one from before a reboot, counts from when the job began."""
+        try:
+            record = json.loads(Path(str(self._spec.node_contact_file)).read_bytes())
+            if record["boot_id"] == processes.boot_id():
+                return max(float(record["boottime_s"]), self._begun_boottime_s)
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return self._begun_boottime_s
+
+    def _check_memory(self, now: float) -> None:
+        """With a control group the kernel enforces and this only records; without, this enforces."""
+        if self._cgroup is not None:
+            self._peak_bytes = max(self._peak_bytes, self._cgroup.resident_bytes())
+        elif self._spec.memory_bytes is not None:
+            self._sample(now, self._spec.memory_bytes)
+
+    def _sample(self, now: float, limit_bytes: int) -> None:
+        """Shared pages are counted once only when it matters: workers forked from a large parent are no crime."""
+        pids = processes.descendants(self._job.root)
+        used = processes.resident_bytes(pids)
+        if used > limit_bytes:
+            used = processes.proportional_bytes(pids)
+        self._peak_bytes = max(self._peak_bytes, used)
+        if used > limit_bytes:
+            self._end("out_of_memory", _memory_detail(limit_bytes, f"it was seen to use {used}"), now, 0)
+        cost_s = time.monotonic() - now
+        self._check_at = min(self._check_at, now + max(_SAMPLE_S, cost_s * _SAMPLE_SHARE))
+
+    def _end(self, reason: ExitReason, detail: str, now: float, grace_s: float) -> None:
+        """Ask the job to end, and by when it must have. The first reason stays, the soonest moment counts."""
+        kill_at = now + grace_s
+        if self._kill_at is None:
+            self._reason, self._detail, self._kill_at = reason, detail, kill_at
+            if grace_s > 0:
+                self._job.signal(signal.SIGTERM)
+        self._kill_at = min(self._kill_at, kill_at)
+
+    def _record(self, started_at_us: int) -> ExitRecord:
+        code = shell_code(self._status or 0)
+        if self._kill_at is None:
+            self._explain(code)
+        refused = self._reason == "refused"
+        return ExitRecord(
+            code=None if refused else code,
+            signal=code - 128 if 128 < code <= 128 + signal.NSIG and not refused else None,
+            reason=self._reason,
+            detail=self._detail,
+            peak_rss_bytes=max(self._peak_bytes, _largest_child_bytes()),
+            started_at_us=None if refused else started_at_us,
+            ended_at_us=_now_us(),
+        )
+
+    def _explain(self, code: int) -> None:
+        """Why a job that nobody ended has ended."""
+        if self._job.setup_failed():
+            self._reason, self._detail = "refused", self._error_tail.decode("utf-8", "replace").strip()
+        elif code != 0 and self._cgroup is not None and self._cgroup.oom_kills():
+            self._reason = "out_of_memory"
+            self._detail = _memory_detail(self._spec.memory_bytes, "the kernel killed a process for it")
+        elif code == 127:
+            self._detail = f"command not found: {_first_word(self._spec.command)}"
+        elif code == 126:
+            self._detail = f"not executable: {_first_word(self._spec.command)}"
+        elif 128 < code < 128 + signal.NSIG:
+            self._detail = f"ended by {_signal_name(code - 128)}"
+
+
+_NOT_STREAMS: Literal[2] = 2  # the process and the wake-up pipe stay registered
+
+
+def _never_started(reason: ExitReason, detail: str) -> ExitRecord:
+    return ExitRecord(
+        code=None,
+        signal=None,
+        reason=reason,
+        detail=detail,
+        peak_rss_bytes=0,
+        started_at_us=None,
+        ended_at_us=_now_us(),
+    )
+
+
+def _refused(detail: str) -> ExitRecord:
+    return _never_started("refused", detail)
+
+
+def _memory_detail(limit_bytes: int | None, what: str) -> str:
+    return f"it needed more than its {limit_bytes} bytes of memory: {what}"
+
+
+def _first_word(command: list[str] | str) -> str:
+    words = command if isinstance(command, list) else command.split()
+    return words[0] if words else ""
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _largest_child_bytes() -> int:
+    """The largest single process of the job, as the kernel saw it; at least the shim's own size before exec."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+
+
+def _now_us() -> int:
+    return time.time_ns() // 1000
+
+
+if __name__ == "__main__":
+    run_attempt(sys.argv[1])

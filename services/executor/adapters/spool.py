@@ -1,0 +1,321 @@
+"""The log of a running attempt on its node: appended by the shim, read and freed by the node agent.
+
+A segment file holds frames. A frame is one batch of whole lines of one stream that arrived together: a header
+(time, stream, number of its first line, how many) and the bytes as the job wrote them. Batches, and not one
+record a line, because a job may print 100 MB in a second and the shim is Python: it counts and cuts lines with
+calls that run in C, and never touches one. Readers cut frames back into lines.
+
+The writer and the reader are two processes that share only the files. Frames carry a checksum, so a torn one
+(kill -9 in the middle of a write) is the end of the log and not garbage in it. Nothing is synced while the job
+runs: the spool survives every process, not a power cut.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+Stream = Literal["o", "e"]
+
+SEGMENT_BYTES = 8 * 1024 * 1024
+LINE_LIMIT_BYTES = 64 * 1024  # a longer line is split: also the most that a frame holds
+
+_HEADER = struct.Struct("<HcBIQQII")  # magic, stream, flags, checksum, first line, time in us, lines, bytes
+_MAGIC = 0x4E4C
+_NO_NEWLINE, _DROPPED = 1, 2
+_READ_BYTES = 256 * 1024
+_LOOK_AGAIN_S = 0.05
+_SUFFIX = ".spool"
+
+
+class LogLine(NamedTuple):
+    """One line. `newline` is False where it was cut or flushed before its end: the next line of the same stream
+    goes on with it. `dropped` is how many lines are missing at this place, in a line that says so."""
+
+    number: int
+    at_us: int
+    stream: Stream
+    text: str
+    newline: bool = True
+    dropped: int = 0
+
+
+class SpoolWriter:
+    """Appends what a job prints. Never blocks and never raises for a full disk: what has no room is counted."""
+
+    def __init__(self, directory: Path, max_bytes: int) -> None:
+        self._directory = directory
+        self._max_bytes = max_bytes
+        self._segment_limit = min(SEGMENT_BYTES, max_bytes // 4)
+        self._partial: dict[Stream, bytes] = {"o": b"", "e": b""}
+        self._segment = -1
+        self._segment_bytes = 0
+        self._sealed_bytes = 0  # in complete segments, as last seen: the reader may have freed some since
+        self._next_line = 0
+        self._dropped = 0
+        self._look_after = 0.0
+
+    @property
+    def has_partial(self) -> bool:
+        """Text waits for the end of its line; `flush` before a person would notice."""
+        return bool(self._partial["o"] or self._partial["e"])
+
+    def write(self, stream: Stream, data: bytes, at_us: int) -> None:
+        text = self._partial[stream] + data
+        start = 0
+        while (end := _end_of_lines(text, start)) > start:
+            self._append(stream, text[start:end], at_us)
+            start = end
+        self._partial[stream] = text[start:]
+
+    def flush(self, at_us: int) -> None:
+        """Write unfinished lines as they are, so that prompts and progress bars are seen."""
+        for stream, text in self._partial.items():
+            if text:
+                self._append(stream, text, at_us)
+                self._partial[stream] = b""
+
+    def close(self, at_us: int) -> None:
+        """Flush, say what is missing even where the bound is reached, and sync what was written last."""
+        self.flush(at_us)
+        if self._dropped:
+            self._write_mark(at_us)
+        if self._segment >= 0:
+            with suppress(OSError):
+                os.fsync(self._segment)
+            os.close(self._segment)
+            self._segment = -1
+
+    def _append(self, stream: Stream, payload: bytes, at_us: int) -> None:
+        lines = payload.count(b"\n")
+        unfinished = not payload.endswith(b"\n")
+        lines += unfinished
+        if not self._has_room(_HEADER.size + len(payload)):
+            self._dropped += lines
+            return
+        if self._dropped:
+            self._write_mark(at_us)
+        if not self._write_frame(stream, _NO_NEWLINE if unfinished else 0, at_us, lines, payload):
+            self._dropped += lines
+
+    def _write_mark(self, at_us: int) -> None:
+        if self._write_frame("e", _DROPPED, at_us, 1, b"%d" % self._dropped):
+            self._dropped = 0
+
+    def _write_frame(self, stream: Stream, flags: int, at_us: int, lines: int, payload: bytes) -> bool:
+        """Append one frame; False when the disk refuses, and then no half of it stays behind."""
+        size = _HEADER.size + len(payload)
+        header = _header(stream, flags, self._next_line, at_us, lines, payload)
+        try:
+            self._open_segment_for(size)
+            if os.writev(self._segment, [header, payload]) != size:
+                raise OSError("short write")
+        except OSError:
+            if self._segment >= 0:
+                os.ftruncate(self._segment, self._segment_bytes)
+            return False
+        self._segment_bytes += size
+        self._next_line += lines
+        return True
+
+    def _open_segment_for(self, size: int) -> None:
+        if self._segment >= 0:
+            if self._segment_bytes + size <= self._segment_limit or self._segment_bytes == 0:
+                return
+            os.close(self._segment)
+            self._segment = -1
+            self._sealed_bytes += self._segment_bytes
+            self._segment_bytes = 0
+        path = self._directory / f"{self._next_line:020d}{_SUFFIX}"
+        self._segment = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+    def _has_room(self, size: int) -> bool:
+        if self._dropped:
+            size += self._segment_limit  # one long gap is better than many short ones
+        if self._held_bytes + size <= self._max_bytes:
+            return True
+        now = time.monotonic()
+        if now < self._look_after:
+            return False
+        self._sealed_bytes = sum(map(_size, _segments(self._directory))) - self._segment_bytes
+        if self._held_bytes + size <= self._max_bytes:
+            return True
+        self._look_after = now + _LOOK_AGAIN_S  # a flood must not turn into a flood of directory listings
+        return False
+
+    @property
+    def _held_bytes(self) -> int:
+        return self._sealed_bytes + self._segment_bytes
+
+
+class SpoolReader:
+    """Reads a spool, whether or not its writer still lives. Several readers may look; one acknowledges."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._place: _Place | None = None
+
+    def read_from(
+        self, line_number: int, max_lines: int = 10_000, max_bytes: int = 1024 * 1024
+    ) -> list[LogLine]:
+        """Lines from `line_number` on, or from the oldest that is left; empty at the present end.
+
+        Going on where the last call ended costs no search. At least one line comes, however long, if there is
+        one; otherwise neither bound is passed.
+        """
+        found: list[LogLine] = []
+        room = max_bytes
+        for place, frame in self._frames_from(line_number):
+            self._place = place
+            for line, size in frame.lines_from(line_number):
+                if found and (len(found) >= max_lines or size > room):
+                    return found
+                found.append(line)
+                room -= size
+        return found
+
+    def acknowledge(self, line_number: int) -> None:
+        """Every line below `line_number` is safe elsewhere: delete the segments that hold no other."""
+        segments = _segments(self._directory)
+        for path, following in zip(segments, segments[1:], strict=False):
+            if _first_line(following) <= line_number:
+                path.unlink(missing_ok=True)
+
+    def _frames_from(self, line_number: int) -> Iterator[tuple[_Place, _Frame]]:
+        """Frames that end behind `line_number`, with where each lies."""
+        place = self._find(line_number)
+        while place is not None:
+            following = self._segment_after(place.segment)  # before reading: only then is its end known as final
+            for offset, frame in _frames(self._directory / place.segment, place.offset):
+                if frame.end_line > line_number:
+                    yield _Place(place.segment, offset, frame.first_line), frame
+            place = following
+
+    def _find(self, line_number: int) -> _Place | None:
+        known = self._place
+        if known and known.first_line <= line_number and (self._directory / known.segment).exists():
+            return known
+        segments = _segments(self._directory)
+        if not segments:
+            return None
+        start = next((path for path in reversed(segments) if _first_line(path) <= line_number), segments[0])
+        return _Place(start.name, 0, _first_line(start))
+
+    def _segment_after(self, name: str) -> _Place | None:
+        later = [path for path in _segments(self._directory) if path.name > name]
+        return _Place(later[0].name, 0, _first_line(later[0])) if later else None
+
+
+class _Place(NamedTuple):
+    segment: str
+    offset: int
+    first_line: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    stream: Stream
+    flags: int
+    first_line: int
+    at_us: int
+    line_count: int
+    payload: bytes
+
+    @property
+    def end_line(self) -> int:
+        return self.first_line + self.line_count
+
+    def lines_from(self, line_number: int) -> Iterator[tuple[LogLine, int]]:
+        """The lines at and behind a number, each with its size in bytes."""
+        if self.flags & _DROPPED:
+            yield self._mark(), len(self.payload)
+            return
+        pieces = self.payload.split(b"\n")[: self.line_count]
+        cut = self.end_line - 1 if self.flags & _NO_NEWLINE else None
+        for number in range(max(line_number, self.first_line), self.end_line):
+            piece = pieces[number - self.first_line]
+            text = piece.decode("utf-8", "replace")
+            yield LogLine(number, self.at_us, self.stream, text, newline=number != cut), len(piece)
+
+    def _mark(self) -> LogLine:
+        missing = int(self.payload)
+        text = f"[nabla] {missing} lines are missing here: the log was written faster than it could be kept"
+        return LogLine(self.first_line, self.at_us, self.stream, text, dropped=missing)
+
+
+def _end_of_lines(text: bytes, start: int) -> int:
+    """Where a frame that begins at `start` ends: behind a newline, or inside a line too long to wait for."""
+    limit = start + LINE_LIMIT_BYTES
+    end = text.rfind(b"\n", start, limit) + 1
+    if end:
+        return end
+    return _character_boundary(text, limit) if len(text) > limit else start
+
+
+def _character_boundary(text: bytes, position: int) -> int:
+    """At most three bytes back, so that no UTF-8 character is cut; `position` where the text is not UTF-8."""
+    for boundary in range(position, position - 4, -1):
+        if text[boundary] & 0xC0 != 0x80:
+            return boundary
+    return position
+
+
+def _header(stream: Stream, flags: int, first_line: int, at_us: int, lines: int, payload: bytes) -> bytes:
+    fields = (first_line, at_us, lines, len(payload))
+    blank = _HEADER.pack(_MAGIC, stream.encode(), flags, 0, *fields)
+    return _HEADER.pack(_MAGIC, stream.encode(), flags, zlib.crc32(payload, zlib.crc32(blank)), *fields)
+
+
+def _frames(path: Path, offset: int) -> Iterator[tuple[int, _Frame]]:
+    """Whole frames of a segment from an offset; ends before one that is torn or still being written."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:  # acknowledged meanwhile
+        return
+    try:
+        while batch := os.pread(descriptor, _READ_BYTES, offset):
+            used = 0
+            while (frame := _parse(batch, used)) is not None:
+                yield offset + used, frame
+                used += _HEADER.size + len(frame.payload)
+            if not used:
+                return
+            offset += used
+    finally:
+        os.close(descriptor)
+
+
+def _parse(batch: bytes, start: int) -> _Frame | None:
+    if len(batch) - start < _HEADER.size:
+        return None
+    magic, stream, flags, checksum, first_line, at_us, lines, size = _HEADER.unpack_from(batch, start)
+    payload = batch[start + _HEADER.size : start + _HEADER.size + size]
+    if magic != _MAGIC or len(payload) != size:
+        return None
+    kind: Stream = "o" if stream == b"o" else "e"
+    blank = _HEADER.pack(magic, stream, flags, 0, first_line, at_us, lines, size)
+    if zlib.crc32(payload, zlib.crc32(blank)) != checksum:
+        return None
+    return _Frame(kind, flags, first_line, at_us, lines, payload)
+
+
+def _segments(directory: Path) -> list[Path]:
+    return [directory / name for name in sorted(os.listdir(directory)) if name.endswith(_SUFFIX)]
+
+
+def _size(segment: Path) -> int:
+    try:
+        return segment.stat().st_size
+    except FileNotFoundError:  # acknowledged meanwhile
+        return 0
+
+
+def _first_line(segment: Path) -> int:
+    return int(segment.name.removesuffix(_SUFFIX))

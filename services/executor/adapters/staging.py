@@ -1,0 +1,163 @@
+"""Lays what a job starts from into its workspace: the submitted folder and the file sets it names as inputs.
+
+Archives are kept per team and file set, which never change: what storage once handed to a team needs no second
+question, and what it did not is not found here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from libs.common.contracts.messages import File, FilePage, Input, JobTemplate, ListFiles
+from libs.common.errors import NablaError, Refusal
+from services.executor.adapters import transfer
+from services.executor.adapters.agent_bus import FIRST_DELAY_S, LONGEST_DELAY_S, AgentBus, patiently_ask
+from services.executor.adapters.transfer import TransferBroken, WrongContent
+from services.executor.adapters.unpacking import BadArchive, inner_path, unpack
+
+ARCHIVE = "workspace.tar.gz"
+CACHE_BYTES = 10 << 30
+PATIENCE_S = 120.0
+AT_ONCE = 4
+
+
+class StagingFailed(NablaError):
+    """The job cannot start; the text says what is missing and why, for the user to read."""
+
+
+class Staging:
+    """Fetches for all attempts of a node.
+
+    Args:
+        front_door: URLs are signed for its host and port, as the node reaches it.
+    """
+
+    def __init__(self, bus: AgentBus, cache: Path, front_door: str) -> None:
+        self._bus = bus
+        self._cache = cache
+        self._endpoint = urlsplit(front_door).netloc
+        self._fetching: dict[Path, asyncio.Lock] = {}
+
+    async def lay(self, template: JobTemplate, team_id: str, workspace: Path) -> None:
+        """Fills the workspace, from its beginning: what an earlier try left is removed.
+
+        Raises:
+            StagingFailed.
+        """
+        if not template.workspace_id and not template.inputs:
+            return
+        await asyncio.to_thread(transfer.remove_tree, workspace)
+        if template.workspace_id:
+            await self._lay_workspace(template.workspace_id, team_id, workspace)
+        for wanted in template.inputs:
+            await self._lay_input(wanted, team_id, workspace)
+
+    async def _lay_workspace(self, fileset_id: str, team_id: str, workspace: Path) -> None:
+        kept = self._cache / team_id / f"{fileset_id}.tar.gz"
+        async with self._fetching.setdefault(kept, asyncio.Lock()):
+            if not kept.exists():
+                await self._fetch_archive(fileset_id, team_id, kept)
+        try:
+            await asyncio.to_thread(_unpack_file, kept, workspace)
+        except BadArchive as error:
+            raise StagingFailed(f"the workspace cannot be unpacked: {error}") from error
+
+    async def _fetch_archive(self, fileset_id: str, team_id: str, kept: Path) -> None:
+        kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        await asyncio.to_thread(make_room, self._cache, CACHE_BYTES)
+        beside = kept.with_suffix(f".{os.getpid()}")
+        async for file in self._files(fileset_id, team_id, "the workspace"):
+            if file.path == ARCHIVE:
+                await self._fetch(file, beside, fileset_id, team_id)
+                beside.rename(kept)
+                return
+        raise StagingFailed(f"the workspace {fileset_id} has no {ARCHIVE}")
+
+    async def _lay_input(self, wanted: Input, team_id: str, workspace: Path) -> None:
+        what = f"the input {wanted.path or '.'}"
+        try:
+            root = workspace / inner_path(wanted.path) if wanted.path.strip("./") else workspace
+            files = [file async for file in self._files(wanted.fileset_id, team_id, what)]
+            targets = [(file, root / inner_path(file.path)) for file in files]
+        except BadArchive as error:
+            raise StagingFailed(f"{what} cannot be laid: {error}") from error
+        slots = asyncio.Semaphore(AT_ONCE)
+
+        async def fetch(file: File, target: Path) -> None:
+            async with slots:
+                _refuse_links(workspace, target)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                await self._fetch(file, target, wanted.fileset_id, team_id)
+
+        await asyncio.gather(*(fetch(file, target) for file, target in targets))
+
+    async def _files(self, fileset_id: str, team_id: str, what: str) -> AsyncIterator[File]:
+        cursor = ""
+        while True:
+            question = ListFiles(fileset_id=fileset_id, cursor=cursor, limit=500, endpoint=self._endpoint)
+            try:
+                page = await patiently_ask(self._bus, question, FilePage, team_id, patience_s=PATIENCE_S)
+            except Refusal as error:
+                raise StagingFailed(f"{what} cannot be fetched: {error.detail}") from error
+            for file in page.items:
+                yield file
+            cursor = page.next_cursor
+            if not cursor:
+                return
+
+    async def _fetch(self, file: File, target: Path, fileset_id: str, team_id: str) -> None:
+        """One file, again with a fresh URL while the object store is away."""
+        deadline = asyncio.get_running_loop().time() + PATIENCE_S
+        delay_s = FIRST_DELAY_S
+        while True:
+            try:
+                await asyncio.to_thread(_download_to, file, target)
+            except WrongContent as error:
+                raise StagingFailed(f"{file.path} of {fileset_id} is damaged: {error}") from error
+            except TransferBroken as error:
+                if asyncio.get_running_loop().time() + delay_s > deadline:
+                    raise StagingFailed(f"{file.path} of {fileset_id} cannot be fetched: {error}") from error
+            else:
+                return
+            await asyncio.sleep(delay_s)
+            delay_s = min(delay_s * 2, LONGEST_DELAY_S)
+            file = await self._anew(file, fileset_id, team_id)
+
+    async def _anew(self, file: File, fileset_id: str, team_id: str) -> File:
+        async for fresh in self._files(fileset_id, team_id, file.path):
+            if fresh.path == file.path:
+                return fresh
+        return file
+
+
+def make_room(folder: Path, limit_bytes: int) -> None:
+    """Deletes the longest unused files below `folder` until less than the limit is left."""
+    found = sorted((path.stat().st_atime, path.stat().st_size, path) for path in folder.glob("*/*.tar.gz"))
+    total = sum(size for _, size, _ in found)
+    for _, size, path in found:
+        if total <= limit_bytes:
+            return
+        path.unlink(missing_ok=True)
+        total -= size
+
+
+def _unpack_file(archive: Path, workspace: Path) -> None:
+    with archive.open("rb") as source:
+        unpack(source, workspace)
+    os.utime(archive)
+
+
+def _download_to(file: File, target: Path) -> None:
+    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    with os.fdopen(descriptor, "wb") as out:
+        transfer.download(file.url, out, file.size_bytes, file.sha256)
+
+
+def _refuse_links(workspace: Path, target: Path) -> None:
+    """An input may not be written through a link that the workspace brought along."""
+    if not target.parent.resolve().is_relative_to(workspace.resolve()):
+        raise StagingFailed(f"{target.relative_to(workspace)} lies behind a link that leaves the workspace")

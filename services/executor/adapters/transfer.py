@@ -1,0 +1,131 @@
+"""Bytes between a node and object storage, by presigned URL, streaming, with the standard library's client.
+
+Everything here blocks: call it in a thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from libs.common.errors import NablaError
+
+CHUNK_BYTES = 1024 * 1024
+TIMEOUT_S = 60.0
+
+
+class TransferBroken(NablaError):
+    """The connection or the store failed: worth repeating, perhaps with a new URL."""
+
+
+class WrongContent(NablaError):
+    """What came is not what was promised: its size or its hash differs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Digests:
+    size_bytes: int
+    md5: str
+    sha256: str
+
+
+def download(url: str, target: BinaryIO, size_bytes: int, sha256: str) -> None:
+    """Writes the object to `target` and checks it on the way.
+
+    Args:
+        sha256: hex; empty when it is not known.
+
+    Raises:
+        TransferBroken, WrongContent.
+    """
+    digest, received = hashlib.sha256(), 0
+    try:
+        with urllib.request.urlopen(_get(url), timeout=TIMEOUT_S) as answer:  # noqa: S310 - http(s), by _get
+            while chunk := answer.read(CHUNK_BYTES):
+                received += len(chunk)
+                if received > size_bytes:
+                    raise WrongContent(f"more than the {size_bytes} bytes that were promised")
+                digest.update(chunk)
+                target.write(chunk)
+    except (OSError, http.client.HTTPException) as error:
+        raise TransferBroken(_told(error)) from error
+    if received != size_bytes:
+        raise TransferBroken(f"{received} of {size_bytes} bytes came")
+    if sha256 and digest.hexdigest() != sha256:
+        raise WrongContent("its SHA-256 differs from the one it was stored with")
+
+
+def upload(url: str, descriptor: int, size_bytes: int) -> None:
+    """PUTs an open file from its beginning.
+
+    Raises:
+        TransferBroken.
+    """
+    with os.fdopen(os.dup(descriptor), "rb") as source:
+        source.seek(0)
+        request = urllib.request.Request(_checked(url), data=_pieces(source, size_bytes), method="PUT")
+        request.add_header("Content-Length", str(size_bytes))
+        request.add_header("Content-Type", "application/octet-stream")
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310 - as above
+                answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise TransferBroken(_told(error)) from error
+
+
+def digests_of(descriptor: int) -> Digests:
+    """Size and hashes of an open file, read from its beginning."""
+    md5, sha256, size = hashlib.md5(usedforsecurity=False), hashlib.sha256(), 0
+    with os.fdopen(os.dup(descriptor), "rb") as source:
+        source.seek(0)
+        while chunk := source.read(CHUNK_BYTES):
+            md5.update(chunk)
+            sha256.update(chunk)
+            size += len(chunk)
+    return Digests(size, md5.hexdigest(), sha256.hexdigest())
+
+
+def remove_tree(path: Path) -> None:
+    """Deletes a tree that a job wrote: follows no link, and is not stopped by folders without permissions."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    path.chmod(0o700)
+    for entry in list(os.scandir(path)):
+        if entry.is_dir(follow_symlinks=False):
+            remove_tree(Path(entry.path))
+        else:
+            os.unlink(entry.path)
+    path.rmdir()
+
+
+def _pieces(source: BinaryIO, size_bytes: int) -> Iterator[bytes]:
+    """Exactly `size_bytes`: a file that grew must not break the protocol."""
+    left = size_bytes
+    while left > 0 and (chunk := source.read(min(CHUNK_BYTES, left))):
+        left -= len(chunk)
+        yield chunk
+
+
+def _get(url: str) -> urllib.request.Request:
+    return urllib.request.Request(_checked(url))
+
+
+def _checked(url: str) -> str:
+    if not url.startswith(("http://", "https://")):
+        raise WrongContent("its URL is not one of http or https")
+    return url
+
+
+def _told(error: Exception) -> str:
+    """Without the URL, which is a credential."""
+    if isinstance(error, urllib.error.HTTPError):
+        return f"the object store answered {error.code} {error.reason}"
+    return f"{type(error).__name__}: {getattr(error, 'reason', None) or error}"

@@ -1,0 +1,1 @@
+"""What an execution may do next and which nodes can be counted on: pure, with time as an argument."""

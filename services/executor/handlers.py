@@ -1,0 +1,170 @@
+"""One function per message. None of them waits for anything outside: the loops do the work that is left to do."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from libs.common.clock import from_us, to_us
+from libs.common.contracts.envelope import Envelope
+from libs.common.contracts.messages import (
+    AuthenticateAttempt,
+    Execution,
+    ExecutionEnded,
+    ExecutionFinishing,
+    ExecutionPage,
+    ExecutionRunning,
+    ListExecutions,
+    ListNodes,
+    LogSealed,
+    Node,
+    NodePage,
+    ReportExecution,
+    StartExecution,
+    StopExecution,
+)
+from libs.common.errors import Conflict, Unauthenticated
+from libs.common.telemetry import meter
+from services.executor.domain.execution import (
+    ENDED,
+    FINISHING,
+    RUNNING,
+    TABLE,
+    TRIGGER_OF_REPORT,
+    facts_of,
+    short_reason,
+)
+from services.executor.store import ExecutionRow, ExecutorUnit, NodeRow
+
+log = logging.getLogger(__name__)
+
+_EVENT_OF_STATE = {RUNNING: ExecutionRunning, FINISHING: ExecutionFinishing, ENDED: ExecutionEnded}
+_ended = meter().create_counter("nabla_executions_ended_total", description="Ended executions, by reason")
+_start_latency = meter().create_histogram(
+    "nabla_execution_start_seconds", unit="s", description="From accepted to the command's start"
+)
+
+
+async def accept_execution(message: StartExecution, unit: ExecutorUnit, call: Envelope) -> None:
+    """Commits the intent; the driving loop reserves and starts. Known already: nothing happens."""
+    known = await unit.execution(message.attempt_id)
+    if known:
+        if known.job_id != message.job_id or known.number != message.number:
+            detail = f"attempt {message.attempt_id} is number {known.number} of job {known.job_id}."
+            raise Conflict("attempt_differs", detail, "Give each attempt an id of its own.")
+        return
+    row = ExecutionRow(
+        id=message.attempt_id,
+        job_id=message.job_id,
+        number=message.number,
+        team_id=call.team_id,
+        project_id=message.project_id,
+        experiment_id=message.experiment_id,
+        node_id=message.node_id,
+        template=message.template.to_wire().decode(),
+        traceparent=call.traceparent,
+        accepted_us=to_us(unit.now),
+    )
+    unit.session.add(row)
+
+
+async def stop_execution(message: StopExecution, unit: ExecutorUnit, call: Envelope) -> None:
+    """Records the wish; the loop repeats it until the execution has ended.
+
+    A stop may overtake its start, so one for an attempt unknown here leaves nothing: the scheduler repeats it.
+    """
+    row = await unit.execution(message.attempt_id)
+    if row is None or row.state == ENDED:
+        return
+    reason = row.stop_reason or short_reason(message.reason) or "stopped"
+    await unit.change(row, stop_reason=reason, visit_us=0)
+
+
+async def apply_report(message: ReportExecution, unit: ExecutorUnit, call: Envelope) -> None:
+    """Moves the execution to what a node agent saw."""
+    row = await unit.execution(message.execution.attempt_id)
+    if row is None:
+        log.warning("report of an unknown attempt", extra={"attempt_id": message.execution.attempt_id})
+        return
+    await take_report(unit, row, message.execution)
+
+
+async def take_report(unit: ExecutorUnit, row: ExecutionRow, report: Execution) -> None:
+    """The same for a report that came by another way than the bus."""
+    trigger = TRIGGER_OF_REPORT.get(report.state)
+    if trigger:
+        await advance(unit, row, trigger, **facts_of(report))
+
+
+async def advance(unit: ExecutorUnit, row: ExecutionRow, trigger: str, **values: Any) -> ExecutionRow:
+    """The one way to move an execution: checks the table, saves, and emits when others must know.
+
+    A move that was made already only saves a new node: its agent may have been re-made under another id.
+    """
+    state = TABLE.next_state(row.id, row.state, trigger)
+    if state == row.state:
+        node_id = values.get("node_id", row.node_id)
+        moved = state != ENDED and node_id != row.node_id
+        return await unit.change(row, node_id=node_id) if moved else row
+    if state == ENDED:
+        values = {"ended_us": to_us(unit.now), "visit_us": 0} | values
+    changed = await unit.change(row, state=state, **values)
+    await _tell_others(unit, changed)
+    return changed
+
+
+async def _tell_others(unit: ExecutorUnit, row: ExecutionRow) -> None:
+    event = _EVENT_OF_STATE.get(row.state)
+    if event is None:
+        return
+    if row.state == ENDED:
+        _ended.add(1, {"reason": row.reason})
+    elif row.state == RUNNING and row.started_us:
+        _start_latency.record((row.started_us - row.accepted_us) / 1_000_000)
+    await unit.emit(
+        event(execution=row.snapshot()),
+        team_id=row.team_id,
+        project_id=row.project_id,
+        object_id=row.id,
+        revision=row.revision,
+        attempt=row.number,
+    )
+
+
+async def note_sealed_log(message: LogSealed, unit: ExecutorUnit, call: Envelope) -> None:
+    """The log is in object storage: the folders of the job's attempts may go from their nodes."""
+    for row in await unit.executions_of_job(message.job_id):
+        if row.state == ENDED and not row.log_sealed:
+            await unit.change(row, log_sealed=True, visit_us=0)
+
+
+async def list_executions(message: ListExecutions, unit: ExecutorUnit, call: Envelope) -> ExecutionPage:
+    rows = await unit.executions(message.attempt_ids[:500])
+    return ExecutionPage(items=tuple(row.snapshot() for row in rows if row.team_id == call.principal.team_id))
+
+
+async def authenticate_attempt(message: AuthenticateAttempt, unit: ExecutorUnit, call: Envelope) -> Execution:
+    row = await unit.execution_of_token(message.token_hash)
+    if row is None or row.state == ENDED:
+        raise Unauthenticated("token_invalid", "The token is not one of a running attempt.")
+    return row.snapshot()
+
+
+async def list_nodes(message: ListNodes, unit: ExecutorUnit, call: Envelope) -> NodePage:
+    nodes = tuple(node_snapshot(row) for row in await unit.nodes())
+    return NodePage(items=nodes, detail=await unit.cluster_detail())
+
+
+def node_snapshot(row: NodeRow) -> Node:
+    return Node(
+        id=row.id,
+        hostname=row.hostname,
+        state=row.state,
+        cpu_count=row.cpu_count,
+        memory_bytes=row.memory_bytes,
+        gpu_count=row.gpu_count,
+        gpu_model=row.gpu_model,
+        isolation=row.isolation,
+        isolation_detail=row.isolation_detail,
+        seen_at=from_us(row.seen_us),
+    )

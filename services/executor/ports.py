@@ -1,0 +1,140 @@
+"""What the executor needs from the cluster beneath it, and the plain values that cross that border."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from libs.common.contracts.messages import Execution, JobTemplate
+from libs.common.errors import NablaError
+
+
+class ClusterAway(NablaError):
+    """The cluster or the node's agent does not answer now; whether the call took effect is not known."""
+
+
+class NodeAway(NablaError):
+    """The cluster answers and says that this node is not among its living ones."""
+
+
+class NoRoom(NablaError):
+    """The cluster has not reserved the resources yet; asking again goes on waiting for the same reservation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """What one attempt holds on its node; its name in the cluster is the attempt id. Amounts as Ray names them."""
+
+    attempt_id: str
+    node_id: str
+    amounts: Mapping[str, float]
+
+    @property
+    def gpu_count(self) -> float:
+        return self.amounts.get("GPU", 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class StartOrder:
+    """Everything a node agent must know to run an attempt. `token` is the attempt's own: the agent alone has it."""
+
+    attempt_id: str
+    job_id: str
+    number: int
+    team_id: str
+    project_id: str
+    experiment_id: str
+    template: JobTemplate
+    token: str
+    team_uid: int
+    gpu_indices: tuple[int, ...] = ()
+    traceparent: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    """What an agent knows of the installation; paths are those of its node."""
+
+    node_dir: str
+    default_environment: str
+    client_folder: str
+    storage_root: str
+    front_door: str
+    nats_url: str
+    nats_seed: str = field(repr=False)
+    node_fence_s: float = 120.0
+    isolation: str = "auto"
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AgentView:
+    """An agent's answer.
+
+    Args:
+        held: attempts with a folder on this node.
+        news: attempts whose state differs from the one that the executor believes in.
+    """
+
+    isolation: str
+    isolation_detail: str
+    held: frozenset[str] = frozenset()
+    news: tuple[Execution, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView:
+    """One node as the cluster sees it; `agent` is None when its agent does not answer."""
+
+    id: str
+    hostname: str
+    cpu_count: float
+    memory_bytes: int
+    gpu_count: float
+    gpu_model: str = ""
+    agent: AgentView | None = None
+
+
+class Nodes(Protocol):
+    async def look(self, believed: Mapping[str, Mapping[str, str]]) -> tuple[NodeView, ...]:
+        """The living nodes, each with an agent that is started where there was none.
+
+        Args:
+            believed: node id -> attempt id -> the state that the executor has for it.
+
+        Raises:
+            ClusterAway: there is no cluster; the text says why, for people.
+        """
+
+
+class Reservations(Protocol):
+    async def reserve(self, wanted: Reservation) -> tuple[int, ...]:
+        """Holds the resources on the node until released, and answers the indices of the GPUs among them.
+
+        Repeating it is harmless. Raises ClusterAway, NodeAway or NoRoom.
+        """
+
+    async def release(self, attempt_id: str) -> None:
+        """Gives the resources back, also those still waited for; nothing happens when there are none."""
+
+    async def reserved(self) -> frozenset[str]:
+        """Attempts for which something is held or waited for."""
+
+
+class Agents(Protocol):
+    """Orders to node agents. Each can be repeated; each raises ClusterAway when the agent does not answer."""
+
+    async def start(self, node_id: str, order: StartOrder) -> None: ...
+
+    async def stop(self, node_id: str, attempt_id: str, grace_s: float, reason: str) -> bool:
+        """Asks for the end; False when the node has never heard of the attempt, which then never starts there."""
+
+    async def drop(self, node_id: str, attempt_id: str) -> None:
+        """Deletes what is left of an attempt that has ended."""
+
+
+class Cluster(Nodes, Reservations, Agents, Protocol):
+    """One Ray cluster."""
+
+    async def close(self) -> None: ...

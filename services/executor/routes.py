@@ -1,0 +1,49 @@
+"""What the executor and its node agents listen to and send."""
+
+from __future__ import annotations
+
+from libs.common.contracts.message import Message
+from libs.common.contracts.messages import (
+    AuthenticateAttempt,
+    ListExecutions,
+    ListFiles,
+    ListNodes,
+    LogFrame,
+    LogSealed,
+    OpenFileset,
+    RegisterModel,
+    ReportExecution,
+    SealFileset,
+    StartExecution,
+    StopExecution,
+)
+from libs.common.routing import GATEWAY_ONLY, INTERNAL, Route, Routes, Rule
+from services.executor import handlers
+
+# Node agents have a NATS user of their own, which may send this and nothing else.
+AGENT_SENDS: tuple[type[Message], ...] = (
+    LogFrame,
+    ReportExecution,
+    ListFiles,
+    OpenFileset,
+    SealFileset,
+    RegisterModel,
+)
+
+_FOR_RECONCILING = Rule(role=None, scope="internal", services=frozenset({"scheduler"}))
+_FOR_VIEWERS = Rule(role="viewer", scope="read", services=frozenset({"gateway", "scheduler"}))
+
+
+def routes() -> Routes:
+    return Routes(
+        "executor",
+        (
+            Route(StartExecution, handlers.accept_execution, INTERNAL),
+            Route(StopExecution, handlers.stop_execution, INTERNAL),
+            Route(ReportExecution, handlers.apply_report, INTERNAL),
+            Route(LogSealed, handlers.note_sealed_log, INTERNAL),
+            Route(ListExecutions, handlers.list_executions, _FOR_RECONCILING),
+            Route(AuthenticateAttempt, handlers.authenticate_attempt, GATEWAY_ONLY),
+            Route(ListNodes, handlers.list_nodes, _FOR_VIEWERS),
+        ),
+    )

@@ -1,0 +1,56 @@
+"""What the executor needs to know beyond what every service does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from libs.common.settings import Settings
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+class ExecutorSettings(Settings):
+    # GCS of the Ray cluster as `host:port`. Empty: read from `home/run/ray.json`, which the launcher writes when
+    # Ray is up; until then there is no cluster.
+    ray_address: str = ""
+    # On every node: attempts, caches and built environments. Empty: `home/node`.
+    node_dir: Path | None = None
+    # The virtual environment that a job gets when it asks for none.
+    default_environment: Path = _ROOT / ".venv-serving"
+    # The folder that holds the in-job `nabla` package.
+    client_folder: Path = _ROOT / "libs" / "client"
+    # Persistent storage: a folder per team below it is /storage in its jobs. Empty: `home/storage`.
+    storage_root: Path | None = None
+    # NATS as nodes reach it, when that differs from how the services do.
+    node_nats_url: str = ""
+    # auto takes bwrap where the kernel allows it; process is for an installation with one user.
+    isolation: Literal["auto", "bwrap", "process"] = "auto"
+    # A node this long out of contact ends its attempts by itself; LOST_MARGIN_S later they are reported lost.
+    node_fence_s: float = 120.0
+    # How long Ray may take to reserve what the scheduler believes to be free.
+    reserve_patience_s: float = 60.0
+    # An attempt's folder stays on its node this long after its end, for a storage that lost its newest seconds.
+    keep_folder_s: float = 600.0
+    # Where the platform is root, team n runs as uid_base + n.
+    uid_base: int = 61000
+    # Seconds between looks at the nodes.
+    look_s: float = 2.0
+
+    @property
+    def node_folder(self) -> Path:
+        return (self.node_dir or self.home / "node").absolute()
+
+    @property
+    def storage_folder(self) -> Path:
+        return (self.storage_root or self.home / "storage").absolute()
+
+    def find_ray_address(self) -> str:
+        """`host:port`, or an empty string as long as Ray has not been started. Read anew each time."""
+        if self.ray_address:
+            return self.ray_address
+        try:
+            return str(json.loads((self.home / "run" / "ray.json").read_text())["address"])
+        except (OSError, ValueError, KeyError):
+            return ""

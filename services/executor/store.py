@@ -1,0 +1,237 @@
+"""The executor's tables and its unit of work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, Column, Index, Integer, String, Text, func
+from sqlalchemy.orm import registry
+from sqlmodel import Field, SQLModel, col, delete, select, update
+
+from libs.common.clock import from_us, to_us
+from libs.common.contracts.messages import Execution, JobTemplate
+from libs.common.store import Skeleton, UnitOfWork
+from services.executor.domain.execution import ACCEPTED, ENDED, RESERVED
+from services.executor.domain.inventory import KnownNode
+
+PAGE = 200
+NEVER_US = 2**62
+
+
+class Base(SQLModel, registry=registry()):
+    """Own metadata, so that services can share a process."""
+
+
+class ExecutionRow(Base, table=True):
+    """`visit_us`: when the driving loop has to look at it next; it is what bounds a pass and orders it."""
+
+    __tablename__ = "executions"
+    __table_args__ = (Index("executions_visit", "visit_us"), Index("executions_job", "job_id"))
+
+    id: str = Field(primary_key=True, max_length=40)
+    job_id: str = Field(max_length=40)
+    number: int
+    team_id: str = Field(max_length=40)
+    project_id: str = Field(default="", max_length=40)
+    experiment_id: str = Field(default="", max_length=40)
+    node_id: str = Field(max_length=64)
+    template: str = Field(sa_column=Column(Text, nullable=False))
+    traceparent: str = Field(default="", max_length=64)
+    state: str = Field(default=ACCEPTED, max_length=16, index=True)
+    stop_reason: str = Field(default="", max_length=500)
+    reason: str = Field(default="", max_length=16)
+    detail: str = Field(default="", sa_column=Column(Text, nullable=False))
+    exit_code: int | None = None
+    signal: int | None = None
+    peak_memory_bytes: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
+    isolation: str = Field(default="", max_length=16)
+    addresses: dict[str, str] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
+    gpu_indices: list[int] = Field(default_factory=list, sa_column=Column(JSON, nullable=False))
+    accepted_us: int = Field(sa_column=Column(BigInteger, nullable=False))
+    told_us: int | None = Field(default=None, sa_column=Column(BigInteger))
+    started_us: int | None = Field(default=None, sa_column=Column(BigInteger))
+    ended_us: int | None = Field(default=None, sa_column=Column(BigInteger))
+    log_sealed: bool = False
+    visit_us: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
+    revision: int = Field(default=1, sa_column=Column(Integer, nullable=False))
+
+    def snapshot(self) -> Execution:
+        return Execution(
+            attempt_id=self.id,
+            job_id=self.job_id,
+            number=self.number,
+            team_id=self.team_id,
+            project_id=self.project_id,
+            node_id=self.node_id,
+            state=self.state,
+            reason=self.reason,
+            detail=self.detail,
+            exit_code=self.exit_code,
+            signal=self.signal,
+            peak_memory_bytes=self.peak_memory_bytes,
+            isolation=self.isolation,
+            addresses=self.addresses,
+            gpu_indices=tuple(self.gpu_indices),
+            started_at=from_us(self.started_us) if self.started_us else None,
+            ended_at=from_us(self.ended_us) if self.ended_us else None,
+            revision=self.revision,
+        )
+
+    def read_template(self) -> JobTemplate:
+        return JobTemplate.from_wire(self.template.encode())
+
+
+class TokenRow(Base, table=True):
+    """Hashes of attempt tokens. An order repeated after a crash has a new token, and the earlier may be in use."""
+
+    __tablename__ = "attempt_tokens"
+
+    token_hash: str = Field(primary_key=True, max_length=64)
+    attempt_id: str = Field(max_length=40, index=True)
+
+
+class TeamRow(Base, table=True):
+    """A small number per team, from which its uid on the nodes is made. Never reused."""
+
+    __tablename__ = "teams"
+
+    team_id: str = Field(primary_key=True, max_length=40)
+    number: int = Field(unique=True)
+
+
+class NodeRow(Base, table=True):
+    __tablename__ = "nodes"
+
+    id: str = Field(primary_key=True, max_length=64)
+    hostname: str = Field(max_length=255)
+    state: str = Field(max_length=16)
+    cpu_count: float
+    memory_bytes: int = Field(sa_column=Column(BigInteger, nullable=False))
+    gpu_count: float
+    gpu_model: str = Field(default="", max_length=255)
+    isolation: str = Field(default="", max_length=16)
+    isolation_detail: str = Field(default="", sa_column=Column(Text, nullable=False))
+    seen_us: int = Field(sa_column=Column(BigInteger, nullable=False))
+
+
+class ClusterRow(Base, table=True):
+    """One row: why there is no node, for people."""
+
+    __tablename__ = "cluster"
+
+    id: int = Field(primary_key=True)
+    detail: str = Field(default="", sa_column=Column(String(500), nullable=False))
+
+
+SKELETON = Skeleton(Base.metadata)
+
+
+class ExecutorUnit(UnitOfWork):
+    """One transaction of the executor."""
+
+    async def execution(self, attempt_id: str) -> ExecutionRow | None:
+        return await self.session.get(ExecutionRow, attempt_id)
+
+    async def executions(self, attempt_ids: Iterable[str]) -> Sequence[ExecutionRow]:
+        query = select(ExecutionRow).where(col(ExecutionRow.id).in_(list(attempt_ids)))
+        return (await self.session.exec(query)).all()
+
+    async def executions_of_job(self, job_id: str) -> Sequence[ExecutionRow]:
+        return (await self.session.exec(select(ExecutionRow).where(ExecutionRow.job_id == job_id))).all()
+
+    async def unfinished(self) -> Sequence[ExecutionRow]:
+        return (await self.session.exec(select(ExecutionRow).where(ExecutionRow.state != ENDED))).all()
+
+    async def due(self) -> Sequence[ExecutionRow]:
+        """Executions with something to do, longest due first; at most PAGE."""
+        query = (
+            select(ExecutionRow)
+            .where(ExecutionRow.visit_us <= to_us(self.now))
+            .order_by(col(ExecutionRow.visit_us), col(ExecutionRow.id))
+            .limit(PAGE)
+        )
+        return (await self.session.exec(query)).all()
+
+    async def change(self, row: ExecutionRow, **values: Any) -> ExecutionRow:
+        """Saves values under the row's revision and answers the row as it is then."""
+        await self.swap(ExecutionRow, row.id, row.revision, values)
+        self.session.expunge(row)
+        changed = await self.session.get(ExecutionRow, row.id, populate_existing=True)
+        assert changed
+        return changed
+
+    async def visit_again(self, row: ExecutionRow, at_us: int) -> None:
+        """When to look next, unless somebody changed the row since it was read: it is looked at again then."""
+        unchanged = (col(ExecutionRow.id) == row.id, col(ExecutionRow.revision) == row.revision)
+        await self.session.exec(update(ExecutionRow).where(*unchanged).values(visit_us=at_us))
+
+    async def keep_token(self, token_hash: str, attempt_id: str) -> None:
+        self.session.add(TokenRow(token_hash=token_hash, attempt_id=attempt_id))
+
+    async def execution_of_token(self, token_hash: str) -> ExecutionRow | None:
+        token = await self.session.get(TokenRow, token_hash)
+        return await self.execution(token.attempt_id) if token else None
+
+    async def team_number(self, team_id: str) -> int:
+        """The team's number, from 1; a new team gets the next one."""
+        known = await self.session.get(TeamRow, team_id)
+        if known:
+            return known.number
+        highest = (await self.session.exec(select(func.max(TeamRow.number)))).one()
+        row = TeamRow(team_id=team_id, number=(highest or 0) + 1)
+        self.session.add(row)
+        await self.session.flush()
+        return row.number
+
+    async def nodes(self) -> Sequence[NodeRow]:
+        return (await self.session.exec(select(NodeRow).order_by(col(NodeRow.id)))).all()
+
+    async def save_nodes(self, nodes: Iterable[KnownNode], detail: str) -> None:
+        """Replaces the inventory; what is no longer in it is forgotten."""
+        seen_us = {row.id: row.seen_us for row in await self.nodes()}
+        await self.session.exec(delete(NodeRow))
+        for node in nodes:
+            at = seen_us.get(node.id, to_us(self.now)) if node.state != "ready" else to_us(self.now)
+            self.session.add(node_row(node, at))
+        await self.session.merge(ClusterRow(id=1, detail=detail[:500]))
+
+    async def cluster_detail(self) -> str:
+        row = await self.session.get(ClusterRow, 1)
+        return row.detail if row else ""
+
+    async def attempts_on(self, node_ids: Iterable[str]) -> Sequence[ExecutionRow]:
+        query = select(ExecutionRow).where(
+            col(ExecutionRow.node_id).in_(list(node_ids)), ExecutionRow.state != ENDED
+        )
+        return (await self.session.exec(query)).all()
+
+
+def node_row(node: KnownNode, seen_us: int) -> NodeRow:
+    return NodeRow(
+        id=node.id,
+        hostname=node.hostname,
+        state=node.state,
+        cpu_count=node.cpu_count,
+        memory_bytes=node.memory_bytes,
+        gpu_count=node.gpu_count,
+        gpu_model=node.gpu_model,
+        isolation=node.isolation,
+        isolation_detail=node.isolation_detail,
+        seen_us=seen_us,
+    )
+
+
+def known_node(row: NodeRow, heard_s: float) -> KnownNode:
+    return KnownNode(
+        id=row.id,
+        hostname=row.hostname,
+        state=row.state,
+        cpu_count=row.cpu_count,
+        memory_bytes=row.memory_bytes,
+        gpu_count=row.gpu_count,
+        gpu_model=row.gpu_model,
+        isolation=row.isolation,
+        isolation_detail=row.isolation_detail,
+        heard_s=heard_s,
+    )

@@ -1,0 +1,64 @@
+"""The web application: all routes, behind what every request passes."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, FastAPI
+
+from libs.common.version import VERSION
+from services.gateway.http import (
+    accounts,
+    deployments,
+    docs,
+    errors,
+    experiments,
+    filesets,
+    jobs,
+    models,
+    projects,
+    status,
+    streams,
+)
+from services.gateway.http.middleware import BoundedBodies, GuardedResponses, KnownHosts, Traced
+from services.gateway.http.parts import Parts
+from services.gateway.web import pages, sessions
+
+API = "/api/v1"
+RESOURCES = (accounts, projects, filesets, experiments, jobs, models, deployments, streams, status)
+DESCRIPTION = """\
+Errors are `application/problem+json` with `detail` (what and why) and `remedy` (what to do). Lists are pages: give
+`next_cursor` back as `cursor`. Every POST, PATCH and DELETE takes an `Idempotency-Key`. A project is named by id or
+by name.
+"""
+
+
+def application(parts: Parts) -> FastAPI:
+    """An ASGI application over these parts."""
+    app = FastAPI(
+        title="Nabla",
+        version=VERSION,
+        description=DESCRIPTION,
+        openapi_url=f"{API}/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+        # One schema per message: what is sent and what is answered have the same form.
+        separate_input_output_schemas=False,
+        generate_unique_id_function=lambda route: route.name,
+        redirect_slashes=False,
+    )
+    app.state.parts = parts
+    errors.install(app)
+    api = APIRouter(prefix=API)
+    for resource in RESOURCES:
+        api.include_router(resource.router)
+    api.include_router(status.public)
+    api.include_router(docs.router)
+    app.include_router(api)
+    app.include_router(docs.page, prefix="/api")
+    app.include_router(sessions.router)
+    pages.install(app)
+    # The last one added is met first.
+    app.add_middleware(BoundedBodies, settings=parts.settings)
+    app.add_middleware(KnownHosts, settings=parts.settings)
+    app.add_middleware(Traced)
+    app.add_middleware(GuardedResponses)
+    return app

@@ -1,0 +1,89 @@
+"""The model repository: named models and their versions."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path
+from pydantic import Field
+
+from libs.common.contracts.messages import (
+    Fileset,
+    GetFileset,
+    GetModel,
+    GetModelVersion,
+    ListModels,
+    ModelDetail,
+    ModelPage,
+    ModelVersion,
+    RegisterModel,
+)
+from libs.common.errors import Conflict, Invalid
+from services.gateway.http.bodies import Body
+from services.gateway.http.errors import RESPONSES
+from services.gateway.http.parts import Caller, Cursor, Key, Limit, Ref, Wired, Word
+from services.gateway.http.projects import ProjectRef, resolve_active, resolve_id
+
+router = APIRouter(tags=["models"], responses=RESPONSES)
+
+HOLDS_MODELS = ("model", "artifacts")
+
+
+class NewModelVersion(Body):
+    project_id: ProjectRef = ""
+    framework: Annotated[str, Field(max_length=100, examples=["sklearn"])] = ""
+    description: Annotated[str, Field(max_length=10_000)] = ""
+    fileset_id: Annotated[str, Field(max_length=64, description="A sealed file set of kind model or artifacts.")]
+    job_id: Annotated[str, Field(max_length=64)] = ""
+    metrics: dict[str, float] = Field(default_factory=dict)
+
+
+@router.get("/models", summary="List models, newest first")
+async def list_models(
+    caller: Caller, parts: Wired, project_id: Word = "", cursor: Cursor = "", limit: Limit = 50
+) -> ModelPage:
+    project = await resolve_id(parts.owners, caller, project_id)
+    return await parts.owners.ask(ListModels(project_id=project, cursor=cursor, limit=limit), ModelPage, caller)
+
+
+@router.get("/models/{model}", summary="One model with its versions")
+async def get_model(model: Ref, caller: Caller, parts: Wired, project_id: Word = "") -> ModelDetail:
+    project = await resolve_id(parts.owners, caller, project_id)
+    return await parts.owners.ask(GetModel(model_id=model, project_id=project), ModelDetail, caller)
+
+
+@router.get("/models/{model}/versions/{number}", summary="One version; 0 is the newest")
+async def get_model_version(
+    model: Ref, number: Annotated[int, Path(ge=0, lt=2**31)], caller: Caller, parts: Wired, project_id: Word = ""
+) -> ModelVersion:
+    project = await resolve_id(parts.owners, caller, project_id)
+    message = GetModelVersion(model_id=model, version=number, project_id=project)
+    return await parts.owners.ask(message, ModelVersion, caller)
+
+
+@router.post("/models/{model}/versions", status_code=201, summary="Register a version, and the model when it is new")
+async def register_model(model: Ref, body: NewModelVersion, caller: Caller, key: Key, parts: Wired) -> ModelVersion:
+    project = await resolve_active(parts.owners, caller, body.project_id)
+    files = await parts.owners.ask(GetFileset(fileset_id=body.fileset_id), Fileset, caller)
+    _must_hold_a_model(files)
+    message = RegisterModel(
+        name=model,
+        project_id=project.id,
+        framework=body.framework,
+        description=body.description,
+        fileset_id=files.id,
+        job_id=body.job_id or caller.job_id,
+        metrics=body.metrics,
+        size_bytes=files.size_bytes,
+        digest=files.digest,
+    )
+    return await parts.owners.ask(message, ModelVersion, caller, key=key)
+
+
+def _must_hold_a_model(files: Fileset) -> None:
+    if files.kind not in HOLDS_MODELS:
+        detail = f"The file set {files.id} holds a {files.kind}, not a model."
+        raise Invalid("not_a_model", detail, "Upload the model's folder as a file set of kind model.")
+    if files.state != "sealed":
+        detail = f"The file set {files.id} is {files.state}: its files may still change."
+        raise Conflict("fileset_not_sealed", detail, f"Seal it first: POST /api/v1/filesets/{files.id}/seal.")

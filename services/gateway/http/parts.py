@@ -1,0 +1,95 @@
+"""What every route needs: the wired parts, who asks, and the request's idempotency key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, cast
+from uuid import uuid4
+
+from fastapi import Depends, Header, Path, Query, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from libs.common.contracts.messages import Principal
+from services.gateway.adapters.secrets import SecretMaker
+from services.gateway.authentication import Authenticator, refused
+from services.gateway.following import JobFollower
+from services.gateway.ports import EventLog, Owners
+from services.gateway.settings import GatewaySettings
+
+COOKIE = "nabla_session"
+HEADER_TEXT = r"^[!-~]{1,255}$"
+# Control characters are never part of a name; PostgreSQL refuses NUL, and logs would carry the rest.
+NAME = r"^[^\x00-\x1f\x7f]+$"
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything the routes work with."""
+
+    settings: GatewaySettings
+    owners: Owners
+    authenticator: Authenticator
+    follower: JobFollower
+    event_log: EventLog
+    secrets: SecretMaker
+
+
+def parts_of(request: Request) -> Parts:
+    return cast("Parts", request.app.state.parts)
+
+
+Wired = Annotated[Parts, Depends(parts_of)]
+
+_bearer = HTTPBearer(auto_error=False, description="A token from `nabla login`, or a job's own NABLA_TOKEN.")
+Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+
+
+def token_of(request: Request, bearer: Bearer, parts: Wired) -> str:
+    """The token that speaks for this request: the bearer's, or the session's for the interface's own scripts.
+
+    Raises:
+        Unauthenticated: there is none, or the cookie came from elsewhere.
+    """
+    if bearer:
+        return bearer.credentials
+    session = request.cookies.get(COOKIE, "")
+    if not session:
+        raise refused("This needs a token: `Authorization: Bearer <token>`.")
+    headers = request.headers
+    if not parts.settings.origins.cookie_counts(headers.get("host", ""), headers.get("sec-fetch-site", "")):
+        raise refused("A browser session counts only for requests of Nabla's own pages.")
+    return session
+
+
+Token = Annotated[str, Depends(token_of)]
+
+
+async def principal_of(token: Token, parts: Wired) -> Principal:
+    """Who asks; every route but the public ones depends on this."""
+    return await parts.authenticator.principal_of(token)
+
+
+Caller = Annotated[Principal, Depends(principal_of)]
+
+
+def key_of(
+    idempotency_key: Annotated[
+        str | None,
+        Header(pattern=HEADER_TEXT, description="Repeat a request with the same key and it takes effect once."),
+    ] = None,
+) -> str:
+    return idempotency_key or str(uuid4())
+
+
+Key = Annotated[str, Depends(key_of)]
+
+Ref = Annotated[str, Path(max_length=200, pattern=NAME, description="Id or name.")]
+Id = Annotated[str, Path(max_length=64, pattern=r"^[a-z0-9]+$")]
+Cursor = Annotated[str, Query(max_length=500, pattern=r"^[A-Za-z0-9_=-]*$", description="`next_cursor` of a page.")]
+Limit = Annotated[int, Query(ge=1, le=500)]
+Word = Annotated[str, Query(max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
+
+
+def content_endpoint(request: Request, parts: Parts) -> str:
+    """`host:port` for which links to files are signed: the front door as the client reached it."""
+    return parts.settings.origins.content_address(request.headers.get("host", ""))

@@ -1,0 +1,1 @@
+"""The web interface: pages made on the server, small scripts, nothing from elsewhere."""

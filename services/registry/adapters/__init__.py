@@ -1,0 +1,1 @@
+"""The registry's ports, made real."""

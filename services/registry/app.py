@@ -1,0 +1,46 @@
+"""The registry, wired."""
+
+from __future__ import annotations
+
+from libs.common.bus import Bus
+from libs.common.ids import secret_hash
+from libs.common.inbox import Inbox
+from libs.common.service import Service
+from libs.common.store import Store
+from services.registry.adapters.jobs import BusJobs
+from services.registry.domain.accounts import first_token
+from services.registry.handlers.accounts import bootstrap
+from services.registry.loops import RunCheck, Upkeep
+from services.registry.routes import ROUTES, RUNS
+from services.registry.settings import RegistrySettings
+from services.registry.store import SKELETON, RegistryUnit
+from services.registry.store.runs import SKELETON as RUNS_SKELETON
+from services.registry.store.runs import RunsUnit
+
+NAME = "registry"
+
+
+def build(settings: RegistrySettings | None = None) -> Service:
+    """The registry with its two databases: `registry` and, for what runs log, `registry_runs`."""
+    settings = settings or RegistrySettings()
+    bus = Bus(NAME, settings.nats_url, settings.nats_seed(NAME))
+    store = Store(settings.database_for(NAME), RegistryUnit, SKELETON, NAME)
+    runs = Store(settings.database_for(f"{NAME}_{RUNS}"), RunsUnit, RUNS_SKELETON, NAME)
+
+    async def make_first_account() -> None:
+        """Also renews the first token, so it is called again with each start."""
+        if settings.bootstrap_token_file:
+            token = first_token(settings.bootstrap_token_file.read_text())
+            await bootstrap(store, secret_hash(token))
+
+    return Service(
+        name=NAME,
+        settings=settings,
+        store=store,
+        bus=bus,
+        inbox=Inbox(store, NAME),
+        routes=ROUTES,
+        loops=(Upkeep(store, runs, settings).run, RunCheck(runs, BusJobs(bus), settings.reconcile_s).run),
+        further={RUNS: Inbox(runs, NAME)},
+        before_start=make_first_account,
+    )

@@ -1,0 +1,1 @@
+"""What the registry decides, without time, chance or a database of its own."""

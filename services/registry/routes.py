@@ -1,0 +1,105 @@
+"""What the registry listens to, who may ask it, and in which of its databases it is decided."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from libs.common.contracts.message import Message
+from libs.common.contracts.messages import (
+    ArchiveProject,
+    AuthenticateToken,
+    CreateProject,
+    CreateSignIn,
+    CreateToken,
+    DeleteProject,
+    GetJob,
+    GetMetrics,
+    GetModel,
+    GetModelVersion,
+    GetProject,
+    GetRun,
+    JobCancelled,
+    JobFailed,
+    JobQueued,
+    JobRunning,
+    JobStarting,
+    JobSucceeded,
+    JobTimedOut,
+    JobUnreachable,
+    ListModels,
+    ListProjects,
+    ListTokens,
+    LogRun,
+    MoveProject,
+    ProjectMoved,
+    ProjectPurged,
+    RedeemSignIn,
+    RegisterModel,
+    RestoreProject,
+    RevokeToken,
+    UpdateProject,
+)
+from libs.common.routing import GATEWAY_ONLY, INTERNAL, Handler, Route, Routes, Rule
+from services.registry.handlers import accounts, models, projects, runs
+from services.registry.handlers.audit import audited
+
+RUNS = "runs"
+
+ALL_SERVICES = frozenset({"gateway", "scheduler", "executor", "storage", "serving"})
+
+OWN_TOKENS = Rule(role="viewer", scope="admin")
+READ_TOKENS = Rule(role="viewer", scope="read")
+SIGN_IN = Rule(role="member", scope="write")
+READ = Rule(role="viewer", scope="read", attempts=True, services=ALL_SERVICES)
+LIST_PROJECTS = Rule(role="viewer", scope="read", services=ALL_SERVICES)
+WRITE = Rule(role="member", scope="write")
+LEAD = Rule(role="admin", scope="write")
+REGISTER = Rule(role="member", scope="write", attempts=True, services=frozenset({"executor", "serving"}))
+LOG = Rule(role="member", scope="write", attempts=True)
+
+
+def _write(message: type[Message], handler: Handler, rule: Rule, database: str = "") -> Route:
+    return Route(message, audited(handler), rule, database=database)
+
+
+def _run(message: type[Message], handler: Any, rule: Rule = INTERNAL) -> Route:
+    return Route(message, handler, rule, database=RUNS)
+
+
+ROUTES = Routes(
+    service="registry",
+    routes=(
+        Route(AuthenticateToken, accounts.authenticate_token, GATEWAY_ONLY),
+        _write(CreateToken, accounts.create_token, OWN_TOKENS),
+        _write(RevokeToken, accounts.revoke_token, OWN_TOKENS),
+        Route(ListTokens, accounts.list_tokens, READ_TOKENS),
+        _write(CreateSignIn, accounts.create_sign_in, SIGN_IN),
+        _write(RedeemSignIn, accounts.redeem_sign_in, GATEWAY_ONLY),
+        _write(CreateProject, projects.create_project, WRITE),
+        _write(UpdateProject, projects.update_project, WRITE),
+        _write(ArchiveProject, projects.archive_project, WRITE),
+        _write(DeleteProject, projects.delete_project, LEAD),
+        _write(RestoreProject, projects.restore_project, WRITE),
+        _write(MoveProject, projects.move_project, LEAD),
+        Route(GetProject, projects.get_project, READ),
+        Route(ListProjects, projects.list_projects, LIST_PROJECTS),
+        _write(RegisterModel, models.register_model, REGISTER),
+        Route(GetModel, models.get_model, READ),
+        Route(GetModelVersion, models.get_model_version, READ),
+        Route(ListModels, models.list_models, READ),
+        _write(LogRun, runs.log_run, LOG, RUNS),
+        _run(GetRun, runs.get_run, READ),
+        _run(GetMetrics, runs.get_metrics, READ),
+        _run(JobQueued, runs.record_job),
+        _run(JobStarting, runs.record_job),
+        _run(JobRunning, runs.record_job),
+        _run(JobUnreachable, runs.record_job),
+        _run(JobSucceeded, runs.record_job),
+        _run(JobFailed, runs.record_job),
+        _run(JobCancelled, runs.record_job),
+        _run(JobTimedOut, runs.record_job),
+        _run(ProjectMoved, runs.move_runs),
+        _run(ProjectPurged, runs.purge_runs),
+    ),
+    sends=(GetJob,),
+)

@@ -1,0 +1,43 @@
+"""The scheduler, put together."""
+
+from __future__ import annotations
+
+from libs.common.bus import Bus
+from libs.common.inbox import Inbox
+from libs.common.locks import SoleWriter
+from libs.common.service import Service
+from services.scheduler.adapters.executor import BusExecutor
+from services.scheduler.loops.placer import Placer
+from services.scheduler.loops.reconciler import Patience, Reconciler
+from services.scheduler.routes import ROUTES
+from services.scheduler.settings import SchedulerSettings
+from services.scheduler.store import SchedulerStore
+
+
+def build(settings: SchedulerSettings | None = None) -> Service:
+    settings = settings or SchedulerSettings()
+    store = SchedulerStore(settings.database_for("scheduler"))
+    bus = Bus("scheduler", settings.nats_url, settings.nats_seed("scheduler"))
+    placer = Placer(store, silent_s=settings.executor_silent_s, pass_s=settings.reconcile_s)
+    patience = Patience(settings.reconcile_s, settings.executor_silent_s, settings.attempt_check_s)
+    reconciler = Reconciler(store, BusExecutor(bus), placer.policy, patience)
+    lock = SoleWriter(store.url, "scheduler")
+
+    async def place() -> None:
+        await lock.held.wait()
+        await placer.run()
+
+    async def reconcile() -> None:
+        await lock.held.wait()
+        await reconciler.run()
+
+    return Service(
+        name="scheduler",
+        settings=settings,
+        store=store,
+        bus=bus,
+        inbox=Inbox(store, "scheduler"),
+        routes=ROUTES,
+        loops=(lock.run, place, reconcile),
+        describe=lambda: (lock.held.is_set(), "" if lock.held.is_set() else "waits for the database's lock"),
+    )

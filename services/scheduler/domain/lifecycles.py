@@ -1,0 +1,320 @@
+"""How a job and an attempt may move: two machines, and the functions that drive them together.
+
+Job:
+    from                             to           driven by
+    submitted                        waiting      hold: something must come first
+    submitted, waiting               queued       admit: the submission itself, or the end of the hold
+    queued                           starting     place: the policy chose a node
+    starting, unreachable            running      run: the executor says that the process runs
+    starting, running                unreachable  lose_contact: the executor, or the node, is silent
+    unreachable                      starting     resume: it is heard again and the process has not run yet
+    unreachable                      running      run: it is heard again and the process runs
+    starting, running, unreachable   queued       requeue: node lost, preempted, or a failure worth a retry
+    starting, running, unreachable   succeeded    succeed: the process ended with 0
+    starting, running, unreachable   failed       fail: it ended otherwise, or no machine would run it
+    starting, running, unreachable   timed_out    time_out: it ran longer than its template allows
+    every state but the last four    cancelled    cancel: somebody asked, and nothing runs any more
+
+Attempt:
+    from                                   to         driven by
+    created                                placed     place: in the same commit as the job's
+    placed                                 starting   accept: the executor has it and prepares the machine
+    placed, starting                       running    run
+    placed, starting, running              finishing  finish: the process ended, artifacts are being sealed
+    placed, starting, running, finishing   succeeded  succeed
+    placed, starting, running, finishing   failed     fail
+    placed, starting, running, finishing   cancelled  cancel
+    placed, starting, running, finishing   timed_out  time_out
+    placed, starting, running, finishing   preempted  preempt: stopped, though nobody wanted the job cancelled
+    placed, starting, running, finishing   lost       lose: fenced, or its machine is gone
+
+Steps may be skipped, as a report may be overtaken by a later one; nothing ever moves back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from libs.common.clock import to_us
+from libs.common.contracts.messages import Execution, StartExecution, StopExecution
+from libs.common.transitions import TransitionTable
+from services.scheduler.domain.model import Attempt, Case, Job
+
+MAX_INFRA_RETRIES = 5
+MAX_RETRY_DELAY_S = 60
+CANCELLED = "cancelled"
+BEING_STOPPED = "is being stopped"
+
+_LIVE = ("starting", "running", "unreachable")
+_OPEN = ("placed", "starting", "running", "finishing")
+_ENDS = {"succeed": "succeeded", "fail": "failed", "cancel": CANCELLED, "time_out": "timed_out"}
+
+JOBS = TransitionTable(
+    aggregate="job",
+    moves={
+        ("submitted", "hold"): "waiting",
+        ("submitted", "admit"): "queued",
+        ("waiting", "admit"): "queued",
+        ("queued", "place"): "starting",
+        ("starting", "run"): "running",
+        ("unreachable", "run"): "running",
+        ("unreachable", "resume"): "starting",
+        ("starting", "lose_contact"): "unreachable",
+        ("running", "lose_contact"): "unreachable",
+        **{(state, "requeue"): "queued" for state in _LIVE},
+        **{(state, trigger): end for state in _LIVE for trigger, end in _ENDS.items()},
+        **{(state, "cancel"): CANCELLED for state in ("submitted", "waiting", "queued")},
+    },
+    terminal=frozenset(_ENDS.values()),
+)
+
+ATTEMPTS = TransitionTable(
+    aggregate="attempt",
+    moves={
+        ("created", "place"): "placed",
+        ("placed", "accept"): "starting",
+        **{(state, "run"): "running" for state in ("placed", "starting")},
+        **{(state, "finish"): "finishing" for state in ("placed", "starting", "running")},
+        **{
+            (state, trigger): end
+            for state in _OPEN
+            for trigger, end in (_ENDS | {"preempt": "preempted", "lose": "lost"}).items()
+        },
+    },
+    terminal=frozenset({*_ENDS.values(), "preempted", "lost"}),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What an ended execution means: the triggers of both machines, and why, for people.
+
+    Args:
+        retry: whose budget another try would use: "user", "infra", or empty when there is to be none.
+    """
+
+    attempt_trigger: str
+    job_trigger: str
+    detail: str
+    retry: str = ""
+
+
+def admit(job: Job, now_us: int) -> Job:
+    """The new job in the queue. Its submission is the first entry of its timeline, this one the second."""
+    return replace(_move(job, "admit"), queued_us=now_us)
+
+
+def place(job: Job, attempt_id: str, node_id: str, now_us: int) -> Case:
+    """A new attempt on a node, and the command that starts it."""
+    number = job.attempt_count + 1
+    fresh = Attempt(id=attempt_id, number=number, node_id=node_id, created_us=now_us)
+    attempt = replace(fresh, state=ATTEMPTS.next_state(fresh.id, fresh.state, "place"))
+    placed = replace(_move(job, "place"), attempt_count=number, started_us=None, exit_code=None)
+    return Case(placed, attempt, (start_command(placed, attempt),))
+
+
+def ask_to_stop(case: Case, now_us: int) -> Case:
+    """Records that the job is unwanted; what runs is told to stop, what does not run is over at once."""
+    job, attempt = case.job, case.attempt
+    if job.state in JOBS.terminal or job.desired_state == CANCELLED:
+        return case
+    unwanted = replace(job, desired_state=CANCELLED)
+    if attempt and is_open(attempt):
+        return Case(replace(unwanted, detail=BEING_STOPPED), attempt, (stop_command(attempt),))
+    return Case(replace(_move(unwanted, "cancel", "stopped before it ran"), ended_us=now_us), attempt)
+
+
+def follow_execution(case: Case, execution: Execution, now_us: int) -> Case:
+    """The case after a snapshot of what the executor knows.
+
+    A snapshot of another attempt than the job's newest, of one that has ended, or no newer than what was applied
+    before, changes nothing.
+    """
+    attempt = case.attempt
+    if attempt is None or attempt.id != execution.attempt_id or not is_open(attempt):
+        return case
+    if execution.revision <= attempt.execution_revision:
+        return case
+    seen = _with_facts(attempt, execution)
+    match execution.state:
+        case "running":
+            return _running(case.job, _move_attempt(seen, "run"), "", now_us)
+        case "finishing":
+            return _running(case.job, _move_attempt(seen, "finish"), "its artifacts are being sealed", now_us)
+        case "ended":
+            return _ended(case.job, seen, execution, now_us)
+        case _:
+            job = _move(case.job, "resume") if case.job.state == "unreachable" else case.job
+            return Case(job, _move_attempt(seen, "accept"))
+
+
+def lose_contact(case: Case, detail: str) -> Case:
+    """Shown as unreachable, and left alone: only the executor may say that an attempt is lost."""
+    return Case(_move(case.job, "lose_contact", detail), case.attempt)
+
+
+def regain_contact(case: Case) -> Case:
+    ran = case.attempt is not None and case.attempt.state in {"running", "finishing"}
+    return Case(_move(case.job, "run" if ran else "resume"), case.attempt)
+
+
+def missing_commands(case: Case, *, known: bool) -> tuple[StartExecution | StopExecution, ...]:
+    """The commands whose effect is not to be seen, to be sent again.
+
+    Only an attempt never heard of is started again, under the same id, which the executor takes once. It is
+    started even when the job is unwanted by now: the first command may still be under way, and a stop that
+    overtook it would be forgotten.
+
+    Args:
+        known: whether the executor knows this attempt.
+    """
+    job, attempt = case.job, case.attempt
+    if attempt is None or not is_open(attempt):
+        return ()
+    start = (start_command(job, attempt),) if not known and attempt.execution_revision < 0 else ()
+    stop = (stop_command(attempt),) if job.desired_state == CANCELLED else ()
+    return (*start, *stop)
+
+
+def outcome_of(job: Job, execution: Execution) -> Outcome:
+    """What the end of an execution means for its job, before retries are counted.
+
+    A job that somebody stopped is cancelled however its process ended: the stop was confirmed first.
+    """
+    if job.desired_state == CANCELLED:
+        return Outcome("cancel", "cancel", "stopped on request")
+    if execution.reason == "exited":
+        return _exited(execution)
+    return _broken_off(job, execution)
+
+
+def _broken_off(job: Job, execution: Execution) -> Outcome:
+    detail = execution.detail
+    match execution.reason:
+        case "stopped":
+            return Outcome("preempt", "fail", detail or "its process was stopped on the machine", retry="infra")
+        case "timed_out":
+            limit = f"ran longer than its limit of {job.template.timeout_s:g} s"
+            return Outcome("time_out", "time_out", detail or limit)
+        case "out_of_memory":
+            return Outcome("fail", "fail", _memory_detail(job, execution))
+        case "fenced" | "lost":
+            return Outcome("lose", "fail", detail or "the machine that ran it was lost", retry="infra")
+    return Outcome("fail", "fail", detail or f"the executor ended it: {execution.reason}")
+
+
+def _exited(execution: Execution) -> Outcome:
+    if execution.exit_code == 0 and not execution.signal:
+        return Outcome("succeed", "succeed", "")
+    by_signal = f"ended by signal {execution.signal}"
+    detail = by_signal if execution.signal else f"exit code {execution.exit_code}"
+    return Outcome("fail", "fail", detail, retry="user")
+
+
+def retry_delay_s(tries: int) -> int:
+    """Seconds before try `tries` + 1: 1, 2, 4, up to a minute."""
+    return int(min(2 ** (tries - 1), MAX_RETRY_DELAY_S))
+
+
+def is_open(attempt: Attempt) -> bool:
+    """Whether the attempt may still run somewhere, so that it holds its machine's resources."""
+    return attempt.state not in ATTEMPTS.terminal
+
+
+def start_command(job: Job, attempt: Attempt) -> StartExecution:
+    return StartExecution(
+        attempt_id=attempt.id,
+        job_id=job.id,
+        number=attempt.number,
+        project_id=job.project_id,
+        node_id=attempt.node_id,
+        experiment_id=job.experiment_id,
+        template=job.template,
+    )
+
+
+def stop_command(attempt: Attempt) -> StopExecution:
+    return StopExecution(attempt_id=attempt.id, reason=CANCELLED)
+
+
+def _running(job: Job, attempt: Attempt, detail: str, now_us: int) -> Case:
+    started_us = attempt.started_us or now_us
+    moved = replace(_move(job, "run", detail), started_us=started_us)
+    return Case(moved, replace(attempt, started_us=started_us))
+
+
+def _ended(job: Job, attempt: Attempt, execution: Execution, now_us: int) -> Case:
+    outcome = outcome_of(job, execution)
+    over = replace(_move_attempt(attempt, outcome.attempt_trigger), ended_us=now_us, detail=outcome.detail)
+    tries_left = _tries_left(job, outcome.retry)
+    if tries_left > 0:
+        return Case(_requeued(job, outcome, now_us), over)
+    detail = outcome.detail
+    if outcome.retry == "infra":
+        detail += f"; given up after {job.infra_retries_used} new tries"
+    ended = replace(_move(job, outcome.job_trigger, detail), ended_us=now_us, exit_code=execution.exit_code)
+    return Case(ended, over)
+
+
+def _tries_left(job: Job, budget: str) -> int:
+    match budget:
+        case "user":
+            return job.template.max_retries - job.retries_used
+        case "infra":
+            return MAX_INFRA_RETRIES - job.infra_retries_used
+        case _:
+            return 0
+
+
+def _requeued(job: Job, outcome: Outcome, now_us: int) -> Job:
+    counted = (
+        replace(job, retries_used=job.retries_used + 1)
+        if outcome.retry == "user"
+        else replace(job, infra_retries_used=job.infra_retries_used + 1)
+    )
+    delay_s = retry_delay_s(counted.retries_used + counted.infra_retries_used)
+    detail = f"{outcome.detail}; tried again in {delay_s} s"
+    return replace(
+        _move(counted, "requeue", detail),
+        queued_us=now_us,
+        ready_us=now_us + delay_s * 1_000_000,
+        started_us=None,
+    )
+
+
+def _with_facts(attempt: Attempt, execution: Execution) -> Attempt:
+    return replace(
+        attempt,
+        execution_revision=execution.revision,
+        detail=execution.detail,
+        exit_code=execution.exit_code,
+        isolation=execution.isolation or attempt.isolation,
+        peak_memory_bytes=max(execution.peak_memory_bytes, attempt.peak_memory_bytes),
+        addresses=execution.addresses or attempt.addresses,
+        gpu_indices=execution.gpu_indices or attempt.gpu_indices,
+        started_us=to_us(execution.started_at) if execution.started_at else attempt.started_us,
+    )
+
+
+def _memory_detail(job: Job, execution: Execution) -> str:
+    peak, limit = execution.peak_memory_bytes, job.template.resources.memory_bytes
+    allowed = f"its limit is {memory_text(limit)}" if limit else "the machine had no more"
+    return f"out of memory: it used {memory_text(peak)}, {allowed}"
+
+
+def memory_text(size_bytes: int) -> str:
+    """Bytes as people read them: 512 MiB, 1.5 GiB."""
+    if size_bytes < 1 << 30:
+        return f"{size_bytes / (1 << 20):.4g} MiB"
+    return f"{size_bytes / (1 << 30):.4g} GiB"
+
+
+def _move(job: Job, trigger: str, detail: str = "") -> Job:
+    state = JOBS.next_state(job.id, job.state, trigger)
+    if state in {"starting", "running"} and job.desired_state == CANCELLED:
+        detail = BEING_STOPPED
+    return replace(job, state=state, detail=detail)
+
+
+def _move_attempt(attempt: Attempt, trigger: str) -> Attempt:
+    return replace(attempt, state=ATTEMPTS.next_state(attempt.id, attempt.state, trigger))

@@ -1,0 +1,87 @@
+"""Jobs, attempts and experiments as the scheduler knows them. Times are microseconds since 1970 UTC."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from libs.common.contracts.messages import JobTemplate, StartExecution, StopExecution
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try of a job. Its number is the only fence: what an older one reports never changes the job.
+
+    Args:
+        execution_revision: the newest snapshot applied of what the executor says; -1 before the first.
+    """
+
+    id: str
+    number: int
+    node_id: str
+    created_us: int
+    state: str = "created"
+    detail: str = ""
+    exit_code: int | None = None
+    started_us: int | None = None
+    ended_us: int | None = None
+    isolation: str = ""
+    peak_memory_bytes: int = 0
+    addresses: dict[str, str] = field(default_factory=dict)
+    gpu_indices: tuple[int, ...] = ()
+    execution_revision: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One execution request.
+
+    Args:
+        desired_state: running or cancelled; what people want, while `state` is what is.
+        ready_us: not to be placed before; a retry waits a little.
+        retries_used: tries that the user's own failures have used, out of template.max_retries.
+        infra_retries_used: tries that machines have cost.
+        traceparent: the trace that the submission began; placements continue it.
+    """
+
+    id: str
+    team_id: str
+    project_id: str
+    template: JobTemplate
+    created_us: int
+    experiment_id: str = ""
+    created_by: str = ""
+    state: str = "submitted"
+    detail: str = ""
+    desired_state: str = "running"
+    revision: int = 0
+    queued_us: int | None = None
+    ready_us: int = 0
+    started_us: int | None = None
+    ended_us: int | None = None
+    exit_code: int | None = None
+    attempt_count: int = 0
+    retries_used: int = 0
+    infra_retries_used: int = 0
+    traceparent: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A job with its newest attempt, and the commands that leave in the commit that saves it."""
+
+    job: Job
+    attempt: Attempt | None = None
+    commands: tuple[StartExecution | StopExecution, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """A named template plus its jobs."""
+
+    id: str
+    team_id: str
+    project_id: str
+    name: str
+    kind: str
+    created_by: str
+    created_us: int

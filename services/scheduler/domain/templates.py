@@ -1,0 +1,124 @@
+"""What a client may ask of a job. Everything else is refused before it is stored, with what to write instead."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from pathlib import PurePosixPath
+
+from libs.common.contracts.messages import JobTemplate, Resources
+from libs.common.errors import Invalid, TooLarge
+
+MAX_COMMAND_BYTES = 128 * 1024
+# Every event of a job carries its template, and a message on the bus holds 256 KB.
+MAX_TEMPLATE_BYTES = 192 * 1024
+MAX_TIMEOUT_S = 365 * 86_400
+MAX_RETRIES = 100
+MAX_NAME_LENGTH = 200
+MAX_PORTS = 16
+PEOPLE = frozenset({"command"})
+SERVICES = frozenset({"build", "replica"})
+
+# Beyond what any machine has, and within what a database's integers hold.
+MOST = {"cpu_count": 1e6, "memory_bytes": 2**60, "gpu_count": 1e6}
+
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def checked_template(template: JobTemplate, kinds: Collection[str] = PEOPLE) -> JobTemplate:
+    """The template with its defaults filled in: one CPU, kind command.
+
+    Raises:
+        Invalid, TooLarge: naming the field, why it cannot be, and what to write.
+    """
+    filled = template.model_copy(
+        update={
+            "kind": template.kind or "command",
+            "resources": template.resources.model_copy(update={"cpu_count": template.resources.cpu_count or 1.0}),
+        }
+    )
+    _check_kind(filled.kind, kinds)
+    _check_name(filled.name)
+    _check_command(filled.command)
+    _check_env(filled.env)
+    _check_resources(filled.resources)
+    _check_limits(filled)
+    _check_ports(filled.ports)
+    _check_paths("inputs", (item.path for item in filled.inputs))
+    _check_paths("models", (item.path for item in filled.models))
+    if len(filled.to_wire()) > MAX_TEMPLATE_BYTES:
+        detail = f"The job's template is larger than {MAX_TEMPLATE_BYTES // 1024} KiB."
+        raise TooLarge("template_too_large", detail, "Put large texts into files of the workspace.")
+    return filled
+
+
+def _check_kind(kind: str, kinds: Collection[str]) -> None:
+    if kind not in kinds:
+        raise _invalid("kind", f"A job of kind {kind[:40]!r} cannot be asked for here.", "Leave kind out.")
+
+
+def _check_name(name: str) -> None:
+    if len(name) > MAX_NAME_LENGTH or not name.isprintable():
+        remedy = f"Use at most {MAX_NAME_LENGTH} printable characters."
+        raise _invalid("name", "The name is too long, or has characters that cannot be shown.", remedy)
+
+
+def _check_command(command: tuple[str, ...]) -> None:
+    if not command or not command[0].strip():
+        raise _invalid("command", "The command is empty.", 'Say what to run, for example ["python train.py"].')
+    if any("\0" in part for part in command):
+        raise _invalid("command", "The command has a NUL character, which no program can take.", "Remove it.")
+    if sum(len(part.encode()) + 1 for part in command) > MAX_COMMAND_BYTES:
+        detail = f"The command is longer than {MAX_COMMAND_BYTES // 1024} KiB."
+        raise _invalid("command", detail, "Put it into a script in the workspace and run that.")
+
+
+def _check_env(env: dict[str, str]) -> None:
+    for name, value in env.items():
+        if not _ENV_NAME.fullmatch(name):
+            detail = f"{name[:40]!r} cannot be the name of an environment variable."
+            raise _invalid("env", detail, "Use letters, digits and _, not beginning with a digit.")
+        if "\0" in value:
+            raise _invalid("env", f"The value of {name} has a NUL character.", "Remove it.")
+
+
+def _check_resources(resources: Resources) -> None:
+    for name, most in MOST.items():
+        value = getattr(resources, name)
+        if not 0 <= value <= most:
+            detail = f"resources.{name} is {value}; it is between 0 (no wish) and {most:g}."
+            raise _invalid(f"resources.{name}", detail, "Give a number within these bounds.")
+    if resources.gpu_count != int(resources.gpu_count):
+        detail = f"resources.gpu_count is {resources.gpu_count:g}, and GPUs are given whole."
+        raise _invalid("resources.gpu_count", detail, "Use 0, 1, 2 and so on.")
+
+
+def _check_limits(template: JobTemplate) -> None:
+    timeout_s = template.timeout_s
+    if not 0 <= timeout_s <= MAX_TIMEOUT_S:
+        detail = f"timeout_s is {timeout_s:g}; it is between 0 (none) and {MAX_TIMEOUT_S} (a year)."
+        raise _invalid("timeout_s", detail, "Give seconds within these bounds.")
+    if not 0 <= template.max_retries <= MAX_RETRIES:
+        detail = f"max_retries is {template.max_retries}; it is between 0 and {MAX_RETRIES}."
+        raise _invalid("max_retries", detail, "Give a number within these bounds.")
+
+
+def _check_ports(ports: tuple[int, ...]) -> None:
+    wrong = [port for port in ports if not 1 <= port <= 65_535]
+    if wrong:
+        raise _invalid("ports", f"{wrong[0]} is not a port.", "Use 1 to 65535.")
+    if len(set(ports)) < len(ports) or len(ports) > MAX_PORTS:
+        detail = f"A port is named twice, or there are more than {MAX_PORTS}."
+        raise _invalid("ports", detail, "Name each port that the job listens on once.")
+
+
+def _check_paths(field: str, paths: Iterable[str]) -> None:
+    for path in paths:
+        parts = PurePosixPath(path).parts
+        if path.startswith("/") or ".." in parts or "\0" in path or "\\" in path:
+            detail = f"A path in {field} leaves its folder: {path[:80]!r}."
+            raise _invalid(field, detail, "Use a relative path without '..'.")
+
+
+def _invalid(field: str, detail: str, remedy: str) -> Invalid:
+    return Invalid("bad_template", detail, remedy, field=f"template.{field}")

@@ -1,0 +1,1 @@
+"""The scheduler's own work beside its handlers: placing, and making sure."""

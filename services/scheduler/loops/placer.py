@@ -1,0 +1,180 @@
+"""The placing loop: keeps the policy's picture in step with the database, and turns its decisions into commits.
+
+The picture is only a cache. It is built from the database at the start, follows what each commit changed, and a
+placement that the database does not confirm is read again from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from dataclasses import replace
+from datetime import timedelta
+
+from opentelemetry.metrics import CallbackOptions, Observation
+from sqlalchemy.exc import DBAPIError
+
+from libs.common.clock import Clock, to_us, utc_now
+from libs.common.errors import StaleRevision
+from libs.common.ids import new_id
+from libs.common.telemetry import meter, span
+from services.scheduler.domain.lifecycles import CANCELLED, place
+from services.scheduler.domain.model import Case
+from services.scheduler.domain.policy import Demand, Placement, Policy, Shape, shape_of
+from services.scheduler.store import Inventory, SchedulerStore, SchedulerUnit
+from services.scheduler.tables import JOBS
+
+BATCH = 100
+LOAD_BATCH = 1000
+BACK_OFF_S = 1.0
+NO_EXECUTOR = "no executor has reported its nodes yet"
+
+log = logging.getLogger(__name__)
+
+_placement_seconds = meter().create_histogram(
+    "nabla_placement_seconds", unit="s", description="From being queued to having a node"
+)
+
+
+class Placer:
+    """Places queued jobs. There is one in a process, and one process on a database.
+
+    Args:
+        silent_s: an executor not heard for so long gets no new jobs.
+        pass_s: seconds between looks when nothing happens.
+    """
+
+    def __init__(self, store: SchedulerStore, *, silent_s: float, pass_s: float, clock: Clock = utc_now) -> None:
+        self.policy = Policy()
+        self._store = store
+        self._silent = timedelta(seconds=silent_s)
+        self._pass_s = pass_s
+        self._clock = clock
+        self._inventories: list[Inventory] = []
+        meter().create_observable_gauge("nabla_queued_jobs", [self._queue_depth], description="Jobs that wait")
+
+    async def run(self) -> None:
+        await self.rebuild()
+        while True:
+            try:
+                placed = await self.place_waiting()
+            except (DBAPIError, StaleRevision) as error:
+                log.warning("placing waits for the database", extra={"reason": repr(error)})
+                await asyncio.sleep(BACK_OFF_S)
+                continue
+            if placed < BATCH:
+                await self._wait_for_change()
+
+    async def rebuild(self) -> None:
+        """Reads every job that has not ended, in order of id."""
+        last_id = ""
+        while True:
+            async with self._store.view() as view:
+                open_jobs = JOBS.c.ended_us.is_(None) & (JOBS.c.id > last_id)
+                demands = await view.demands(open_jobs, LOAD_BATCH)
+            self._learn_jobs(demands)
+            if len(demands) < LOAD_BATCH:
+                break
+            last_id = max(demands)
+        await self._read_inventories()
+
+    async def place_waiting(self) -> int:
+        """One decision and its commit; returns how many jobs have a node now."""
+        await self._catch_up()
+        placements = self.policy.decide(to_us(self._clock()), BATCH)
+        reasons = self.policy.newly_blocked()
+        if placements or reasons:
+            try:
+                await self._store.run(lambda unit: _commit(unit, placements, reasons))
+            except BaseException:
+                # What the policy counts as placed is not: it is read again.
+                self._store.changes.note([*dict(placements), *reasons])
+                raise
+        return len(placements)
+
+    async def _catch_up(self) -> None:
+        """Takes in what commits have changed since the last look, and which executors have fallen silent."""
+        jobs, nodes = self._store.changes.take()
+        try:
+            if nodes:
+                await self._read_inventories()
+            pending = sorted(jobs)
+            for start in range(0, len(pending), LOAD_BATCH):
+                ids = pending[start : start + LOAD_BATCH]
+                async with self._store.view() as view:
+                    self._learn_jobs(dict.fromkeys(ids) | await view.demands(JOBS.c.id.in_(ids)))
+        except BaseException:
+            self._store.changes.note(jobs, nodes=nodes)
+            raise
+        self._learn_nodes()
+
+    def _learn_jobs(self, demands: dict[str, Demand | None]) -> None:
+        for job_id, demand in demands.items():
+            if demand:
+                self.policy.apply(demand)
+            else:
+                self.policy.forget(job_id)
+
+    async def _read_inventories(self) -> None:
+        async with self._store.view() as view:
+            self._inventories = await view.inventories()
+
+    def _learn_nodes(self) -> None:
+        heard_since_us = to_us(self._clock() - self._silent)
+        heard = [inventory for inventory in self._inventories if inventory.heard_us >= heard_since_us]
+        self.policy.apply_nodes(ready_nodes(heard), _why_none(self._inventories, heard))
+
+    async def _wait_for_change(self) -> None:
+        wait_s = self._pass_s
+        if self.policy.next_ready_us is not None:
+            wait_s = min(wait_s, max(0.0, (self.policy.next_ready_us - to_us(self._clock())) / 1_000_000))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._store.changes.happened.wait(), wait_s)
+
+    def _queue_depth(self, _options: CallbackOptions) -> list[Observation]:
+        return [Observation(self.policy.waiting)]
+
+
+def ready_nodes(inventories: list[Inventory]) -> dict[str, Shape]:
+    """What may be placed on."""
+    return {
+        node.id: shape_of(node.cpu_count, node.memory_bytes, node.gpu_count)
+        for inventory in inventories
+        for node in inventory.nodes
+        if node.state == "ready"
+    }
+
+
+def _why_none(inventories: list[Inventory], heard: list[Inventory]) -> str:
+    if not inventories:
+        return NO_EXECUTOR
+    if not heard:
+        return "the executor is silent"
+    return "; ".join(inventory.detail for inventory in heard if inventory.detail)
+
+
+async def _commit(unit: SchedulerUnit, placements: list[Placement], reasons: dict[str, str]) -> None:
+    nodes = dict(placements)
+    for case in await unit.cases(JOBS.c.id.in_([*nodes, *reasons])):
+        if case.job.state != "queued" or case.job.desired_state == CANCELLED:
+            continue
+        if case.job.id in nodes:
+            await _place_one(unit, case, nodes[case.job.id])
+        else:
+            await explain(unit, case, reasons[case.job.id])
+
+
+async def _place_one(unit: SchedulerUnit, case: Case, node_id: str) -> None:
+    job = case.job
+    with span("scheduler place job", job.traceparent, object=job.id, team=job.team_id):
+        await unit.save(case, place(job, new_id("attempt"), node_id, unit.now_us))
+    # The wait that the policy could have ended: a retry's delay is not its own.
+    since_us = max(job.queued_us or unit.now_us, job.ready_us)
+    _placement_seconds.record(max(0, unit.now_us - since_us) / 1_000_000)
+
+
+async def explain(unit: SchedulerUnit, case: Case, reason: str) -> None:
+    """Keeps why a job waits, where everybody can see it."""
+    if reason and case.job.detail != reason:
+        await unit.save(case, Case(replace(case.job, detail=reason), case.attempt))

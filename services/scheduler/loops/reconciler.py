@@ -1,0 +1,162 @@
+"""The reconciling loop: converges with what is true when events and commands are late, lost, or switched off.
+
+Each pass looks at a bounded number of rows, those first that were looked at longest ago.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+from sqlalchemy.exc import DBAPIError
+
+from libs.common.clock import Clock, to_us, utc_now
+from libs.common.contracts.messages import Execution
+from libs.common.errors import IllegalTransition, Refusal, StaleRevision
+from libs.common.telemetry import span
+from services.scheduler.domain.lifecycles import lose_contact, missing_commands, regain_contact
+from services.scheduler.domain.model import Case
+from services.scheduler.domain.policy import Policy
+from services.scheduler.handlers import apply_execution
+from services.scheduler.loops.placer import explain, ready_nodes
+from services.scheduler.ports import Executor
+from services.scheduler.store import Inventory, SchedulerStore, SchedulerUnit
+from services.scheduler.tables import ATTEMPTS, JOBS
+
+ROWS = 100
+EXECUTOR = "executor"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long to wait, in seconds.
+
+    Args:
+        pass_s: between passes.
+        silent_s: without a word of an executor, until its jobs are unreachable.
+        attempt_s: without news of an attempt, until the executor is asked about it.
+    """
+
+    pass_s: float
+    silent_s: float
+    attempt_s: float
+
+
+class Reconciler:
+    """Asks instead of waiting to be told."""
+
+    def __init__(
+        self,
+        store: SchedulerStore,
+        executor: Executor,
+        policy: Policy,
+        patience: Patience,
+        clock: Clock = utc_now,
+    ) -> None:
+        self._store = store
+        self._executor = executor
+        self._policy = policy
+        self._patience = patience
+        self._clock = clock
+        self._started_us = to_us(clock())
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(self._patience.pass_s)
+            try:
+                await self.reconcile()
+            except (DBAPIError, StaleRevision) as error:
+                log.warning("reconciling waits for the database", extra={"reason": repr(error)})
+
+    async def reconcile(self) -> None:
+        """One pass. An executor that does not answer is asked again in the next."""
+        await self._ask_for_nodes()
+        await self._store.run(self._review_contact)
+        await self._ask_for_attempts()
+        await self._store.run(self._review_reasons)
+
+    async def _ask_for_nodes(self) -> None:
+        async with self._store.view() as view:
+            inventories = await view.inventories()
+        recently_us = to_us(self._clock() - timedelta(seconds=self._patience.silent_s / 2))
+        if any(inventory.heard_us >= recently_us for inventory in inventories):
+            return
+        try:
+            page = await self._executor.nodes()
+        except Refusal as refusal:
+            log.info("the executor does not tell its nodes", extra={"reason": refusal.detail})
+            return
+        await self._store.run(lambda unit: unit.keep_inventory(EXECUTOR, page.items, page.detail))
+
+    async def _review_contact(self, unit: SchedulerUnit) -> None:
+        """Shows which jobs cannot be reached, and which can again."""
+        inventories = await unit.inventories()
+        heard = [inventory for inventory in inventories if self._is_heard(inventory, unit.now_us)]
+        nodes = tuple(ready_nodes(heard))
+        detail = "its node is out of contact" if heard else "the executor is silent"
+        reachable = ATTEMPTS.c.node_id.in_(nodes)
+        is_open = JOBS.c.ended_us.is_(None)
+        live = JOBS.c.state.in_(("starting", "running"))
+        for case in await unit.cases(is_open, live, ~reachable, limit=ROWS):
+            await unit.save(case, lose_contact(case, detail))
+        for case in await unit.cases(is_open, JOBS.c.state == "unreachable", reachable, limit=ROWS):
+            await unit.save(case, regain_contact(case))
+
+    def _is_heard(self, inventory: Inventory, now_us: int) -> bool:
+        """Our own absence is no executor's silence."""
+        return max(inventory.heard_us, self._started_us) >= now_us - self._patience.silent_s * 1_000_000
+
+    async def _ask_for_attempts(self) -> None:
+        before_us = to_us(self._clock() - timedelta(seconds=self._patience.attempt_s))
+        async with self._store.view() as view:
+            due = await view.cases(
+                ATTEMPTS.c.ended_us.is_(None),
+                ATTEMPTS.c.checked_us < before_us,
+                order=ATTEMPTS.c.checked_us,
+                limit=ROWS,
+            )
+        for team_id, ids in _attempts_by_team(due).items():
+            try:
+                known = {item.attempt_id: item for item in await self._executor.executions(team_id, ids)}
+            except Refusal as refusal:
+                log.info("the executor does not tell its executions", extra={"reason": refusal.detail})
+                return
+            await self._store.run(lambda unit, ids=ids, known=known: _converge(unit, ids, known))  # type: ignore[misc]
+
+    async def _review_reasons(self, unit: SchedulerUnit) -> None:
+        """Renews why jobs wait, as that changes without anything happening to them."""
+        waiting = JOBS.c.ended_us.is_(None) & (JOBS.c.state == "queued")
+        cases = await unit.cases(waiting, order=JOBS.c.checked_us, limit=ROWS)
+        for case in cases:
+            await explain(unit, case, self._policy.why_waiting(case.job.id))
+        await unit.mark_checked(JOBS, [case.job.id for case in cases])
+
+
+async def _converge(unit: SchedulerUnit, attempt_ids: list[str], known: dict[str, Execution]) -> None:
+    """Applies what the executor knows of these attempts, and sends again what it should know."""
+    for execution in known.values():
+        try:
+            await apply_execution(unit, execution)
+        except IllegalTransition as error:
+            log.error(
+                "the executor tells what cannot be", extra={"attempt": execution.attempt_id, "reason": str(error)}
+            )
+    for case in await unit.cases(ATTEMPTS.c.id.in_(attempt_ids)):
+        assert case.attempt
+        commands = missing_commands(case, known=case.attempt.id in known)
+        with span("scheduler repeat commands", case.job.traceparent, object=case.job.id):
+            await unit.send(replace(case, commands=commands))
+    await unit.mark_checked(ATTEMPTS, attempt_ids)
+
+
+def _attempts_by_team(cases: list[Case]) -> dict[str, list[str]]:
+    attempts: dict[str, list[str]] = defaultdict(list)
+    for case in cases:
+        if case.attempt:
+            attempts[case.job.team_id].append(case.attempt.id)
+    return attempts

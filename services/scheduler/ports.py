@@ -1,0 +1,28 @@
+"""What the scheduler needs from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from libs.common.contracts.messages import Execution, NodePage
+
+
+class Executor(Protocol):
+    """Questions to the executor, for when its events do not come."""
+
+    async def executions(self, team_id: str, attempt_ids: Sequence[str]) -> tuple[Execution, ...]:
+        """What it knows of these attempts; those it never heard of are missing from the answer.
+
+        Raises:
+            Refusal: it does not answer, or not to us.
+        """
+        ...
+
+    async def nodes(self) -> NodePage:
+        """Its whole inventory.
+
+        Raises:
+            Refusal: it does not answer, or not to us.
+        """
+        ...

@@ -1,0 +1,147 @@
+"""The scheduler's tables."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from sqlalchemy import BigInteger, Index, Table, Text, text
+from sqlalchemy.orm import registry
+from sqlmodel import Field, SQLModel
+
+from libs.common.store import Skeleton
+
+_OPEN = text("ended_us IS NULL")
+
+
+class Base(SQLModel, registry=registry()):
+    """Tables of this service alone."""
+
+
+class JobRow(Base, table=True):
+    """A job. The shape repeats the template's resources, so that the queue is read without opening templates."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        Index("jobs_by_team", "team_id", "id"),
+        Index("jobs_by_project", "project_id", "id"),
+        Index("jobs_by_experiment", "experiment_id", "id"),
+        Index("jobs_open", "state", "checked_us", sqlite_where=_OPEN, postgresql_where=_OPEN),
+    )
+
+    id: str = Field(primary_key=True)
+    team_id: str
+    project_id: str
+    experiment_id: str
+    kind: str
+    template: str = Field(sa_type=Text)
+    milli_cpus: int = Field(sa_type=BigInteger)
+    memory_bytes: int = Field(sa_type=BigInteger)
+    milli_gpus: int = Field(sa_type=BigInteger)
+    created_by: str
+    state: str
+    detail: str = Field(sa_type=Text)
+    desired_state: str
+    revision: int
+    created_us: int = Field(sa_type=BigInteger)
+    queued_us: int | None = Field(sa_type=BigInteger)
+    ready_us: int = Field(sa_type=BigInteger)
+    started_us: int | None = Field(sa_type=BigInteger)
+    ended_us: int | None = Field(sa_type=BigInteger)
+    checked_us: int = Field(sa_type=BigInteger)
+    exit_code: int | None
+    attempt_id: str | None
+    attempt_count: int
+    retries_used: int
+    infra_retries_used: int
+    traceparent: str
+
+
+class AttemptRow(Base, table=True):
+    """One try of a job; `checked_us` is when the executor was last heard of it, or asked."""
+
+    __tablename__ = "attempts"
+    __table_args__ = (
+        Index("attempts_by_job", "job_id", "number", unique=True),
+        Index("attempts_open", "checked_us", sqlite_where=_OPEN, postgresql_where=_OPEN),
+    )
+
+    id: str = Field(primary_key=True)
+    job_id: str
+    number: int
+    node_id: str
+    state: str
+    detail: str = Field(sa_type=Text)
+    exit_code: int | None
+    created_us: int = Field(sa_type=BigInteger)
+    started_us: int | None = Field(sa_type=BigInteger)
+    ended_us: int | None = Field(sa_type=BigInteger)
+    checked_us: int = Field(sa_type=BigInteger)
+    isolation: str
+    peak_memory_bytes: int = Field(sa_type=BigInteger)
+    addresses: str = Field(sa_type=Text)
+    gpu_indices: str = Field(sa_type=Text)
+    execution_revision: int = Field(sa_type=BigInteger)
+
+
+class TimelineRow(Base, table=True):
+    """What happened to a job, one entry for each change of what it is or is wanted to be."""
+
+    __tablename__ = "timeline"
+
+    job_id: str = Field(primary_key=True)
+    revision: int = Field(primary_key=True)
+    at_us: int = Field(sa_type=BigInteger)
+    state: str
+    detail: str = Field(sa_type=Text)
+    attempt: int
+
+
+class ExperimentRow(Base, table=True):
+    """A named template plus its jobs."""
+
+    __tablename__ = "experiments"
+    __table_args__ = (
+        Index("experiments_by_team", "team_id", "id"),
+        Index("experiments_by_project", "project_id", "id"),
+    )
+
+    id: str = Field(primary_key=True)
+    team_id: str
+    project_id: str
+    name: str
+    kind: str
+    created_by: str
+    created_us: int = Field(sa_type=BigInteger)
+
+
+class ProjectRow(Base, table=True):
+    """What the registry says of projects: enough to refuse jobs in those that are archived or deleted."""
+
+    __tablename__ = "projects"
+
+    id: str = Field(primary_key=True)
+    team_id: str
+    state: str
+    revision: int
+
+
+class InventoryRow(Base, table=True):
+    """The newest word of an executor on its nodes, and when it came by our own clock."""
+
+    __tablename__ = "inventories"
+
+    executor: str = Field(primary_key=True)
+    nodes: str = Field(sa_type=Text)
+    detail: str = Field(sa_type=Text)
+    sent_us: int = Field(sa_type=BigInteger)
+    heard_us: int = Field(sa_type=BigInteger)
+
+
+SKELETON = Skeleton(Base.metadata)
+
+JOBS = cast("Table", JobRow.__table__)  # type: ignore[attr-defined]
+ATTEMPTS = cast("Table", AttemptRow.__table__)  # type: ignore[attr-defined]
+TIMELINE = cast("Table", TimelineRow.__table__)  # type: ignore[attr-defined]
+EXPERIMENTS = cast("Table", ExperimentRow.__table__)  # type: ignore[attr-defined]
+PROJECTS = cast("Table", ProjectRow.__table__)  # type: ignore[attr-defined]
+INVENTORIES = cast("Table", InventoryRow.__table__)  # type: ignore[attr-defined]

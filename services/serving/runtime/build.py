@@ -1,0 +1,114 @@
+"""Makes a bento of a model, inside a sandboxed build job: the first and only place where a build loads a model.
+
+Reads `$NABLA_WORKSPACE/model`, writes `$NABLA_ARTIFACTS/bento`. What is wrong with the model is said in the last
+line of the log, for the person who deploys it, and ends the job with 1.
+
+    python -c <this file> '{"framework": "sklearn", "name": "digits", "version": 3}' <text of endpoint.py>
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NoReturn
+
+SKLEARN = ("sklearn", "scikit-learn")
+SUFFIXES = (".joblib", ".pkl", ".pickle")
+
+
+def main() -> None:
+    wanted, endpoint = json.loads(sys.argv[1]), sys.argv[2]
+    if wanted["framework"].lower() not in SKLEARN:
+        fail(f"The framework {wanted['framework']!r} cannot be served yet; what can be is sklearn.")
+    scratch = private_home()
+    source = scratch / "source"
+    source.mkdir()
+    file = model_file(Path(os.environ["NABLA_WORKSPACE"]) / "model")
+    say(f"loading {file.name} ({file.stat().st_size} bytes)")
+    facts = describe(load(file), file.name)
+    say(f"loaded a {facts['class']}; {facts['feature_count'] or 'an unknown number of'} features a row")
+    shutil.copyfile(file, source / ("model" + file.suffix))
+    (source / "model.json").write_text(json.dumps(wanted | facts | {"file": "model" + file.suffix}))
+    (source / "service.py").write_text(endpoint)
+    target = Path(os.environ["NABLA_ARTIFACTS"]) / "bento"
+    build(source, target, wanted)
+    say(f"the bento of {wanted['name']} version {wanted['version']} is built")
+
+
+def private_home() -> Path:
+    """A folder of this run's own for everything that BentoML wants to write."""
+    scratch = Path(tempfile.mkdtemp(prefix="nabla-build-"))
+    os.environ.update(HOME=str(scratch), BENTOML_HOME=str(scratch / "bentoml"), BENTOML_DO_NOT_TRACK="True")
+    return scratch
+
+
+def model_file(folder: Path) -> Path:
+    """The one file to serve: named by its suffix, or the only one there is."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    fitting = [path for path in files if path.suffix in SUFFIXES] or files
+    if len(fitting) == 1:
+        return fitting[0]
+    listed = ", ".join(str(path.relative_to(folder)) for path in files) or "nothing"
+    fail(f"A model to serve is one file ({' '.join(SUFFIXES)}); this one holds {listed}.")
+
+
+def load(file: Path) -> Any:
+    import joblib
+
+    try:
+        return joblib.load(file)
+    except ModuleNotFoundError as error:
+        fail(f"The model file {file.name} needs the module {error.name!r}, which this environment does not have.")
+    except Exception as error:
+        fail(f"The model file {file.name} cannot be loaded: {type(error).__name__}: {error}")
+
+
+def describe(model: Any, name: str) -> dict[str, Any]:
+    """What the endpoint has to know of the model, once it has answered a row of zeros."""
+    import numpy as np
+
+    if not callable(getattr(model, "predict", None)):
+        fail(f"The model file {name} holds a {type(model).__name__}, which has no predict().")
+    features = int(getattr(model, "n_features_in_", 0))
+    probabilities = callable(getattr(model, "predict_proba", None))
+    if features:
+        try:
+            answers = len(model.predict([[0.0] * features]))
+            # One matrix; models with several outputs give a list of them, which the endpoint leaves out.
+            probabilities = probabilities and np.ndim(model.predict_proba([[0.0] * features])) == 2
+        except Exception as error:
+            fail(f"The model in {name} fails on a row of {features} zeros: {type(error).__name__}: {error}")
+        if answers != 1:
+            fail(f"The model in {name} gave {answers} predictions for one row.")
+    return {"feature_count": features, "probabilities": probabilities, "class": type(model).__name__}
+
+
+def build(source: Path, target: Path, wanted: dict[str, Any]) -> None:
+    import bentoml
+
+    # The environment is the job's own: nothing is resolved or downloaded for it.
+    python = {"lock_packages": False, "packages": []}
+    labels = {"model": wanted["name"], "version": str(wanted["version"])}
+    bento = bentoml.build(
+        "service:Endpoint", name="nabla-endpoint", labels=labels, build_ctx=str(source), python=python
+    )
+    shutil.copytree(bento.path, target, dirs_exist_ok=True)
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def fail(reason: str) -> NoReturn:
+    sys.stdout.flush()
+    print(reason, file=sys.stderr, flush=True)
+    # Not sys.exit: threads of a half-loaded model must not keep the job alive.
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

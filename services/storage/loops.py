@@ -1,0 +1,257 @@
+"""What storage does by itself: keeps the bucket there, compacts and seals logs, sweeps file sets.
+
+Each step records nothing before it has acted and can be repeated: keys follow from ids and sequences, so writing or
+removing an object twice is the same as once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import timedelta
+
+from libs.common.clock import Clock, to_us, utc_now
+from libs.common.contracts.envelope import Envelope
+from libs.common.contracts.messages import LogFrame, LogLine, LogSealed
+from libs.common.errors import StaleRevision, Unavailable
+from libs.common.faults import crash_point
+from libs.common.ids import new_id
+from libs.common.inbox import Inbox
+from libs.common.routing import INTERNAL, Route
+from libs.common.store import Store
+from libs.common.telemetry import meter
+from services.storage.domain.filesets import FILESET
+from services.storage.domain.logs import (
+    ENDED,
+    LOG,
+    Block,
+    packed_blocks,
+    unpacked_chunk,
+)
+from services.storage.log_handlers import LogHandlers
+from services.storage.ports import BlockStore, ObjectStore
+from services.storage.settings import StorageSettings
+from services.storage.store import ChunkRow, FilesetRow, LogRow, StorageUnit
+
+ROWS_A_PASS = 20
+CHUNKS_A_PART = 500
+PART_BYTES = 8 << 20
+# A running job's log moves to the object store in parts of its own once this much waits in the database.
+LIVE_BYTES = 32 << 20
+SWEEP_S = 60.0
+
+log = logging.getLogger(__name__)
+
+_live_chunks = meter().create_gauge("nabla_log_live_chunks", description="Log chunks not yet in the object store")
+_swept = meter().create_counter("nabla_filesets_swept_total", description="Forgotten file sets removed")
+
+
+class BucketKeeper:
+    """Makes the bucket as soon as the object store answers, and knows when it does not."""
+
+    def __init__(self, objects: ObjectStore, settings: StorageSettings, appeared: Callable[[], None]) -> None:
+        self._objects = objects
+        self._settings = settings
+        self._appeared = appeared
+
+    async def run(self) -> None:
+        while True:
+            before = self._objects.problem
+            await self._objects.prepare()
+            if before and not self._objects.problem:
+                self._appeared()
+            await asyncio.sleep(self._settings.reconcile_s if not self._objects.problem else 1.0)
+
+
+class LogKeeper:
+    """Closes gaps that stayed open, moves lines into the object store and seals logs that are whole."""
+
+    def __init__(
+        self,
+        store: Store[StorageUnit],
+        inbox: Inbox[StorageUnit],
+        handlers: LogHandlers,
+        blocks: BlockStore,
+        settings: StorageSettings,
+        *,
+        clock: Clock = utc_now,
+    ) -> None:
+        self._store = store
+        self._inbox = inbox
+        self._handlers = handlers
+        self._blocks = blocks
+        self._settings = settings
+        self._clock = clock
+        self._wake = asyncio.Event()
+        self._gap_route = Route(LogFrame, handlers.close_gaps, INTERNAL)
+
+    def committed(self) -> None:
+        """Called after each commit."""
+        if self._handlers.may_be_whole:
+            self._handlers.may_be_whole = False
+            self.wake()
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    async def run(self) -> None:
+        while True:
+            self._wake.clear()
+            await _calmly("keep logs", self.keep_logs)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), self._settings.reconcile_s)
+
+    async def keep_logs(self) -> None:
+        """One pass over a bounded number of logs."""
+        await self._close_gaps()
+        async with self._store.view() as view:
+            rows = await view.logs.to_keep(LIVE_BYTES, ROWS_A_PASS)
+            _live_chunks.set(await view.logs.live_chunks())
+        for row in rows:
+            await self.keep(row)
+
+    async def keep(self, row: LogRow) -> None:
+        """Moves the log's lines into the object store, and seals it when it is whole."""
+        if row.state == ENDED and not await self._whole(row):
+            return
+        while await self._compact_part(row.id):
+            pass
+        if row.state == ENDED:
+            await self._store.run(lambda unit: self._seal(unit, row.id))
+
+    async def _close_gaps(self) -> None:
+        patience_us = round(self._settings.gap_patience_s * 1e6)
+        async with self._store.view() as view:
+            jobs = await view.logs.jobs_waiting_since(to_us(self._clock()) - patience_us, ROWS_A_PASS)
+            teams = {job: found.team_id for job in jobs if (found := await view.logs.get(job))}
+        for job_id, team_id in teams.items():
+            envelope = Envelope(
+                id=new_id("event"),
+                type=LogFrame.ROUTE.type,
+                source="storage",
+                time=self._clock(),
+                object_id=job_id,
+                team_id=team_id,
+            )
+            await self._inbox.apply(self._gap_route, LogFrame(job_id=job_id), envelope)
+
+    async def _whole(self, row: LogRow) -> bool:
+        async with self._store.view() as view:
+            return await self._handlers.is_whole(view, row)
+
+    async def _compact_part(self, job_id: str) -> bool:
+        """Moves the oldest chunks, up to a part; whether there were any."""
+        async with self._store.view() as view:
+            chunks = await view.logs.chunks(job_id, 0, CHUNKS_A_PART)
+        if not chunks:
+            return False
+        body, blocks = await asyncio.to_thread(_part_of, chunks)
+        key = f"log/{job_id}/{blocks[0].first_sequence:012d}"
+        await self._blocks.write(key, body)
+        crash_point("storage.after_block_write")
+        await self._store.run(lambda unit: _record(unit, job_id, key, blocks))
+        return True
+
+    async def _seal(self, unit: StorageUnit, job_id: str) -> None:
+        row = await unit.logs.get(job_id)
+        if row is None or await unit.logs.chunks(job_id, 0, 1) or await unit.logs.held(job_id):
+            return
+        state = LOG.next_state(row.id, row.state, "seal")
+        if state == row.state:
+            return
+        await unit.swap(LogRow, row.id, row.revision, {"state": state})
+        await unit.logs.forget_sources(row.id)
+        sealed = LogSealed(job_id=row.id, line_count=row.last_sequence, size_bytes=row.size_bytes)
+        await unit.emit(
+            sealed,
+            team_id=row.team_id,
+            project_id=row.project_id,
+            object_id=row.id,
+            revision=row.revision + 1,
+        )
+
+
+class Sweeper:
+    """Removes what nobody can need: forgotten open sets, and versions that came after a set was sealed."""
+
+    def __init__(
+        self,
+        store: Store[StorageUnit],
+        objects: ObjectStore,
+        settings: StorageSettings,
+        clock: Clock = utc_now,
+    ) -> None:
+        self._store = store
+        self._objects = objects
+        self._settings = settings
+        self._clock = clock
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            if not self._objects.problem:
+                await _calmly("sweep file sets", self.sweep)
+
+    async def sweep(self) -> None:
+        """One pass over a bounded number of file sets."""
+        now_us = to_us(self._clock())
+        await self._store.run(lambda unit: self._expire(unit, now_us))
+        async with self._store.view() as view:
+            deleted = await view.filesets.deleted(ROWS_A_PASS)
+            # Until then a URL that was given before the seal still takes a PUT.
+            untidy = await view.filesets.untidy(now_us - 2 * self._settings.url_lifetime_s * 1_000_000, ROWS_A_PASS)
+        for row in deleted:
+            await self._remove(row)
+        for row in untidy:
+            await self._tidy(row)
+        await self._objects.abort_multiparts(self._clock() - timedelta(days=1))
+
+    async def _expire(self, unit: StorageUnit, now_us: int) -> None:
+        before = now_us - round(self._settings.open_lifetime_s * 1e6)
+        for row in await unit.filesets.forgotten(before, ROWS_A_PASS):
+            state = FILESET.next_state(row.id, row.state, "expire")
+            await unit.swap(FilesetRow, row.id, row.revision, {"state": state})
+
+    async def _remove(self, row: FilesetRow) -> None:
+        await self._objects.remove(await self._objects.versions(f"{row.kind}/{row.id}/"))
+        crash_point("storage.after_objects_removed")
+        await self._store.run(lambda unit: unit.filesets.drop(row.id))
+        _swept.add(1)
+
+    async def _tidy(self, row: FilesetRow) -> None:
+        stored = await self._objects.versions(f"{row.kind}/{row.id}/")
+        async with self._store.view() as view:
+            kept = {file.version for file in await view.filesets.files(row.id)}
+        await self._objects.remove([item for item in stored if item.version not in kept])
+        await self._store.run(lambda unit: unit.swap(FilesetRow, row.id, row.revision, {"tidy": True}))
+
+
+async def _record(unit: StorageUnit, job_id: str, key: str, blocks: tuple[Block, ...]) -> None:
+    """The part is in the object store: its blocks take the place of its chunks."""
+    row = await unit.logs.get(job_id)
+    assert row is not None
+    freed = await unit.logs.compact(job_id, key, blocks)
+    await unit.swap(LogRow, row.id, row.revision, {"live_bytes": max(0, row.live_bytes - freed)})
+
+
+def _part_of(chunks: Sequence[ChunkRow]) -> tuple[bytes, tuple[Block, ...]]:
+    """As many of the chunks as make a part, whole ones only."""
+    lines: list[LogLine] = []
+    size = 0
+    for chunk in chunks:
+        fresh = unpacked_chunk(chunk.body)
+        size += sum(len(line.text) for line in fresh)
+        lines += fresh
+        if size > PART_BYTES:
+            break
+    return packed_blocks(lines)
+
+
+async def _calmly(what: str, work: Callable[[], Awaitable[None]]) -> None:
+    """Runs one pass; what it could not do now is left to the next one."""
+    try:
+        await work()
+    except (Unavailable, StaleRevision) as error:
+        log.warning("%s: put off", what, extra={"reason": str(error)})

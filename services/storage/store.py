@@ -1,0 +1,371 @@
+"""Storage's tables and repositories."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import BigInteger, Column, Index, LargeBinary, String, Text, delete, func, insert, update
+from sqlalchemy.orm import registry
+from sqlmodel import Field, SQLModel, col, select
+from sqlmodel.ext.asyncio.session import AsyncSession
+
+from libs.common.clock import from_us
+from libs.common.contracts.messages import Fileset
+from libs.common.store import Skeleton, UnitOfWork
+from services.storage.domain.filesets import DELETED, OPEN, SEALED, Entry
+from services.storage.domain.logs import ENDED, LIVE, Block
+
+
+class Base(SQLModel, registry=registry()):
+    """Apart from the tables of other services in the same process."""
+
+
+class FilesetRow(Base, table=True):
+    __tablename__ = "fileset"
+    __table_args__ = (
+        Index("fileset_digest", "team_id", "digest"),
+        Index("fileset_job", "job_id", "kind", "attempt"),
+        Index("fileset_touched", "state", "touched_us"),
+    )
+    id: str = Field(primary_key=True, max_length=40)
+    team_id: str = Field(max_length=40)
+    project_id: str = Field(max_length=40)
+    kind: str = Field(max_length=16)
+    state: str = Field(max_length=16)
+    digest: str = Field(max_length=64)
+    file_count: int
+    size_bytes: int = Field(sa_column=Column(BigInteger, nullable=False))
+    job_id: str = Field(max_length=40)
+    attempt: int
+    created_us: int = Field(sa_column=Column(BigInteger, nullable=False))
+    # When upload URLs were last given.
+    touched_us: int = Field(sa_column=Column(BigInteger, nullable=False))
+    sealed_us: int | None = Field(default=None, sa_column=Column(BigInteger, nullable=True))
+    # Versions that nobody named when it was sealed have been removed.
+    tidy: bool = False
+    revision: int = 1
+
+
+class FileRow(Base, table=True):
+    __tablename__ = "file"
+    fileset_id: str = Field(primary_key=True, max_length=40)
+    number: int = Field(primary_key=True)
+    path: str = Field(sa_column=Column(Text, nullable=False))
+    size_bytes: int = Field(sa_column=Column(BigInteger, nullable=False))
+    md5: str = Field(max_length=32)
+    sha256: str = Field(max_length=64)
+    # The object version that was checked; empty while the set is open.
+    version: str = Field(default="", max_length=128)
+
+
+class LogRow(Base, table=True):
+    """The log of one job. `id` is the job's."""
+
+    __tablename__ = "log"
+    __table_args__ = (Index("log_state", "state", "ended_us"), Index("log_live_bytes", "live_bytes"))
+    id: str = Field(primary_key=True, max_length=40)
+    team_id: str = Field(max_length=40)
+    project_id: str = Field(default="", max_length=40)
+    state: str = Field(default=LIVE, max_length=16)
+    job_revision: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
+    last_sequence: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
+    size_bytes: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
+    # Packed bytes still in the database.
+    live_bytes: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
+    ended_us: int | None = Field(default=None, sa_column=Column(BigInteger, nullable=True))
+    revision: int = 1
+
+
+class AttemptRow(Base, table=True):
+    """An attempt that the scheduler started, whose last frame is awaited."""
+
+    __tablename__ = "log_attempt"
+    job_id: str = Field(primary_key=True, max_length=40)
+    attempt_id: str = Field(primary_key=True, max_length=40)
+    number: int
+
+
+class SourceRow(Base, table=True):
+    """How far the lines of one attempt and rank have come."""
+
+    __tablename__ = "log_source"
+    job_id: str = Field(primary_key=True, max_length=40)
+    attempt_id: str = Field(primary_key=True, max_length=40)
+    rank: int = Field(primary_key=True)
+    next_line: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
+    last: bool = False
+
+
+class HeldRow(Base, table=True):
+    """A frame that came before the lines that it follows."""
+
+    __tablename__ = "log_held"
+    __table_args__ = (Index("log_held_arrived", "arrived_us"),)
+    job_id: str = Field(primary_key=True, max_length=40)
+    attempt_id: str = Field(primary_key=True, max_length=40)
+    rank: int = Field(primary_key=True)
+    first_line: int = Field(sa_column=Column(BigInteger, primary_key=True))
+    line_count: int
+    arrived_us: int = Field(sa_column=Column(BigInteger, nullable=False))
+    frame: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+
+
+class ChunkRow(Base, table=True):
+    """Lines of a log that are not in the object store yet."""
+
+    __tablename__ = "log_chunk"
+    job_id: str = Field(primary_key=True, max_length=40)
+    first_sequence: int = Field(sa_column=Column(BigInteger, primary_key=True))
+    last_sequence: int = Field(sa_column=Column(BigInteger, nullable=False))
+    body: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+
+
+class BlockRow(Base, table=True):
+    """Lines of a log that are in the object store, and at which bytes of which object."""
+
+    __tablename__ = "log_block"
+    job_id: str = Field(primary_key=True, max_length=40)
+    first_sequence: int = Field(sa_column=Column(BigInteger, primary_key=True))
+    last_sequence: int = Field(sa_column=Column(BigInteger, nullable=False))
+    key: str = Field(sa_column=Column(String(255), nullable=False))
+    offset_bytes: int = Field(sa_column=Column(BigInteger, nullable=False))
+    length_bytes: int = Field(sa_column=Column(BigInteger, nullable=False))
+
+
+SKELETON = Skeleton(Base.metadata)
+
+
+class Filesets:
+    def __init__(self, session: AsyncSession) -> None:
+        self._session = session
+
+    async def get(self, fileset_id: str) -> FilesetRow | None:
+        return await self._session.get(FilesetRow, fileset_id)
+
+    async def with_digest(self, team_id: str, kind: str, digest: str) -> Sequence[FilesetRow]:
+        """Open and sealed sets with this content, newest first."""
+        query = (
+            select(FilesetRow)
+            .where(
+                col(FilesetRow.team_id) == team_id,
+                col(FilesetRow.digest) == digest,
+                col(FilesetRow.kind) == kind,
+                col(FilesetRow.state) != DELETED,
+            )
+            .order_by(col(FilesetRow.id).desc())
+            .limit(50)
+        )
+        return (await self._session.exec(query)).all()
+
+    async def newest_artifacts(self, team_id: str, job_id: str) -> FilesetRow | None:
+        """The sealed artifacts of the job's greatest attempt that has some."""
+        query = (
+            select(FilesetRow)
+            .where(
+                col(FilesetRow.job_id) == job_id,
+                col(FilesetRow.kind) == "artifacts",
+                col(FilesetRow.team_id) == team_id,
+                col(FilesetRow.state) == SEALED,
+            )
+            .order_by(col(FilesetRow.attempt).desc(), col(FilesetRow.id).desc())
+            .limit(1)
+        )
+        return (await self._session.exec(query)).first()
+
+    async def add(self, row: FilesetRow, entries: Sequence[Entry]) -> None:
+        self._session.add(row)
+        await self._session.flush()
+        files = [
+            {
+                "fileset_id": row.id,
+                "number": entry.number,
+                "path": entry.path,
+                "size_bytes": entry.size_bytes,
+                "md5": entry.md5,
+                "sha256": entry.sha256,
+                "version": "",
+            }
+            for entry in entries
+        ]
+        if files:
+            await self._session.exec(insert(FileRow), params=files)
+
+    async def files(self, fileset_id: str, after: int = -1, limit: int | None = None) -> Sequence[FileRow]:
+        query = (
+            select(FileRow)
+            .where(col(FileRow.fileset_id) == fileset_id, col(FileRow.number) > after)
+            .order_by(col(FileRow.number))
+            .limit(limit)
+        )
+        return (await self._session.exec(query)).all()
+
+    async def pin(self, fileset_id: str, versions: Sequence[tuple[int, str]]) -> None:
+        """Writes down which version of each object was checked."""
+        rows = [{"fileset_id": fileset_id, "number": number, "version": v} for number, v in versions]
+        if rows:
+            await self._session.exec(update(FileRow), params=rows)
+
+    async def forgotten(self, touched_before_us: int, limit: int) -> Sequence[FilesetRow]:
+        """Open sets that nobody asked for since then."""
+        return await self._oldest(OPEN, limit, col(FilesetRow.touched_us) < touched_before_us)
+
+    async def deleted(self, limit: int) -> Sequence[FilesetRow]:
+        return await self._oldest(DELETED, limit)
+
+    async def untidy(self, sealed_before_us: int, limit: int) -> Sequence[FilesetRow]:
+        """Sets sealed before then whose other object versions are still there."""
+        tidy, sealed = col(FilesetRow.tidy).is_(False), col(FilesetRow.sealed_us) < sealed_before_us
+        return await self._oldest(SEALED, limit, tidy, sealed)
+
+    async def _oldest(self, state: str, limit: int, *conditions: object) -> Sequence[FilesetRow]:
+        query = select(FilesetRow).where(col(FilesetRow.state) == state, *conditions)  # type: ignore[arg-type]
+        query = query.order_by(col(FilesetRow.touched_us)).limit(limit)
+        return (await self._session.exec(query)).all()
+
+    async def drop(self, fileset_id: str) -> None:
+        await self._session.exec(delete(FileRow).where(col(FileRow.fileset_id) == fileset_id))
+        await self._session.exec(delete(FilesetRow).where(col(FilesetRow.id) == fileset_id))
+
+
+class Logs:
+    def __init__(self, session: AsyncSession) -> None:
+        self._session = session
+
+    async def get(self, job_id: str) -> LogRow | None:
+        return await self._session.get(LogRow, job_id)
+
+    async def add(self, row: SQLModel) -> None:
+        self._session.add(row)
+        await self._session.flush()
+
+    async def attempt(self, job_id: str, attempt_id: str) -> AttemptRow | None:
+        return await self._session.get(AttemptRow, (job_id, attempt_id))
+
+    async def newest_attempt(self, job_id: str) -> int:
+        query = select(func.max(AttemptRow.number)).where(col(AttemptRow.job_id) == job_id)
+        return (await self._session.exec(query)).one() or 0
+
+    async def source(self, job_id: str, attempt_id: str, rank: int) -> SourceRow | None:
+        return await self._session.get(SourceRow, (job_id, attempt_id, rank))
+
+    async def attempts_and_sources(self, job_id: str) -> tuple[list[str], list[tuple[str, bool]]]:
+        attempts = select(AttemptRow.attempt_id).where(col(AttemptRow.job_id) == job_id)
+        sources = select(SourceRow.attempt_id, SourceRow.last).where(col(SourceRow.job_id) == job_id)
+        started = (await self._session.exec(attempts)).all()
+        heard = (await self._session.exec(sources)).all()
+        return list(started), list(heard)
+
+    async def hold(self, row: HeldRow) -> None:
+        """Keeps an early frame; of two that begin at the same line the one with more lines."""
+        key = (row.job_id, row.attempt_id, row.rank, row.first_line)
+        known = await self._session.get(HeldRow, key)
+        if known is None:
+            await self.add(row)
+        elif row.line_count >= known.line_count:
+            known.line_count, known.frame = row.line_count, row.frame
+            await self._session.flush()
+
+    async def held(self, job_id: str, attempt_id: str = "", rank: int = 0) -> Sequence[HeldRow]:
+        """Early frames in the order of their lines; of the whole job when no attempt is named."""
+        query = select(HeldRow).where(col(HeldRow.job_id) == job_id)
+        if attempt_id:
+            query = query.where(col(HeldRow.attempt_id) == attempt_id, col(HeldRow.rank) == rank)
+        query = query.order_by(col(HeldRow.attempt_id), col(HeldRow.rank), col(HeldRow.first_line))
+        return (await self._session.exec(query)).all()
+
+    async def release(self, row: HeldRow) -> None:
+        await self._session.delete(row)
+        await self._session.flush()
+
+    async def jobs_waiting_since(self, arrived_before_us: int, limit: int) -> Sequence[str]:
+        """Jobs with a frame that came before then and still waits."""
+        query = select(HeldRow.job_id).where(col(HeldRow.arrived_us) < arrived_before_us).distinct().limit(limit)
+        return (await self._session.exec(query)).all()
+
+    async def add_chunk(self, job_id: str, first: int, last: int, body: bytes) -> None:
+        values = {"job_id": job_id, "first_sequence": first, "last_sequence": last, "body": body}
+        await self._session.exec(insert(ChunkRow).values(**values))
+
+    async def chunks(self, job_id: str, after: int, limit: int) -> Sequence[ChunkRow]:
+        """Chunks with lines beyond `after`, in order."""
+        query = (
+            select(ChunkRow)
+            .where(col(ChunkRow.job_id) == job_id, col(ChunkRow.last_sequence) > after)
+            .order_by(col(ChunkRow.first_sequence))
+            .limit(limit)
+        )
+        return (await self._session.exec(query)).all()
+
+    async def blocks(self, job_id: str, after: int, limit: int) -> Sequence[BlockRow]:
+        """Blocks with lines beyond `after`, in order."""
+        query = (
+            select(BlockRow)
+            .where(col(BlockRow.job_id) == job_id, col(BlockRow.last_sequence) > after)
+            .order_by(col(BlockRow.first_sequence))
+            .limit(limit)
+        )
+        return (await self._session.exec(query)).all()
+
+    async def compact(self, job_id: str, key: str, blocks: Sequence[Block]) -> int:
+        """Puts these blocks, which are in the object store, in the place of their chunks; answers the bytes freed."""
+        rows = [
+            {
+                "job_id": job_id,
+                "first_sequence": block.first_sequence,
+                "last_sequence": block.last_sequence,
+                "key": key,
+                "offset_bytes": block.offset,
+                "length_bytes": block.length,
+            }
+            for block in blocks
+        ]
+        await self._session.exec(insert(BlockRow), params=rows)
+        first, last = blocks[0].first_sequence, blocks[-1].last_sequence
+        mine = (col(ChunkRow.job_id) == job_id, col(ChunkRow.first_sequence).between(first, last))
+        freed = select(func.sum(func.length(ChunkRow.body))).where(*mine)
+        freed_bytes: int = (await self._session.exec(freed)).one() or 0
+        await self._session.exec(delete(ChunkRow).where(*mine))
+        return freed_bytes
+
+    async def to_keep(self, live_bytes: int, limit: int) -> Sequence[LogRow]:
+        """Logs whose job has ended, oldest end first, then live ones with more than `live_bytes` in the database."""
+        ended = select(LogRow).where(col(LogRow.state) == ENDED).order_by(col(LogRow.ended_us)).limit(limit)
+        heavy = select(LogRow).where(col(LogRow.live_bytes) > live_bytes, col(LogRow.state) == LIVE).limit(limit)
+        rows = (await self._session.exec(ended)).all()
+        return [*rows, *(await self._session.exec(heavy)).all()]
+
+    async def live_chunks(self) -> int:
+        return (await self._session.exec(select(func.count()).select_from(ChunkRow))).one()
+
+    async def forget_sources(self, job_id: str) -> None:
+        for table in (SourceRow, AttemptRow, HeldRow):
+            await self._session.exec(delete(table).where(col(table.job_id) == job_id))
+
+
+class StorageUnit(UnitOfWork):
+    @property
+    def filesets(self) -> Filesets:
+        return Filesets(self.session)
+
+    @property
+    def logs(self) -> Logs:
+        return Logs(self.session)
+
+
+def fileset_of(row: FilesetRow) -> Fileset:
+    """The row as the contract shows it."""
+    return Fileset(
+        id=row.id,
+        team_id=row.team_id,
+        project_id=row.project_id,
+        kind=row.kind,
+        state=row.state,
+        digest=row.digest,
+        file_count=row.file_count,
+        size_bytes=row.size_bytes,
+        job_id=row.job_id,
+        attempt=row.attempt,
+        created_at=from_us(row.created_us),
+        sealed_at=from_us(row.sealed_us) if row.sealed_us else None,
+        revision=row.revision,
+    )

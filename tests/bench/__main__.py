@@ -1,0 +1,58 @@
+"""`make bench`: speed and size of the platform, each beside its reference, measured in one run on one machine.
+
+Absolute times belong to the machine; what is promised, and compared with the last committed results, are ratios.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tests.bench import measures
+from tests.bench.reference import ray_jobs
+from tests.support.platform import running_platform
+
+RESULTS = Path(__file__).parent / "results.json"
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory(prefix="nabla-bench-") as folder:
+        reference = ray_jobs()
+        with running_platform(Path(folder) / "home") as platform_under_test:
+            found = {
+                "up": measures.up(platform_under_test, reference.start_s),
+                "latency": measures.latency(platform_under_test, reference.submit_s),
+                "command_line": measures.command_line(platform_under_test),
+                "idle": measures.idle(platform_under_test),
+            }
+    results = {"machine": machine(), "at": datetime.now(UTC).isoformat(timespec="seconds"), **found}
+    show(results)
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    return 0 if all(row["holds"] for row in promises(results)) else 1
+
+
+def machine() -> dict[str, object]:
+    import os
+
+    return {"cpus": os.cpu_count(), "python": platform.python_version(), "kind": platform.machine()}
+
+
+def promises(results: dict[str, object]) -> list[dict[str, object]]:
+    return [row for group in results.values() if isinstance(group, dict) for row in group.get("promises", [])]
+
+
+def show(results: dict[str, object]) -> None:
+    print(json.dumps(results, indent=2))
+    print()
+    for row in promises(results):
+        mark = "holds " if row["holds"] else "MISSED"
+        print(f"  {mark}  {row['promise']}: {row['measured']}")
+    print(f"\nwritten to {RESULTS}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""What people would use instead, on the same machine in the same run: Ray's own Jobs API."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.ports import free_port
+
+BIN = Path(sys.executable).parent
+TRIES = 3
+
+
+@dataclass(frozen=True)
+class RayJobs:
+    """Seconds of `ray start --head`, and of each `ray job submit -- echo` from command to success."""
+
+    start_s: float
+    submit_s: tuple[float, ...]
+
+    @property
+    def p50_s(self) -> float:
+        return statistics.median(self.submit_s)
+
+
+def ray_jobs() -> RayJobs:
+    folder = tempfile.mkdtemp(prefix="nray-", dir="/tmp")
+    gcs, dashboard = free_port(), free_port()
+    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={gcs}", "--node-ip-address=127.0.0.1"]
+    command += [f"--dashboard-port={dashboard}", f"--temp-dir={folder}", "--object-store-memory=80000000"]
+    began = time.monotonic()
+    head = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        _until_nodes(gcs)
+        started = time.monotonic() - began
+        tries = [_submit(environment) for _ in range(TRIES)]
+        return RayJobs(started, tuple(tries))
+    finally:
+        head.terminate()
+        try:
+            head.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, 9)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _until_nodes(gcs: int, timeout_s: float = 90.0) -> None:
+    """Until the head takes work: its own `ray status` says so."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        command = [str(BIN / "ray"), "health-check", f"--address=127.0.0.1:{gcs}"]
+        if subprocess.run(command, capture_output=True, timeout=30, check=False).returncode == 0:
+            return
+        time.sleep(0.2)
+    raise TimeoutError(f"Ray's reference head did not come up in {timeout_s:.0f} s")
+
+
+def _submit(environment: dict[str, str]) -> float:
+    command = [str(BIN / "ray"), "job", "submit", "--", "echo", "hello"]
+    deadline = time.monotonic() + 90
+    while True:
+        began = time.monotonic()
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
+        if done.returncode == 0:
+            return time.monotonic() - began
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"ray job submit failed: {done.stdout[-500:]} {done.stderr[-500:]}")
+        time.sleep(1)

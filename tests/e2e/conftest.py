@@ -1,0 +1,38 @@
+"""One platform for all end-to-end tests: real NATS, S3, Ray, Traefik, BentoML and the six services."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nabla import Client
+from tests.support.platform import Platform, running_platform
+
+
+@pytest.fixture(scope="session")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    with running_platform(tmp_path_factory.mktemp("platform") / "home", gpus="2") as platform:
+        yield platform
+
+
+@pytest.fixture
+def client(platform: Platform) -> Iterator[Client]:
+    with platform.client() as client:
+        yield client
+
+
+@pytest.fixture
+def project(client: Client) -> str:
+    """The id of a project that all tests may use."""
+    found, _ = client.projects.ensure("end-to-end")
+    return found.id
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An empty folder to run from, named like a project."""
+    made = tmp_path / "my-folder"
+    made.mkdir()
+    return made

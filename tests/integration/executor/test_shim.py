@@ -1,0 +1,293 @@
+"""What a shim promises about an attempt, with real processes, in both classes of isolation."""
+
+import concurrent.futures
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from services.executor.adapters import processes, shim, zygote
+from services.executor.adapters.attempt_folder import AttemptFolder, Isolation
+from services.executor.adapters.spool import SpoolReader
+from tests.integration.executor.attempts import (
+    JOB_UID,
+    Node,
+    eventually,
+    log_of,
+    processes_of,
+    running_node,
+    said,
+    started,
+    why_no_bwrap,
+)
+
+pytestmark = pytest.mark.integration
+
+MIB = 1024 * 1024
+DAEMON = "(setsid sh -c 'sleep 1000' >/dev/null 2>&1 </dev/null & ) ; "  # orphaned, in a session of its own
+EAT_MEMORY = (
+    "import time\nkept = []\nfor _ in range(1000):\n    kept.append(b'x' * 4 * 2**20); time.sleep(0.002)\n"
+)
+
+
+@pytest.fixture(scope="module", params=["limits by the kernel", "limits by sampling"])
+def node(request: pytest.FixtureRequest) -> Iterator[Node]:
+    with running_node(control_groups=request.param == "limits by the kernel") as node:
+        yield node
+
+
+@pytest.fixture(params=["bwrap", "process"])
+def isolation(request: pytest.FixtureRequest) -> Isolation:
+    if request.param == "bwrap" and why_no_bwrap():
+        pytest.skip(why_no_bwrap())
+    chosen: Isolation = request.param
+    return chosen
+
+
+def test_exit_code_output_and_times_are_recorded(node: Node, isolation: Isolation) -> None:
+    before_us = time.time_ns() // 1000
+    ended = node.run("echo out; echo err >&2; exit 7", isolation=isolation)
+    assert (ended.code, ended.record.signal, ended.record.reason) == (7, None, "exited")
+    assert (ended.lines("o"), ended.lines("e")) == (["out"], ["err"])
+    assert before_us <= (ended.record.started_at_us or 0) <= ended.record.ended_at_us
+    assert ended.record.peak_rss_bytes > 0
+    assert started(ended.folder).isolation == isolation
+
+
+def test_arguments_reach_the_command_as_they_are(node: Node, isolation: Isolation) -> None:
+    words = ["a b", "$HOME", "'", "", "*", "é\n"]
+    ended = node.run(["printf", "[%s]", *words], isolation=isolation)
+    assert ended.text == "".join(f"[{word}]" for word in words)
+
+
+@pytest.mark.parametrize("command", [["no-such-command", "x"], "no-such-command x"])
+def test_missing_command_is_127(node: Node, isolation: Isolation, command: list[str] | str) -> None:
+    ended = node.run(command, isolation=isolation)
+    assert (ended.code, ended.record.reason) == (127, "exited")
+    assert ended.record.detail == "command not found: no-such-command"
+
+
+def test_end_by_a_signal_is_recorded(node: Node, isolation: Isolation) -> None:
+    ended = node.run("kill -SEGV $$", isolation=isolation)
+    assert (ended.code, ended.record.signal) == (128 + signal.SIGSEGV, signal.SIGSEGV)
+    assert ended.record.detail == "ended by SIGSEGV"
+
+
+def test_broken_pipes_end_commands_as_in_a_shell(node: Node, isolation: Isolation) -> None:
+    assert node.run("yes | head -n 1", isolation=isolation).text == "y"
+
+
+def test_timeout_ends_the_job(node: Node, isolation: Isolation) -> None:
+    ended = node.run("sleep 1000", isolation=isolation, timeout_s=0.3)
+    assert ended.record.reason == "timed_out"
+    assert ended.record.signal == signal.SIGTERM
+
+
+def test_timeout_kills_a_job_that_ignores_it(node: Node, isolation: Isolation) -> None:
+    ended = node.run("trap '' TERM; sleep 1000; sleep 1000", isolation=isolation, timeout_s=0.3, stop_grace_s=0.3)
+    assert (ended.record.reason, ended.record.signal) == ("timed_out", signal.SIGKILL)
+
+
+def test_stop_lets_the_job_clean_up(node: Node, isolation: Isolation) -> None:
+    folder = node.start(
+        "trap 'echo saved; exit 0' TERM; echo ready; while :; do sleep 0.05; done", isolation=isolation
+    )
+    eventually(lambda: said(folder, "ready"), "the job's first line")
+    folder.request_stop(60, "cancelled")
+    ended = node.end_of(folder)
+    assert (ended.code, ended.record.reason, ended.record.detail) == (0, "stopped", "cancelled")
+    assert "saved" in ended.lines()
+
+
+def test_stop_reaches_what_the_shell_started(node: Node, isolation: Isolation) -> None:
+    folder = node.start("echo ready; sleep 1000; echo after", isolation=isolation)
+    eventually(lambda: said(folder, "ready"), "the job's first line")
+    folder.request_stop(60, "cancelled")
+    assert node.end_of(folder).record.signal == signal.SIGTERM
+
+
+def test_stop_kills_a_job_that_ignores_it(node: Node, isolation: Isolation) -> None:
+    folder = node.start("trap '' TERM; echo ready; sleep 1000; sleep 1000", isolation=isolation)
+    eventually(lambda: said(folder, "ready"), "the job's first line")
+    folder.request_stop(0.2, "cancelled")
+    ended = node.end_of(folder)
+    assert (ended.record.reason, ended.record.signal) == ("stopped", signal.SIGKILL)
+
+
+def test_later_stop_may_shorten_the_grace(node: Node, isolation: Isolation) -> None:
+    folder = node.start("trap 'echo heard' TERM; echo ready; while :; do sleep 0.05; done", isolation=isolation)
+    eventually(lambda: said(folder, "ready"), "the job's first line")
+    folder.request_stop(1000, "preempted")
+    eventually(lambda: said(folder, "heard"), "the first signal")
+    folder.request_stop(0, "evicted")
+    assert node.end_of(folder).record.detail == "preempted"
+
+
+def test_stop_before_the_start_never_runs_the_command(node: Node, isolation: Isolation) -> None:
+    folder = node.prepare("echo ran", isolation=isolation)
+    folder.request_stop(0, "cancelled")
+    zygote.start_attempt(node.socket, folder.path)
+    ended = node.end_of(folder)
+    assert (ended.code, ended.record.reason, ended.lines()) == (None, "stopped", [])
+    assert folder.read_started() is None
+
+
+def test_daemon_is_gone_when_the_command_ends(node: Node, isolation: Isolation) -> None:
+    ended = node.run(DAEMON + "exit 0", isolation=isolation)
+    assert ended.code == 0
+    assert processes_of(ended.folder) == []
+
+
+def test_kill_of_the_shim_ends_all_of_the_job(node: Node, isolation: Isolation) -> None:
+    folder = node.start("trap '' TERM;" + DAEMON + "echo ready; sleep 1000", isolation=isolation)
+    eventually(lambda: said(folder, "ready"), "the job's first line")
+    assert len(processes_of(folder)) >= 2
+    os.kill(shim_pid(folder), signal.SIGKILL)
+    eventually(lambda: not processes_of(folder), "the end of the job")
+    assert folder.read_exit() is None
+    assert not folder.shim_is_alive()
+
+
+def test_kill_of_the_zygote_is_not_noticed(node: Node, isolation: Isolation) -> None:
+    folder = node.start("echo ready; while [ ! -e go ]; do sleep 0.02; done; echo done", isolation=isolation)
+    eventually(lambda: said(folder, "ready"), "the job's first line")
+    node.zygote.kill()
+    node.zygote.wait()
+    (folder.workspace / "go").touch()
+    ended = node.end_of(folder)
+    assert (ended.code, ended.lines()) == (0, ["ready", "done"])
+    node.start_zygote()
+    assert zygote.start_attempt(node.socket, folder.path) == shim_pid(folder)
+
+
+def test_started_twice_runs_once(node: Node, isolation: Isolation) -> None:
+    folder = node.prepare("echo ran >> log; cat log; sleep 0.1", isolation=isolation)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = set(pool.map(lambda _: zygote.start_attempt(node.socket, folder.path), range(16)))
+    ended = node.end_of(folder)
+    assert answers == {shim_pid(folder)}
+    assert zygote.start_attempt(node.socket, folder.path) in answers
+    assert ended.lines() == ["ran"]
+
+
+def test_memory_that_runs_out_is_named(node: Node, isolation: Isolation) -> None:
+    ended = node.run(["python3", "-c", EAT_MEMORY], isolation=isolation, memory_bytes=100 * MIB)
+    assert (ended.record.reason, ended.record.signal) == ("out_of_memory", signal.SIGKILL)
+    assert str(100 * MIB) in ended.record.detail
+    assert ended.record.peak_rss_bytes > 50 * MIB
+
+
+def test_processes_are_bounded(node: Node, isolation: Isolation) -> None:
+    script = (
+        "import os, time\nn = 0\ntry:\n    while n < 500:\n        n += 1\n"
+        "        if os.fork() == 0: time.sleep(1000)\nexcept OSError: print('refused', flush=True)\n"
+    )
+    ended = node.run(["python3", "-c", script], isolation=isolation, pids_limit=40)
+    assert ended.lines() == ["refused"]
+    assert processes_of(ended.folder) == []
+
+
+def test_fork_bomb_ends_with_its_attempt(node: Node, isolation: Isolation) -> None:
+    bomb = "import os\nprint('armed', flush=True)\nwhile True:\n    try: os.fork()\n    except OSError: pass\n"
+    folder = node.start(["python3", "-c", bomb], isolation=isolation, pids_limit=60)
+    eventually(lambda: said(folder, "armed"), "the bomb")
+    folder.request_stop(0.1, "cancelled")
+    assert node.end_of(folder).record.reason == "stopped"
+    assert processes_of(folder) == []
+
+
+def test_node_out_of_contact_fences_the_job(node: Node, isolation: Isolation, tmp_path: Path) -> None:
+    contact = tmp_path / "contact.json"
+    shim.write_contact(contact)
+    folder = node.start(
+        "trap '' TERM; echo ready; sleep 1000; sleep 1000",
+        isolation=isolation,
+        node_contact_file=str(contact),
+        node_fence_s=3.0,
+    )
+    eventually(lambda: said(folder, "ready"), "the job's first line")
+    stays_until = time.monotonic() + 4.5
+    while time.monotonic() < stays_until:
+        shim.write_contact(contact)
+        time.sleep(0.1)
+    assert folder.read_exit() is None
+    ended = node.end_of(folder)
+    assert (ended.record.reason, ended.record.signal) == ("fenced", signal.SIGKILL)
+    assert "out of contact" in ended.record.detail
+
+
+def test_flood_of_output_is_bounded_and_does_not_block(node: Node, isolation: Isolation) -> None:
+    limit = 4 * MIB
+    ended = node.run("yes 0123456789 | head -c 60000000; echo end", isolation=isolation, max_spool_bytes=limit)
+    assert ended.code == 0
+    assert sum(path.stat().st_size for path in ended.folder.spool.iterdir()) <= limit + 1000
+    lines = log_of(ended.folder)
+    expected = 60_000_000 // 11 + 2
+    assert sum(line.dropped or 1 for line in lines) == pytest.approx(expected, abs=1)
+    assert any(line.dropped for line in lines)
+
+
+def test_output_without_a_newline_is_seen_while_the_job_waits(node: Node, isolation: Isolation) -> None:
+    folder = node.start("printf 'continue? '; while [ ! -e go ]; do sleep 0.02; done", isolation=isolation)
+    line = eventually(lambda: SpoolReader(folder.spool).read_from(0), "the prompt")[0]
+    assert (line.text, line.newline) == ("continue? ", False)
+    (folder.workspace / "go").touch()
+    assert node.end_of(folder).code == 0
+
+
+def test_malformed_spec_is_refused_with_its_reason(node: Node) -> None:
+    folder = node.prepare("true")
+    path = folder.path / "spec.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"timeout_s": "soon"}))
+    zygote.start_attempt(node.socket, folder.path)
+    ended = node.end_of(folder)
+    assert (ended.code, ended.record.reason) == (None, "refused")
+    assert "timeout_s" in ended.record.detail
+
+
+def test_missing_folder_starts_nothing(node: Node) -> None:
+    with pytest.raises(zygote.StartFailed, match="FileNotFoundError"):
+        zygote.start_attempt(node.socket, node.path / "attempts" / "none")
+
+
+def test_zygote_leaves_with_its_parent(tmp_path: Path) -> None:
+    parent = os.fork()
+    if parent == 0:
+        (tmp_path / "pid").write_text(str(zygote.start_zygote(tmp_path / "socket").pid))
+        os._exit(0)
+    os.waitpid(parent, 0)
+    pid = int((tmp_path / "pid").read_text())
+    eventually(lambda: processes.start_ticks(pid) is None, "the end of the zygote")
+
+
+@pytest.mark.skipif(JOB_UID is None, reason="only root can run jobs as somebody else")
+def test_job_is_never_root(node: Node, isolation: Isolation) -> None:
+    folder = node.start("echo ready; sleep 1000", isolation=isolation)
+    eventually(lambda: said(folder, "ready"), "the job's first line")
+    owners = {os.stat(f"/proc/{pid}").st_uid for pid in processes_of(folder)}
+    assert owners == {JOB_UID}
+    folder.request_stop(0, "over")
+    node.end_of(folder)
+    assert node.run("true", isolation=isolation, run_as_uid=None).record.reason == "refused"
+    assert node.run("true", isolation=isolation, run_as_uid=0).record.reason == "refused"
+
+
+def test_shim_stays_small_in_a_flood(node: Node, isolation: Isolation) -> None:
+    folder = node.start("yes 0123456789 | head -c 300000000; touch end; sleep 1000", isolation=isolation)
+    eventually((folder.workspace / "end").exists, "the end of the flood")
+    status = Path(f"/proc/{shim_pid(folder)}/status").read_text().splitlines()
+    peak_kib = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    assert peak_kib * 1024 < 64 * MIB
+    folder.request_stop(0, "over")
+    node.end_of(folder)
+
+
+def shim_pid(folder: AttemptFolder) -> int:
+    record = folder.read_shim()
+    assert record is not None
+    return record.pid
+

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from services.scheduler.domain.policy import Demand, Placement, Policy, Shape, shape_of
+
+pytestmark = pytest.mark.unit
+
+GIB = 1 << 30
+ONE_CPU = shape_of(1, 0, 0)
+
+
+def job(name: str, order: int = 0, team: str = "a", shape: Shape = ONE_CPU, **fields) -> Demand:
+    return Demand(name, team, shape, order, **fields)
+
+
+def policy_with(*demands: Demand, **nodes: Shape) -> Policy:
+    policy = Policy()
+    policy.apply_nodes(nodes, "")
+    for demand in demands:
+        policy.apply(demand)
+    return policy
+
+
+def test_jobs_of_a_team_go_in_the_order_of_their_creation():
+    policy = policy_with(*(job(f"j{n}", order=n) for n in (3, 1, 2)), n1=shape_of(2, 0, 0))
+    assert [placement.job_id for placement in policy.decide(0)] == ["j1", "j2"]
+
+
+def test_a_job_goes_to_the_node_that_is_left_with_the_least():
+    big_gpu, small, large = shape_of(4, 8 * GIB, 2), shape_of(2, 4 * GIB, 0), shape_of(8, 64 * GIB, 0)
+    policy = policy_with(job("j"), gpu=big_gpu, large=large, small=small)
+    assert policy.decide(0) == [Placement("j", "small")]
+
+
+def test_each_resource_is_enough_or_the_node_is_not_taken():
+    needs = shape_of(1, 4 * GIB, 1)
+    policy = policy_with(job("j", shape=needs), a=shape_of(8, 2 * GIB, 8), b=shape_of(8, 64 * GIB, 0))
+    assert policy.decide(0) == []
+    assert policy.why_waiting("j") == "needs 1 GPU, 1 CPU, 4 GiB on one node, and no node has all of it"
+
+
+def test_teams_take_turns_by_what_they_hold():
+    many = [job(f"a{n}", order=n) for n in range(4)]
+    few = [job(f"b{n}", order=100 + n, team="b") for n in range(2)]
+    placements = policy_with(*many, *few, n1=shape_of(4, 0, 0)).decide(0)
+    assert [placement.job_id for placement in placements] == ["a0", "b0", "a1", "b1"]
+
+
+def test_a_job_that_fits_nowhere_lets_others_pass():
+    policy = policy_with(job("big", 1, shape=shape_of(9, 0, 0)), job("small", 2), n1=shape_of(4, 0, 0))
+    assert policy.decide(0) == [Placement("small", "n1")]
+    assert policy.newly_blocked() == {"big": "needs 9 CPUs, the largest node has 4 CPUs"}
+    assert policy.newly_blocked() == {}
+
+
+def test_freed_room_is_given_to_who_waits():
+    policy = policy_with(job("j1", 1), job("j2", 2), n1=ONE_CPU)
+    assert policy.decide(0) == [Placement("j1", "n1")]
+    assert policy.why_waiting("j2") == "waits for 1 CPU to become free on one node"
+    policy.forget("j1")
+    assert policy.decide(0) == [Placement("j2", "n1")]
+
+
+def test_without_nodes_the_reason_says_why():
+    policy = Policy()
+    policy.apply_nodes({}, "the Ray cluster is still starting")
+    policy.apply(job("j"))
+    assert policy.decide(0) == []
+    assert policy.newly_blocked() == {"j": "no node is ready: the Ray cluster is still starting"}
+    policy.apply_nodes({"n1": ONE_CPU}, "")
+    assert policy.decide(0) == [Placement("j", "n1")]
+
+
+def test_what_is_held_on_a_node_counts_when_the_node_comes_back():
+    policy = policy_with(job("held", node_id="n1"), job("j"), n1=ONE_CPU)
+    policy.apply_nodes({}, "")
+    policy.apply_nodes({"n1": ONE_CPU}, "")
+    assert policy.decide(0) == []
+    policy.apply_nodes({"n1": shape_of(2, 0, 0)}, "")
+    assert policy.decide(0) == [Placement("j", "n1")]
+
+
+def test_a_postponed_job_is_placed_when_its_time_has_come():
+    policy = policy_with(job("j", ready_us=50), n1=ONE_CPU)
+    assert policy.decide(49) == []
+    assert (policy.next_ready_us, policy.waiting) == (50, 1)
+    assert policy.decide(50) == [Placement("j", "n1")]
+    assert policy.next_ready_us is None
+
+
+def test_a_job_that_left_the_queue_is_not_placed():
+    policy = policy_with(job("j1", 1), job("j2", 2), job("j3", 3, ready_us=5), n1=shape_of(9, 0, 0))
+    for gone in ("j1", "j3", "unknown"):
+        policy.forget(gone)
+    assert policy.decide(9) == [Placement("j2", "n1")]
+    assert policy.waiting == 0
+
+
+def test_a_placement_that_was_not_kept_is_made_again():
+    policy = policy_with(job("j"), n1=ONE_CPU)
+    policy.decide(0)
+    policy.apply(job("j"))
+    assert policy.decide(0) == [Placement("j", "n1")]
+
+
+def test_fractions_of_cpus_add_up_exactly():
+    policy = policy_with(*(job(f"j{n}", n, shape=shape_of(0.1, 0, 0)) for n in range(11)), n1=ONE_CPU)
+    assert len(policy.decide(0)) == 10
+
+
+def test_the_limit_leaves_the_rest_for_the_next_decision():
+    policy = policy_with(*(job(f"j{n}", n) for n in range(5)), n1=shape_of(5, 0, 0))
+    assert [len(policy.decide(0, limit=2)) for _ in range(4)] == [2, 2, 1, 0]
+
+
+def test_a_hundred_thousand_waiting_jobs_cost_a_decision_nothing():
+    policy = policy_with(n1=shape_of(4, 0, 0), n2=shape_of(4, 0, 0))
+    shapes = [shape_of(cpus, 0, 0) for cpus in (1, 2, 4)]
+    for n in range(100_000):
+        policy.apply(job(f"j{n:06}", n, team=f"t{n % 10}", shape=shapes[n % 3]))
+    placed = policy.decide(0)
+    assert sum(shapes[int(item.job_id[1:]) % 3].milli_cpus for item in placed) == 8000
+    policy.newly_blocked()
+
+    before = policy.touched
+    assert policy.decide(0) == []
+    assert policy.touched == before, "nothing changed, nothing is looked at"
+
+    policy.forget(placed[0].job_id)
+    policy.apply(job("late", 200_000, team="t1"))
+    assert len(policy.decide(0)) >= 1
+    assert policy.touched - before < 200, "one end and one arrival cost a handful of looks"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_same_history_gives_the_same_decisions_and_never_more_than_there_is(seed):
+    first, second = (replay(random.Random(seed)) for _ in range(2))
+    assert first == second
+
+
+def replay(dice: random.Random) -> list[Placement]:
+    """A random life of a cluster; checks after each step that no node is overfull and nobody fits who waits."""
+    nodes = {f"n{n}": shape_of(dice.randint(1, 8), dice.randint(1, 16) * GIB, dice.randint(0, 2)) for n in range(4)}
+    policy = policy_with(**nodes)
+    waiting: dict[str, Demand] = {}
+    held: dict[str, Demand] = {}
+    history: list[Placement] = []
+    for step in range(150):
+        match dice.randint(0, 3):
+            case 0 | 1:
+                shape = shape_of(dice.choice((0.5, 1, 2)), dice.randint(0, 4) * GIB, dice.choice((0, 0, 1)))
+                new = job(f"j{step}", step, team=dice.choice("abc"), shape=shape)
+                waiting[new.job_id] = new
+                policy.apply(new)
+            case 2 if held:
+                gone = dice.choice(sorted(held))
+                del held[gone]
+                policy.forget(gone)
+            case 3 if waiting:
+                gone = dice.choice(sorted(waiting))
+                del waiting[gone]
+                policy.forget(gone)
+        for placement in policy.decide(step):
+            held[placement.job_id] = waiting.pop(placement.job_id)
+            history.append(placement)
+        free = dict(nodes)
+        for placement in history:
+            if placement.job_id in held:
+                free[placement.node_id] = free[placement.node_id].minus(held[placement.job_id].shape)
+        assert all(min(left) >= 0 for left in free.values())
+        assert not any(left.holds(demand.shape) for left in free.values() for demand in waiting.values())
+        assert policy.waiting == len(waiting)
+    return history

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from libs.common.contracts.messages import Input, JobTemplate, ModelOutput, Resources
+from libs.common.errors import Invalid, TooLarge
+from services.scheduler.domain.templates import SERVICES, checked_template
+from tests.unit.scheduler.cases import template
+
+pytestmark = pytest.mark.unit
+
+
+def test_a_bare_template_gets_its_defaults():
+    checked = checked_template(JobTemplate(command=("true",)))
+    assert (checked.kind, checked.resources.cpu_count) == ("command", 1.0)
+    assert checked_template(checked) == checked
+
+
+@pytest.mark.parametrize(
+    ("field", "fields"),
+    [
+        ("command", {"command": ()}),
+        ("command", {"command": (" ",)}),
+        ("command", {"command": ("a\0b",)}),
+        ("command", {"command": ("x" * 128 * 1024,)}),
+        ("env", {"env": {"1A": ""}}),
+        ("env", {"env": {"A B": ""}}),
+        ("env", {"env": {"A": "\0"}}),
+        ("resources.cpu_count", {"resources": Resources(cpu_count=-1)}),
+        ("resources.cpu_count", {"resources": Resources(cpu_count=math.nan)}),
+        ("resources.cpu_count", {"resources": Resources(cpu_count=math.inf)}),
+        ("resources.memory_bytes", {"resources": Resources(memory_bytes=-1)}),
+        ("resources.memory_bytes", {"resources": Resources(memory_bytes=2**63)}),
+        ("resources.gpu_count", {"resources": Resources(gpu_count=-1)}),
+        ("resources.gpu_count", {"resources": Resources(gpu_count=0.5)}),
+        ("timeout_s", {"timeout_s": -1}),
+        ("timeout_s", {"timeout_s": math.inf}),
+        ("timeout_s", {"timeout_s": math.nan}),
+        ("max_retries", {"max_retries": -1}),
+        ("max_retries", {"max_retries": 101}),
+        ("ports", {"ports": (0,)}),
+        ("ports", {"ports": (65_536,)}),
+        ("ports", {"ports": (80, 80)}),
+        ("inputs", {"inputs": (Input(path="../x"),)}),
+        ("models", {"models": (ModelOutput(path="/etc"),)}),
+        ("name", {"name": "x" * 201}),
+        ("name", {"name": "a\nb"}),
+        ("kind", {"kind": "replica"}),
+    ],
+)
+def test_a_wrong_field_is_named_with_a_remedy(field, fields):
+    with pytest.raises(Invalid) as refusal:
+        checked_template(template(**fields))
+    assert refusal.value.facts == {"field": f"template.{field}"}
+    assert refusal.value.remedy
+
+
+def test_a_template_that_no_event_could_carry_is_too_large():
+    with pytest.raises(TooLarge):
+        checked_template(template(env={"A": "x" * 200_000}))
+
+
+def test_services_order_their_own_kinds_only():
+    assert checked_template(template(kind="build"), SERVICES).kind == "build"
+    with pytest.raises(Invalid):
+        checked_template(template(), SERVICES)

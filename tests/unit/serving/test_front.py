@@ -1,0 +1,116 @@
+"""Who is reached under which name: the meaning of Traefik's configuration, read as Traefik reads it."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from libs.common.errors import Invalid
+from services.serving.domain.front import Base, Endpoint, front_config, stamped
+from services.serving.domain.names import checked_name
+
+pytestmark = pytest.mark.unit
+
+BASE = Base("http://127.0.0.1:8080", "apps.localhost", "http://127.0.0.1:7000", "http://127.0.0.1:8333", "nabla")
+DIGITS = Endpoint("digits", "127.0.0.1:23456")
+
+
+def matches(rule: str, host: str, path: str) -> bool:
+    """Evaluates the few matchers that we use."""
+    expression = re.sub(r"Host\(`([^`]*)`\)", lambda m: str(m[1] == host), rule)
+    expression = re.sub(r"PathPrefix\(`([^`]*)`\)", lambda m: str(path.startswith(m[1])), expression)
+    expression = re.sub(r"Path\(`([^`]*)`\)", lambda m: str(m[1] == path), expression)
+    translated = expression.replace("&&", " and ").replace("||", " or ").replace("!", " not ")
+    return bool(eval(translated, {"__builtins__": {}}))
+
+
+def routed(config: dict[str, Any], host: str, path: str) -> str | None:
+    """The service that a request goes to."""
+    found = [r for r in config["http"]["routers"].values() if matches(r["rule"], host, path)]
+    return max(found, key=lambda router: router["priority"])["service"] if found else None
+
+
+@pytest.mark.parametrize(
+    ("host", "path", "service"),
+    [
+        ("localhost", "/", "gateway"),
+        ("localhost", "/runs/js1", "gateway"),
+        ("localhost", "/api/v1/jobs", "gateway"),
+        ("127.0.0.1", "/api/v1/jobs", "gateway"),
+        ("127.0.0.1", "/", None),
+        ("127.0.0.1", "/nabla/fs1/a", "objects"),
+        ("localhost", "/nabla/fs1/a", "gateway"),
+        ("127.0.0.1", "/d/digits/predict", "d-digits"),
+        ("127.0.0.1", "/d/digits", "d-digits"),
+        ("127.0.0.1", "/d/digits2/predict", None),
+        ("localhost", "/d/digits/predict", "gateway"),
+        ("digits.apps.localhost", "/predict", "d-digits"),
+        ("digits.apps.localhost", "/api/v1/jobs", "d-digits"),
+        ("digits.apps.localhost", "/metrics", None),
+        ("127.0.0.1", "/d/digits/metrics", None),
+        ("other.apps.localhost", "/predict", None),
+        ("evil.example", "/api/v1/jobs", None),
+    ],
+)
+def test_a_host_and_path_reach_one_service(host: str, path: str, service: str | None) -> None:
+    assert routed(front_config(BASE, [DIGITS]), host, path) == service
+
+
+def test_a_domain_of_its_own_puts_the_ui_on_the_parent_of_the_applications_domain() -> None:
+    base = Base("https://nabla.example.com", "apps.nabla.example.com", "http://g:1", "http://s:1", "nabla")
+    config = front_config(base, [DIGITS])
+    assert routed(config, "nabla.example.com", "/") == "gateway"
+    assert routed(config, "nabla.example.com", "/d/digits/predict") == "gateway"
+    assert routed(config, "digits.apps.nabla.example.com", "/predict") == "d-digits"
+
+
+def test_tenants_content_never_shares_a_name_with_the_ui() -> None:
+    config = front_config(BASE, [DIGITS])
+    for path in ("/", "/d/digits/predict", "/d/digits", "/nabla/x", "/api/v1", "/predict"):
+        assert routed(config, "localhost", path) == "gateway"
+
+
+def test_no_cookie_reaches_a_replica_or_comes_from_one() -> None:
+    config = front_config(BASE, [DIGITS])["http"]
+    for form in ("host", "path"):
+        assert "no-cookies" in config["routers"][f"d-digits-{form}"]["middlewares"]
+    headers = config["middlewares"]["no-cookies"]["headers"]
+    assert headers == {"customRequestHeaders": {"Cookie": ""}, "customResponseHeaders": {"Set-Cookie": ""}}
+
+
+def test_pages_of_the_ui_may_call_endpoints_and_others_may_not() -> None:
+    cors = front_config(BASE, [DIGITS])["http"]["middlewares"]["endpoint-cors"]["headers"]
+    assert set(cors["accessControlAllowOriginList"]) == {"http://localhost:8080", "http://127.0.0.1:8080"}
+
+
+def test_an_endpoint_between_two_replicas_has_a_route_without_a_server() -> None:
+    config = front_config(BASE, [Endpoint("digits", "")])
+    assert config["http"]["services"]["d-digits"]["loadBalancer"]["servers"] == []
+
+
+def test_everything_but_the_gateway_is_routed_while_it_is_not_up() -> None:
+    base = Base(BASE.front_door, BASE.apps_domain, "", BASE.objects, BASE.bucket)
+    config = front_config(base, [DIGITS])
+    assert routed(config, "127.0.0.1", "/d/digits/predict") == "d-digits"
+    assert routed(config, "localhost", "/") is None
+
+
+def test_the_stamp_is_in_the_file_and_changes_with_any_content() -> None:
+    text, stamp = stamped(front_config(BASE, [DIGITS]))
+    assert stamp in json.loads(text)["http"]["middlewares"]
+    assert stamped(front_config(BASE, [DIGITS]))[1] == stamp
+    assert stamped(front_config(BASE, [Endpoint("digits", "127.0.0.1:1")]))[1] != stamp
+
+
+@pytest.mark.parametrize("name", ["a", "digits", "digits-2", "0", "a" * 63])
+def test_a_dns_label_is_a_name(name: str) -> None:
+    assert checked_name(name) == name
+
+
+@pytest.mark.parametrize("name", ["", "Digits", "-a", "a-", "a_b", "a.b", "a" * 64, "a`b", "ü", "a\n", "de" + "0" * 26])
+def test_other_names_are_refused_with_a_proposal(name: str) -> None:
+    with pytest.raises(Invalid):
+        checked_name(name)

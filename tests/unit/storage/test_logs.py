@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import asyncio
+import random
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from libs.common.contracts.messages import JobCancelled, JobFailed, JobStarting, JobSucceeded, LogFrame, LogPage
+from libs.common.errors import Invalid
+from services.storage.domain.logs import LOG, MAX_LINE_BYTES, clipped, nothing_awaited, packed_blocks, unpacked_block
+from services.storage.store import LogRow
+from tests.unit.storage.world import ATTEMPT, STRANGER, World, frame, job, running_world
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize(
+    ("state", "trigger", "after"),
+    [("live", "end", "ended"), ("ended", "end", "ended"), ("ended", "seal", "sealed"), ("sealed", "end", "sealed")],
+)
+def test_each_trigger_in_each_state(state: str, trigger: str, after: str) -> None:
+    assert LOG.next_state("js1", state, trigger) == after
+
+
+def test_a_long_line_is_cut_and_says_so() -> None:
+    assert clipped("a" * MAX_LINE_BYTES) == "a" * MAX_LINE_BYTES
+    cut = clipped("ü" * MAX_LINE_BYTES)
+    assert len(cut.encode()) <= MAX_LINE_BYTES
+    assert cut.endswith("bytes cut]")
+
+
+def test_a_log_is_awaited_until_each_started_attempt_has_said_its_last_line() -> None:
+    assert nothing_awaited([], [])
+    assert not nothing_awaited(["a"], [])
+    assert not nothing_awaited(["a"], [("a", True), ("a", False)])
+    assert nothing_awaited(["a"], [("a", True), ("b", True)])
+
+
+async def texts(world: World, limit: int = 0) -> list[str]:
+    lines = await world.whole_log(limit)
+    assert [line.sequence for line in lines] == list(range(1, len(lines) + 1))
+    return [line.text for line in lines]
+
+
+async def test_lines_are_numbered_over_attempts_and_ranks_as_they_come(world: World) -> None:
+    await world.deliver(frame(0, "a", "b"))
+    await world.deliver(frame(0, "x", rank=1))
+    await world.deliver(frame(2, "c", last=True))
+    await world.deliver(frame(0, "again", attempt=2))
+    assert await texts(world) == ["a", "b", "x", "c", "again"]
+    page = await world.page(after=3)
+    assert [(line.attempt, line.rank, line.at) for line in page.lines] == [(1, 0, world.now), (2, 0, world.now)]
+    assert [line.sequence for heard in await world.heard() for line in heard.lines] == [1, 2, 3, 4, 5]
+
+
+async def test_a_frame_delivered_twice_counts_once(world: World) -> None:
+    await world.deliver(frame(0, "a"), event_id="ev1")
+    await world.deliver(frame(0, "a"), event_id="ev1")
+    await world.deliver(frame(0, "a"), event_id="ev2")
+    assert await texts(world) == ["a"]
+
+
+async def test_an_overlapping_frame_adds_what_is_new(world: World) -> None:
+    await world.deliver(frame(0, "a", "b"))
+    await world.deliver(frame(1, "b", "c"))
+    assert await texts(world) == ["a", "b", "c"]
+
+
+async def test_an_early_frame_waits_for_the_lines_before_it(world: World) -> None:
+    await world.deliver(frame(2, "c", last=True))
+    await world.deliver(frame(1, "b"))
+    assert await texts(world) == []
+    await world.deliver(frame(0, "a"))
+    assert await texts(world) == ["a", "b", "c"]
+
+
+async def test_lines_that_never_come_are_marked(world: World) -> None:
+    await world.deliver(frame(0, "a"))
+    await world.deliver(frame(3, "d"))
+    await world.deliver(frame(5, "f"))
+    world.later(5)
+    await world.keeper.keep_logs()
+    assert await texts(world) == ["a"]
+    world.later(6)
+    await world.keeper.keep_logs()
+    marked = ["a", "[2 lines were lost on the way to storage]", "d", "[1 line was lost on the way to storage]", "f"]
+    assert await texts(world) == marked
+    assert (await world.page(after=1)).lines[0].stream == "nabla"
+    await world.deliver(frame(1, "b", "c"))
+    assert await texts(world) == marked
+
+
+async def test_a_frame_of_another_team_is_refused(world: World) -> None:
+    await world.deliver(frame(0, "a"))
+    with pytest.raises(Invalid):
+        await world.deliver(frame(1, "b"), team_id="t2")
+    assert await texts(world) == ["a"]
+
+
+async def test_the_log_is_sealed_when_the_job_ended_and_the_last_frame_came(world: World) -> None:
+    await world.deliver(JobStarting(job=job(1, 1)))
+    await world.deliver(frame(0, "a"))
+    await world.deliver(JobSucceeded(job=job(2, 1)))
+    await world.keeper.keep_logs()
+    assert not (await world.page()).complete
+    await world.deliver(frame(1, "b", last=True))
+    assert (await world.page()).complete
+    assert not (await world.page(limit=1)).complete
+    assert (await world.heard())[-1] == LogPage(complete=True, last_sequence=2)
+    await world.keeper.keep_logs()
+    assert await world.events() == ["nabla.evt.t1.log.sealed.v1"]
+    assert await texts(world) == ["a", "b"]
+    await world.deliver(frame(2, "late"))
+    await world.deliver(JobSucceeded(job=job(3, 1)))
+    await world.keeper.keep_logs()
+    assert await texts(world) == ["a", "b"]
+    assert len(await world.events()) == 1
+
+
+async def test_a_job_that_never_started_has_an_empty_whole_log(world: World) -> None:
+    await world.deliver(JobCancelled(job=job(1)))
+    await world.keeper.keep_logs()
+    page = await world.page()
+    assert (page.lines, page.complete, page.last_sequence) == ((), True, 0)
+    assert await world.events() == ["nabla.evt.t1.log.sealed.v1"]
+
+
+async def test_an_attempt_that_never_says_its_last_line_is_awaited_for_a_minute(world: World) -> None:
+    await world.deliver(JobStarting(job=job(1, 1)))
+    await world.deliver(frame(0, "a"))
+    await world.deliver(JobFailed(job=job(2, 1)))
+    world.later(59)
+    await world.keeper.keep_logs()
+    assert not (await world.page()).complete
+    world.later(2)
+    await world.keeper.keep_logs()
+    assert (await world.page()).complete
+    assert len(await world.events()) == 1
+
+
+async def test_the_order_of_job_events_does_not_matter(world: World) -> None:
+    await world.deliver(JobSucceeded(job=job(2, 1)))
+    await world.deliver(JobStarting(job=job(1, 1)))
+    await world.deliver(frame(0, "a", last=True))
+    await world.keeper.keep_logs()
+    assert (await world.page()).complete
+
+
+async def test_ranges_are_the_same_live_and_sealed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.storage.domain.logs.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("services.storage.loops.PART_BYTES", 300)
+    for start in range(0, 100, 10):
+        await world.deliver(frame(start, *(f"line {n}" for n in range(start, start + 10)), last=start == 90))
+    asked = [(0, 0), (0, 7), (37, 5), (95, 100), (100, 10), (-3, 0), (-3, 2), (-500, 4), (150, 3)]
+    live = [(await world.page(*ask)).lines for ask in asked]
+    assert [line.text for line in live[2]] == [f"line {n}" for n in range(37, 42)]
+    assert [line.text for line in live[5]] == ["line 97", "line 98", "line 99"]
+    assert (live[4], live[8]) == ((), ())
+    await world.deliver(JobSucceeded(job=job(1)))
+    await world.keeper.keep_logs()
+    assert len(world.objects.kept) > 1
+    async with world.store.view() as view:
+        assert not await view.logs.chunks("js1", 0, 1)
+        assert len(await view.logs.blocks("js1", 0, 100)) > 3
+    assert [(await world.page(*ask)).lines for ask in asked] == live
+    assert await texts(world, limit=9) == [f"line {n}" for n in range(100)]
+
+
+async def test_an_answer_stays_under_a_megabyte(world: World) -> None:
+    for start in range(30):
+        await world.deliver(frame(start, "\x01" * 60_000))
+    page = await world.page()
+    assert 1 < len(page.lines) < 4
+    assert len(page.to_wire()) < 1_000_000
+    assert len(await texts(world)) == 30
+
+
+async def test_nobody_else_reads_a_log_or_learns_that_it_exists(world: World) -> None:
+    await world.deliver(frame(0, "secret"))
+    other = ATTEMPT.model_copy(update={"job_id": "js2"})
+    unknown = await world.page(job_id="js9")
+    assert [await world.page(asker=asker) for asker in (STRANGER, other)] == [unknown, unknown]
+    assert len((await world.page(asker=ATTEMPT)).lines) == 1
+
+
+async def test_logs_stay_in_the_database_while_the_object_store_is_away(world: World) -> None:
+    await world.deliver(frame(0, "a", last=True))
+    await world.deliver(JobSucceeded(job=job(1, 1)))
+    world.objects.problem = "away"
+    with pytest.raises(Exception, match="away"):
+        await world.keeper.keep_logs()
+    assert (await world.page()).complete
+    assert await texts(world) == ["a"]
+    world.objects.problem = ""
+    await world.keeper.keep_logs()
+    assert len(await world.events()) == 1
+
+
+async def test_a_part_written_twice_after_a_kill_changes_nothing(world: World) -> None:
+    await world.deliver(frame(0, "a", "b", last=True))
+    async with world.store.view() as view:
+        lines = (await view.logs.chunks("js1", 0, 9))[0]
+    await world.objects.write("log/js1/000000000001", b"half of it, before the kill")
+    await world.deliver(JobSucceeded(job=job(1, 1)))
+    await world.keeper.keep_logs()
+    assert lines.last_sequence == 2
+    assert await texts(world) == ["a", "b"]
+    assert len(world.objects.kept) == 1
+
+
+async def test_a_running_jobs_long_log_moves_on_while_it_grows(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.storage.loops.LIVE_BYTES", 10)
+    await world.deliver(frame(0, "a", "b"))
+    await world.keeper.keep_logs()
+    await world.deliver(frame(2, "c"))
+    async with world.store.view() as view:
+        row = await view.logs.get("js1")
+        assert isinstance(row, LogRow)
+        assert (row.state, len(await view.logs.blocks("js1", 0, 9))) == ("live", 1)
+        assert len(await view.logs.chunks("js1", 0, 9)) == 1
+    assert await texts(world) == ["a", "b", "c"]
+
+
+def test_blocks_are_one_gzip_file_and_the_same_each_time() -> None:
+    lines = [frame(0, f"t{n}").lines[0].model_copy(update={"sequence": n}) for n in range(1, 6)]
+    body, blocks = packed_blocks(lines)
+    assert packed_blocks(lines) == (body, blocks)
+    assert unpacked_block(body) == tuple(lines)
+
+
+@st.composite
+def deliveries(draw: st.DrawFn) -> list[LogFrame]:
+    """Frames that together cover all lines of two sources, cut, repeated, overlapping and shuffled at will."""
+    frames: list[LogFrame] = []
+    for rank in (0, 1):
+        count = draw(st.integers(1, 12))
+        cuts = sorted({0, count, *draw(st.lists(st.integers(0, count), max_size=4))})
+        spans = list(pairwise(cuts))
+        extra = draw(st.lists(st.tuples(st.integers(0, count), st.integers(0, count)), max_size=4))
+        spans += [(min(pair), max(pair)) for pair in extra]
+        frames += [
+            frame(start, *(f"{rank}:{n}" for n in range(start, end)), rank=rank, last=end == count)
+            for start, end in spans
+        ]
+    frames += draw(st.lists(st.sampled_from(frames), max_size=4))
+    draw(st.randoms(use_true_random=False)).shuffle(frames)
+    return frames
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(deliveries(), st.integers(0, 2**16))
+def test_every_line_comes_once_and_in_the_order_of_its_source(frames: list[LogFrame], seed: int) -> None:
+    async def scenario() -> None:
+        with TemporaryDirectory() as folder:
+            async with running_world(f"sqlite:///{folder}/log.db", Path(folder)) as world:
+                together = random.Random(seed).random() < 0.5
+                if together:
+                    await asyncio.gather(*(world.deliver(one) for one in frames))
+                else:
+                    for one in frames:
+                        await world.deliver(one)
+                await world.deliver(JobSucceeded(job=job(1)))
+                got = await texts(world)
+                for rank in (0, 1):
+                    mine = [text for text in got if text.startswith(f"{rank}:")]
+                    every = max(one.first_line + len(one.lines) for one in frames if one.rank == rank)
+                    assert mine == [f"{rank}:{n}" for n in range(every)]
+                assert not any("lost" in text for text in got)
+                heard = [line.text for page in await world.heard() for line in page.lines]
+                assert heard == got
+                await world.keeper.keep_logs()
+                assert await texts(world) == got
+                assert len(await world.events()) == 1
+
+    asyncio.run(scenario())
