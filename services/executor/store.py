@@ -12,7 +12,7 @@ from sqlmodel import Field, SQLModel, col, delete, select, update
 from libs.common.clock import from_us, to_us
 from libs.common.contracts.messages import Execution, JobTemplate
 from libs.common.store import Skeleton, UnitOfWork
-from services.executor.domain.execution import ACCEPTED, ENDED, RESERVED
+from services.executor.domain.execution import ACCEPTED, ENDED
 from services.executor.domain.inventory import KnownNode
 
 PAGE = 200

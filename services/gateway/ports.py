@@ -66,5 +66,5 @@ class EventLog(Protocol):
         """A team's events after this sequence (None: only new ones), in order, without end; None when all is quiet."""
 
 
-class Closing(Exception):  # noqa: N818 - not an error: the process is about to stop
+class Closing(Exception):
     """The gateway is stopping: open streams end now, and their clients resume elsewhere or later."""

@@ -95,7 +95,7 @@ class SchedulerUnit(UnitOfWork):
         """Stores a new job, already in the queue. Its timeline begins with the submission."""
         job = replace(case.job, revision=1)
         row = {"id": job.id, **_identity(job), **_changing(job), "attempt_id": None, "checked_us": 0, "revision": 1}
-        await self.session.execute(insert(JOBS).values(**row))
+        await self.session.execute(insert(JOBS), row)
         submitted = _entry(replace(job, state="submitted", detail=first_detail, revision=0), self.now_us)
         await self.session.execute(insert(TIMELINE), [submitted, _entry(job, self.now_us)])
         added = replace(case, job=job)
@@ -125,7 +125,7 @@ class SchedulerUnit(UnitOfWork):
         if attempt and attempt != before.attempt:
             await self._write_attempt(job, attempt, is_new=before.attempt is None or before.attempt.id != attempt.id)
         if (job.state, job.desired_state) != (before.job.state, before.job.desired_state):
-            await self.session.execute(insert(TIMELINE).values(**_entry(job, self.now_us)))
+            await self.session.execute(insert(TIMELINE), _entry(job, self.now_us))
         written = replace(after, job=job)
         await self._announce(written)
         return written
@@ -133,7 +133,7 @@ class SchedulerUnit(UnitOfWork):
     async def _write_attempt(self, job: Job, attempt: Attempt, *, is_new: bool) -> None:
         values = _columns(attempt) | {"job_id": job.id, "checked_us": self.now_us}
         if is_new:
-            await self.session.execute(insert(ATTEMPTS).values(**values))
+            await self.session.execute(insert(ATTEMPTS), values)
         else:
             await self.session.execute(update(ATTEMPTS).where(ATTEMPTS.c.id == attempt.id).values(**values))
 
@@ -196,7 +196,7 @@ class SchedulerUnit(UnitOfWork):
         known = await self.project(project_id)
         values = {"id": project_id, "team_id": team_id, "state": state, "revision": revision}
         if known is None:
-            await self.session.execute(insert(PROJECTS).values(**values))
+            await self.session.execute(insert(PROJECTS), values)
         elif revision > known.revision:
             await self.session.execute(update(PROJECTS).where(PROJECTS.c.id == project_id).values(**values))
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, cast
+from typing import Any
 
-from sqlalchemy import BigInteger, CursorResult, Index, LargeBinary, String, UniqueConstraint, update
+from sqlalchemy import BigInteger, Index, LargeBinary, String, UniqueConstraint, update
 from sqlalchemy.orm import registry
 from sqlmodel import Field, SQLModel, col, select
 
@@ -193,7 +193,7 @@ class ServingUnit(UnitOfWork):
         query = update(DeploymentRow).where(col(DeploymentRow.id) == deployment_id)
         if unless_changed_from is not None:
             query = query.where(col(DeploymentRow.due_us) == unless_changed_from)
-        result = cast("CursorResult[Any]", await self.session.execute(query.values(due_us=due_us)))
+        result = await self.session.exec(query.values(due_us=due_us))
         return result.rowcount == 1
 
     async def routed(self) -> Sequence[DeploymentRow]:
@@ -226,12 +226,12 @@ class ServingUnit(UnitOfWork):
             col(OrderedJobRow.id) == job_id, col(OrderedJobRow.seen_revision) < seen_revision
         )
         values |= {"seen_revision": seen_revision}
-        result = cast("CursorResult[Any]", await self.session.execute(query.values(**values)))
+        result = await self.session.exec(query.values(**values))
         return result.rowcount == 1
 
     async def set_job(self, job_id: str, values: dict[str, Any]) -> None:
         """Saves what this service itself found out about a job."""
-        await self.session.execute(update(OrderedJobRow).where(col(OrderedJobRow.id) == job_id).values(**values))
+        await self.session.exec(update(OrderedJobRow).where(col(OrderedJobRow.id) == job_id).values(**values))
 
     async def move(
         self,

@@ -109,7 +109,7 @@ class FilesetHandlers:
     async def prepare_seal(self, message: SealFileset, call: Envelope) -> dict[int, str]:
         """Looks whether every file has arrived whole; answers which object versions those are."""
         async with self._store.view() as view:
-            row = await visible(view, message.fileset_id, call.principal)
+            row = await visible(view, message.fileset_id, call.principal, to_write=True)
             files = await view.filesets.files(row.id)
         if row.state != OPEN:
             return {}

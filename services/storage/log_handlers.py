@@ -68,8 +68,7 @@ class LogHandlers:
         state = LOG.next_state(row.id, row.state, "end")
         if state == row.state:
             return
-        await unit.swap(LogRow, row.id, row.revision, {"state": state, "ended_us": to_us(unit.now)})
-        await unit.session.refresh(row)
+        await unit.save_log(row, {"state": state, "ended_us": to_us(unit.now)})
         await self._tell_if_whole(unit, row)
 
     async def take_frame(self, message: LogFrame, unit: StorageUnit, call: Envelope) -> None:
@@ -80,9 +79,11 @@ class LogHandlers:
         source = await _source(message, unit)
         if is_early(source.next_line, message):
             await unit.logs.hold(_held(message, to_us(unit.now)))
+            source.holds = True
             return
         await self._append(unit, log, source, message)
-        await self._drain(unit, log, source, pass_gaps_before_us=0)
+        if source.holds:
+            await self._drain(unit, log, source, pass_gaps_before_us=0)
         await self._tell_if_whole(unit, log)
 
     async def close_gaps(self, message: LogFrame, unit: StorageUnit, call: Envelope) -> None:
@@ -146,9 +147,7 @@ class LogHandlers:
             row = LogRow(id=job.id, team_id=job.team_id, project_id=job.project_id, job_revision=job.revision)
             await unit.logs.add(row)
         elif job.revision > row.job_revision:
-            known = {"job_revision": job.revision, "project_id": job.project_id}
-            await unit.swap(LogRow, row.id, row.revision, known)
-            await unit.session.refresh(row)
+            await unit.save_log(row, {"job_revision": job.revision, "project_id": job.project_id})
         attempt = job.attempt
         if row.state != SEALED and attempt.id and not await unit.logs.attempt(job.id, attempt.id):
             await unit.logs.add(AttemptRow(job_id=job.id, attempt_id=attempt.id, number=attempt.number))
@@ -188,8 +187,7 @@ class LogHandlers:
             "size_bytes": log.size_bytes + sum(len(line.text) for line in lines),
             "live_bytes": log.live_bytes + len(body),
         }
-        await unit.swap(LogRow, log.id, log.revision, moved)
-        await unit.session.refresh(log)
+        await unit.save_log(log, moved)
         self._tail.collect(unit, log.team_id, log.id, page)
         _lines.add(len(lines))
 
@@ -205,6 +203,7 @@ class LogHandlers:
                 source.next_line = frame.first_line
             await self._append(unit, log, source, frame)
             await unit.logs.release(row)
+        source.holds = False
 
     async def is_whole(self, unit: StorageUnit, log: LogRow) -> bool:
         """Whether no line will come any more."""

@@ -23,8 +23,9 @@ class StorageSettings(Settings):
     url_lifetime_s: int = 600
     # How long a file set may stay open after it was last asked for.
     open_lifetime_s: float = 86_400.0
-    # How long a frame that came too early waits for the lines before it, until those are marked as lost.
-    gap_patience_s: float = 10.0
+    # How long a frame that came too early waits for the lines before it, until those are marked as lost. Longer than
+    # the bus takes to deliver again what a killed process had in its hands (30 s).
+    gap_patience_s: float = 60.0
     # How long the log of an ended job waits for the last frames of its attempts.
     last_frame_patience_s: float = 60.0
 

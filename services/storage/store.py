@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from sqlalchemy import BigInteger, Column, Index, LargeBinary, String, Text, delete, func, insert, update
 from sqlalchemy.orm import registry
+from sqlalchemy.orm.attributes import set_committed_value
 from sqlmodel import Field, SQLModel, col, select
 from sqlmodel.ext.asyncio.session import AsyncSession
 
@@ -94,6 +96,8 @@ class SourceRow(Base, table=True):
     rank: int = Field(primary_key=True)
     next_line: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
     last: bool = False
+    # Early frames wait for lines of this source.
+    holds: bool = False
 
 
 class HeldRow(Base, table=True):
@@ -350,6 +354,12 @@ class StorageUnit(UnitOfWork):
     @property
     def logs(self) -> Logs:
         return Logs(self.session)
+
+    async def save_log(self, row: LogRow, values: dict[str, Any]) -> None:
+        """Compare-and-swap, after which `row` shows what was saved without being read again."""
+        await self.swap(LogRow, row.id, row.revision, values)
+        for name, value in (values | {"revision": row.revision + 1}).items():
+            set_committed_value(row, name, value)
 
 
 def fileset_of(row: FilesetRow) -> Fileset:

@@ -38,10 +38,7 @@ class Seaweed:
         return self.folder / "keys.json"
 
     def start(self) -> None:
-        flags = [
-            f"-{name.replace('.grpc', '.port.grpc')}={port}" for name, port in self.ports.items() if "grpc" in name
-        ]
-        flags += [f"-{name}.port={port}" for name, port in self.ports.items() if "grpc" not in name]
+        flags = [f"-{name}={port}" for name, port in self.ports.items()]
         command = [
             str(BINARY),
             "server",
@@ -93,8 +90,8 @@ def running_seaweed(folder: Path) -> Iterator[Seaweed]:
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
     server = Seaweed(folder, {name: free_port() for name in PORTS})
     server.keys_file.write_text(json.dumps({"access_key": ACCESS_KEY, "secret_key": SECRET_KEY}))
-    server.start()
     try:
+        server.start()
         yield server
     finally:
         server.stop()

@@ -10,24 +10,24 @@ from __future__ import annotations
 import time
 from functools import cached_property
 from types import TracebackType
-from typing import Callable
-
-import httpx
+from typing import TYPE_CHECKING, Callable
 
 from nabla import contexts
+from nabla.address import front_door
 from nabla.contexts import Context
 from nabla.decoding import decode
 from nabla.errors import NoServer
-from nabla.job.identity import front_door
 from nabla.objects import Principal, SignInLink, Status
-from nabla.resources.deployments import Deployments
-from nabla.resources.experiments import Experiments
-from nabla.resources.filesets import Filesets
-from nabla.resources.jobs import Jobs
-from nabla.resources.models import Models
-from nabla.resources.projects import Projects
-from nabla.resources.tokens import Tokens
 from nabla.transport import PATIENCE_S, OnRetry, Transport
+
+if TYPE_CHECKING:
+    from nabla.resources.deployments import Deployments
+    from nabla.resources.experiments import Experiments
+    from nabla.resources.filesets import Filesets
+    from nabla.resources.jobs import Jobs
+    from nabla.resources.models import Models
+    from nabla.resources.projects import Projects
+    from nabla.resources.tokens import Tokens
 
 
 class Client:
@@ -35,7 +35,7 @@ class Client:
 
     Without arguments it finds its server as the command line does (see nabla.contexts); `context` names a saved
     one; `url` and `token` say both outright. Not meant to be shared between threads while it is being closed,
-    otherwise safe to share. `http` replaces the network in tests.
+    otherwise safe to share. `sleep` is a seam for tests.
     """
 
     def __init__(
@@ -46,7 +46,6 @@ class Client:
         *,
         patience_s: float = PATIENCE_S,
         on_retry: OnRetry | None = None,
-        http: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.context = _context(url, token, context)
@@ -55,25 +54,52 @@ class Client:
             self.context.token,
             patience_s=patience_s,
             on_retry=on_retry,
-            http=http,
             sleep=sleep,
         )
-        self.filesets = Filesets(self._transport, http)
-        self.projects = Projects(self._transport)
-        self.experiments = Experiments(self._transport)
-        self.tokens = Tokens(self._transport)
+
+    # Each kind of object is loaded when it is first used: a command mostly needs one.
+
+    @cached_property
+    def projects(self) -> Projects:
+        from nabla.resources.projects import Projects
+
+        return Projects(self._transport)
+
+    @cached_property
+    def filesets(self) -> Filesets:
+        from nabla.resources.filesets import Filesets
+
+        return Filesets(self._transport)
+
+    @cached_property
+    def experiments(self) -> Experiments:
+        from nabla.resources.experiments import Experiments
+
+        return Experiments(self._transport)
 
     @cached_property
     def jobs(self) -> Jobs:
-        return Jobs(self._transport, self.filesets, self.experiments)
+        from nabla.resources.jobs import Jobs
+
+        return Jobs(self._transport, lambda: self.filesets, self.experiments)
 
     @cached_property
     def models(self) -> Models:
+        from nabla.resources.models import Models
+
         return Models(self._transport, self.filesets)
 
     @cached_property
     def deployments(self) -> Deployments:
+        from nabla.resources.deployments import Deployments
+
         return Deployments(self._transport)
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        from nabla.resources.tokens import Tokens
+
+        return Tokens(self._transport)
 
     def predict(self, deployment: str, inputs: object) -> dict[str, object]:
         """Asks a deployed model: rows in, `{"predictions": [...]}` out."""
@@ -94,7 +120,8 @@ class Client:
         return decode(SignInLink, self._transport.post("/sign-in-links"))
 
     def close(self) -> None:
-        self.filesets.close()
+        if "filesets" in self.__dict__:
+            self.filesets.close()
         self._transport.close()
 
     def __enter__(self) -> Client:

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nabla import jsonfile, paths
+from nabla.address import front_door
 from nabla.errors import BadConfig, NoServer
-from nabla.job.identity import front_door
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Between the API's JSON and the dataclasses of nabla.objects.
+"""Between the API's JSON and the records of nabla.objects.
 
 Reading is tolerant in one direction only: members that a class does not know are left out and missing ones keep their
 empty value, so an older client works with a newer server.
@@ -7,15 +7,16 @@ empty value, so an older client works with a newer server.
 from __future__ import annotations
 
 import re
-from dataclasses import fields, is_dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Dict, Mapping, Tuple, Type, TypeVar, Union, get_type_hints
 
-T = TypeVar("T")
+from nabla.record import Record, values_of
+
+T = TypeVar("T", bound=Record)
 
 
 def decode(cls: Type[T], data: object) -> T:
-    """A dataclass of this module from the JSON of an answer."""
+    """A record from the JSON of an answer."""
     if not isinstance(data, dict):
         raise ValueError(f"expected an object for {cls.__name__}, got {type(data).__name__}")
     hints = _hints(cls)
@@ -24,8 +25,8 @@ def decode(cls: Type[T], data: object) -> T:
 
 def as_json(value: object) -> object:
     """The JSON of the API again: for `--json` and for request bodies."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: as_json(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Record):
+        return {name: as_json(item) for name, item in values_of(value).items()}
     if isinstance(value, datetime):
         return value.astimezone(timezone.utc).isoformat().replace("+00:00", "Z")
     if isinstance(value, Mapping):
@@ -55,7 +56,7 @@ def _value(hint: object, data: object) -> object:
         return {key: _value(arguments[1], item) for key, item in data.items()}
     if hint is datetime:
         return parse_time(str(data))
-    if isinstance(hint, type) and is_dataclass(hint):
+    if isinstance(hint, type) and issubclass(hint, Record):
         return decode(hint, data)
     return hint(data) if isinstance(hint, type) else data
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 
 from nabla.errors import BadConfig
@@ -25,6 +24,8 @@ def read(path: Path) -> dict[str, object]:
 
 def write(path: Path, data: dict[str, object]) -> None:
     """Replaces the file; only its owner may read it (0600), since it may hold tokens."""
+    import tempfile
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=str(path.parent), prefix=path.name)

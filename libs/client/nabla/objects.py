@@ -1,14 +1,14 @@
-"""What the API answers, as frozen dataclasses. The shapes are those of proto/nabla/**."""
+"""What the API answers, as immutable records. The shapes are those of proto/nabla/**."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Mapping, Optional, Tuple
 
+from nabla.record import EMPTY, Record
 
-@dataclass(frozen=True)
-class Principal:
+
+class Principal(Record):
     """Who a token speaks for."""
 
     kind: str = ""
@@ -22,8 +22,7 @@ class Principal:
     attempt: int = 0
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(Record):
     id: str = ""
     name: str = ""
     user_id: str = ""
@@ -35,16 +34,14 @@ class Token:
     secret: str = ""
 
 
-@dataclass(frozen=True)
-class SignInLink:
+class SignInLink(Record):
     """Opens the web interface once, signed in."""
 
     url: str = ""
     expires_at: Optional[datetime] = None
 
 
-@dataclass(frozen=True)
-class Project:
+class Project(Record):
     id: str = ""
     team_id: str = ""
     name: str = ""
@@ -56,8 +53,7 @@ class Project:
     revision: int = 0
 
 
-@dataclass(frozen=True)
-class File:
+class File(Record):
     """One file of a file set; `url` is where to PUT or GET it, for some minutes."""
 
     path: str = ""
@@ -67,8 +63,7 @@ class File:
     url: str = ""
 
 
-@dataclass(frozen=True)
-class Fileset:
+class Fileset(Record):
     id: str = ""
     team_id: str = ""
     project_id: str = ""
@@ -84,16 +79,14 @@ class Fileset:
     revision: int = 0
 
 
-@dataclass(frozen=True)
-class FilesetGrant:
+class FilesetGrant(Record):
     """A file set and what of it is still to be uploaded."""
 
     fileset: Fileset = Fileset()
     uploads: Tuple[File, ...] = ()
 
 
-@dataclass(frozen=True)
-class Resources:
+class Resources(Record):
     """Zero means no wish."""
 
     cpu_count: float = 0.0
@@ -101,8 +94,7 @@ class Resources:
     gpu_count: float = 0.0
 
 
-@dataclass(frozen=True)
-class Environment:
+class Environment(Record):
     """Where the job's `python` comes from: `default`, `venv` (a path) or `requirements` (their text)."""
 
     kind: str = "default"
@@ -110,8 +102,7 @@ class Environment:
     requirements: str = ""
 
 
-@dataclass(frozen=True)
-class ModelOutput:
+class ModelOutput(Record):
     """A folder below /artifacts that becomes a model version when the job succeeds."""
 
     name: str = ""
@@ -119,13 +110,12 @@ class ModelOutput:
     framework: str = ""
 
 
-@dataclass(frozen=True)
-class JobTemplate:
+class JobTemplate(Record):
     """Everything one may say about a job."""
 
     name: str = ""
     command: Tuple[str, ...] = ()
-    env: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = EMPTY
     resources: Resources = Resources()
     workspace_id: str = ""
     environment: Environment = Environment()
@@ -134,11 +124,10 @@ class JobTemplate:
     models: Tuple[ModelOutput, ...] = ()
     ports: Tuple[int, ...] = ()
     kind: str = "command"
-    origin: Mapping[str, str] = field(default_factory=dict)
+    origin: Mapping[str, str] = EMPTY
 
 
-@dataclass(frozen=True)
-class Attempt:
+class Attempt(Record):
     id: str = ""
     number: int = 0
     state: str = ""
@@ -150,12 +139,11 @@ class Attempt:
     ended_at: Optional[datetime] = None
     isolation: str = ""
     peak_memory_bytes: int = 0
-    addresses: Mapping[str, str] = field(default_factory=dict)
+    addresses: Mapping[str, str] = EMPTY
     gpu_indices: Tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class TimelineEntry:
+class TimelineEntry(Record):
     at: Optional[datetime] = None
     state: str = ""
     detail: str = ""
@@ -165,13 +153,12 @@ class TimelineEntry:
 ENDED_STATES = frozenset({"succeeded", "failed", "cancelled", "timed_out"})
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(Record):
     id: str = ""
     team_id: str = ""
     project_id: str = ""
     experiment_id: str = ""
-    template: JobTemplate = field(default_factory=JobTemplate)
+    template: JobTemplate = JobTemplate()
     state: str = ""
     detail: str = ""
     desired_state: str = ""
@@ -189,15 +176,13 @@ class Job:
         return self.state in ENDED_STATES
 
 
-@dataclass(frozen=True)
-class JobDetail:
-    job: Job = field(default_factory=Job)
+class JobDetail(Record):
+    job: Job = Job()
     attempts: Tuple[Attempt, ...] = ()
     timeline: Tuple[TimelineEntry, ...] = ()
 
 
-@dataclass(frozen=True)
-class Experiment:
+class Experiment(Record):
     id: str = ""
     team_id: str = ""
     project_id: str = ""
@@ -209,8 +194,7 @@ class Experiment:
     jobs: Tuple[Job, ...] = ()
 
 
-@dataclass(frozen=True)
-class LogLine:
+class LogLine(Record):
     """`sequence` counts from 1 over all attempts and ranks of the job; `stream` is stdout, stderr or nabla."""
 
     sequence: int = 0
@@ -221,23 +205,20 @@ class LogLine:
     rank: int = 0
 
 
-@dataclass(frozen=True)
-class LogPage:
+class LogPage(Record):
     lines: Tuple[LogLine, ...] = ()
     complete: bool = False
     last_sequence: int = 0
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(Record):
     name: str = ""
     value: float = 0.0
     step: int = 0
     at: Optional[datetime] = None
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(Record):
     name: str = ""
     points: Tuple[Point, ...] = ()
     min: float = 0.0
@@ -246,13 +227,11 @@ class Series:
     point_count: int = 0
 
 
-@dataclass(frozen=True)
-class MetricPage:
+class MetricPage(Record):
     items: Tuple[Series, ...] = ()
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(Record):
     """The tracked record of a job: parameters, tags and the last value of each metric."""
 
     job_id: str = ""
@@ -260,16 +239,15 @@ class Run:
     project_id: str = ""
     name: str = ""
     state: str = ""
-    params: Mapping[str, str] = field(default_factory=dict)
-    tags: Mapping[str, str] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    params: Mapping[str, str] = EMPTY
+    tags: Mapping[str, str] = EMPTY
+    metrics: Mapping[str, float] = EMPTY
     created_at: Optional[datetime] = None
     ended_at: Optional[datetime] = None
     revision: int = 0
 
 
-@dataclass(frozen=True)
-class ModelVersion:
+class ModelVersion(Record):
     id: str = ""
     model_id: str = ""
     model_name: str = ""
@@ -280,14 +258,13 @@ class ModelVersion:
     size_bytes: int = 0
     digest: str = ""
     job_id: str = ""
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = EMPTY
     created_by: str = ""
     created_at: Optional[datetime] = None
     project_id: str = ""
 
 
-@dataclass(frozen=True)
-class Model:
+class Model(Record):
     id: str = ""
     team_id: str = ""
     project_id: str = ""
@@ -299,14 +276,12 @@ class Model:
     latest: Optional[ModelVersion] = None
 
 
-@dataclass(frozen=True)
-class ModelDetail:
-    model: Model = field(default_factory=Model)
+class ModelDetail(Record):
+    model: Model = Model()
     versions: Tuple[ModelVersion, ...] = ()
 
 
-@dataclass(frozen=True)
-class Revision:
+class Revision(Record):
     number: int = 0
     model_id: str = ""
     model_name: str = ""
@@ -321,8 +296,7 @@ class Revision:
     created_at: Optional[datetime] = None
 
 
-@dataclass(frozen=True)
-class Deployment:
+class Deployment(Record):
     id: str = ""
     team_id: str = ""
     project_id: str = ""
@@ -337,12 +311,11 @@ class Deployment:
     created_at: Optional[datetime] = None
     ready_at: Optional[datetime] = None
     record_revision: int = 0
-    endpoint_token: str = field(default="", repr=False)
+    endpoint_token: str = ""
     resources: Resources = Resources()
 
 
-@dataclass(frozen=True)
-class ServiceStatus:
+class ServiceStatus(Record):
     name: str = ""
     version: str = ""
     ready: bool = False
@@ -352,8 +325,7 @@ class ServiceStatus:
     dead_letters: int = 0
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(Record):
     id: str = ""
     hostname: str = ""
     state: str = ""
@@ -366,8 +338,7 @@ class Node:
     seen_at: Optional[datetime] = None
 
 
-@dataclass(frozen=True)
-class Status:
+class Status(Record):
     """The whole installation at a glance."""
 
     version: str = ""

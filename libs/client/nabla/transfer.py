@@ -6,18 +6,19 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
+from http import HTTPStatus
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Callable
 
-import httpx
-
 from nabla.errors import TransferError
+from nabla.http import BrokenConnection, Http, Response
 from nabla.manifest import CHUNK_BYTES, LocalFile, hash_file
 from nabla.objects import File
 
 # Told how many bytes went over; negative when a broken transfer starts again.
 Progress = Callable[[int], None]
 ATTEMPTS = 6
+TIMEOUT_S = 60.0
 _WORTH_REPEATING = frozenset({429, 500, 502, 503, 504})
 
 
@@ -32,8 +33,8 @@ class ExpiredUrl(TransferError):
 class Transfers:
     """A connection pool of its own: presigned URLs carry their authority, so no token may go along."""
 
-    def __init__(self, http: httpx.BaseTransport | None = None, sleep: Callable[[float], None] = time.sleep) -> None:
-        self._http = httpx.Client(timeout=httpx.Timeout(60.0, connect=5.0), transport=http)
+    def __init__(self, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._http = Http()
         self._sleep = sleep
 
     def close(self) -> None:
@@ -43,7 +44,9 @@ class Transfers:
         def once() -> None:
             headers = {"Content-Length": str(file.size_bytes), "Content-Type": "application/octet-stream"}
             content = _told(_chunks(file.source), progress)
-            _check(self._http.put(url, content=content, headers=headers), file.path)
+            with self._http.send("PUT", url, headers, content, TIMEOUT_S) as response:
+                response.read()
+                _check(response, file.path)
 
         self._repeat(once, file.path, progress)
 
@@ -64,9 +67,9 @@ class Transfers:
 
     def _download(self, file: File, part: Path, progress: Progress) -> None:
         sha256 = hashlib.sha256()
-        with self._http.stream("GET", file.url) as response, part.open("wb") as stream:
+        with self._http.send("GET", file.url, {}, None, TIMEOUT_S) as response, part.open("wb") as stream:
             _check(response, file.path)
-            for chunk in response.iter_bytes(CHUNK_BYTES):
+            for chunk in response.chunks(CHUNK_BYTES):
                 stream.write(chunk)
                 sha256.update(chunk)
                 progress(len(chunk))
@@ -80,10 +83,9 @@ class Transfers:
             try:
                 once()
                 return
-            except httpx.TransportError as error:
+            except BrokenConnection as error:
                 if attempt == ATTEMPTS:
-                    reason = str(error) or type(error).__name__
-                    raise TransferError(f"The transfer of {path!r} broke off: {reason}.", "Try again.") from error
+                    raise TransferError(f"The transfer of {path!r} broke off: {error}.", "Try again.") from error
             self._sleep(delay_s)
             delay_s *= 2
 
@@ -122,10 +124,10 @@ def _told(chunks: Iterator[bytes], progress: Progress) -> Iterator[bytes]:
         raise
 
 
-def _check(response: httpx.Response, path: str) -> None:
-    if response.is_success:
+def _check(response: Response, path: str) -> None:
+    if response.ok:
         return
-    if response.status_code in _WORTH_REPEATING:
-        raise httpx.RemoteProtocolError(f"object storage answered HTTP {response.status_code}")
-    kind = ExpiredUrl if response.status_code == httpx.codes.FORBIDDEN else TransferError
-    raise kind(f"Object storage refused {path!r}: HTTP {response.status_code}.", "Try again.")
+    if response.status in _WORTH_REPEATING:
+        raise BrokenConnection(f"object storage answered HTTP {response.status}")
+    kind = ExpiredUrl if response.status == HTTPStatus.FORBIDDEN else TransferError
+    raise kind(f"Object storage refused {path!r}: HTTP {response.status}.", "Try again.")

@@ -9,22 +9,21 @@ from __future__ import annotations
 import contextlib
 import email.utils
 import json
-import ssl
 import time
 from collections.abc import Iterator, Mapping
 from typing import Callable
+from urllib.parse import urlencode
 from uuid import uuid4
-
-import httpx
 
 import nabla
 from nabla.errors import NablaError, Unavailable, Unreachable, from_problem
+from nabla.http import BrokenConnection, Http, Response
 
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.2, 5.0
 PATIENCE_S = 60.0
-TIMEOUT = httpx.Timeout(30.0, connect=5.0)
+TIMEOUT_S = 30.0
 # The server sends a comment every 15 s, so a stream that is silent for longer than this is dead.
-STREAM_TIMEOUT = httpx.Timeout(45.0, connect=5.0)
+STREAM_TIMEOUT_S = 45.0
 
 Params = Mapping[str, "str | int | None"]
 OnRetry = Callable[[NablaError], None]
@@ -33,7 +32,7 @@ OnRetry = Callable[[NablaError], None]
 class Transport:
     """One server, one token. `patience_s` bounds how long a request that gets no answer is repeated.
 
-    `on_retry` is called with the reason each time before waiting. `http` and `sleep` are seams for tests.
+    `on_retry` is called with the reason each time before waiting. `sleep` is a seam for tests.
     """
 
     def __init__(
@@ -43,14 +42,14 @@ class Transport:
         *,
         patience_s: float = PATIENCE_S,
         on_retry: OnRetry | None = None,
-        http: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.url = url
         self.patience_s = patience_s
         self.on_retry = on_retry
         self.sleep = sleep
-        self._http = _open(url, token, http)
+        self._headers = {"Authorization": f"Bearer {token}", "User-Agent": f"nabla/{nabla.__version__}"}
+        self._http = Http()
 
     def close(self) -> None:
         self._http.close()
@@ -83,15 +82,15 @@ class Transport:
 
     def front_door_post(self, path: str, token: str, body: object) -> object:
         """A POST to a deployment's endpoint: sent once, since a prediction need not be idempotent."""
-        headers = {"Authorization": f"Bearer {token}"}
-        with self._errors():
-            response = self._http.post(f"{self.url}{path}", json=body, headers=headers, timeout=300.0)
-        return _decoded(response)
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        with self._errors(), self._http.send("POST", f"{self.url}{path}", headers, _encoded(body), 300.0) as response:
+            return _decoded(response)
 
     def server_time(self) -> float | None:
         """The server's clock in seconds since the epoch, as its Date header says."""
-        with self._errors():
-            header = self._http.get("/health").headers.get("date")
+        with self._errors(), self._send("GET", "/health", None, {}, {}) as response:
+            response.read()
+            header = response.header("Date")
         return email.utils.parsedate_to_datetime(header).timestamp() if header else None
 
     @contextlib.contextmanager
@@ -100,74 +99,65 @@ class Transport:
         headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
         if last_id:
             headers["Last-Event-ID"] = last_id
-        request = self._http.build_request("GET", path, params=_given(params), headers=headers, timeout=STREAM_TIMEOUT)
-        with self._errors():
-            response = self._http.send(request, stream=True)
-            try:
-                if response.is_error:
-                    response.read()
-                    raise _error(response)
-                yield response.iter_bytes()
-            finally:
-                response.close()
+        with self._errors(), self._send("GET", path, None, params, headers, STREAM_TIMEOUT_S) as response:
+            if not response.ok:
+                raise _error(response)
+            yield response.chunks()
 
     def _once(self, method: str, path: str, body: object, params: Params | None, headers: Mapping[str, str]) -> object:
-        content = None if body is None else json.dumps(body).encode()
-        kind = {} if content is None else {"Content-Type": "application/json"}
-        with self._errors():
-            response = self._http.request(
-                method, path, content=content, params=_given(params or {}), headers={**headers, **kind}
-            )
-        return _decoded(response)
+        with self._errors(), self._send(method, path, body, params or {}, headers) as response:
+            return _decoded(response)
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        body: object,
+        params: Params,
+        headers: Mapping[str, str],
+        timeout_s: float = TIMEOUT_S,
+    ) -> Response:
+        query = urlencode({name: value for name, value in params.items() if value not in (None, "")})
+        url = f"{self.url}/api/v1{path}" + (f"?{query}" if query else "")
+        kind = {} if body is None else {"Content-Type": "application/json"}
+        return self._http.send(method, url, {**self._headers, **kind, **headers}, _encoded(body), timeout_s)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except (httpx.TransportError, httpx.InvalidURL) as error:
-            reason = str(error) or type(error).__name__
+        except BrokenConnection as error:
             raise Unreachable(
-                f"Nabla at {self.url} does not answer: {reason}.",
+                f"Nabla at {self.url} does not answer: {error}.",
                 "Is it running? `nabla up` starts it on this machine; `nabla contexts list` shows which one is used.",
             ) from error
 
 
-def _open(url: str, token: str, http: httpx.BaseTransport | None) -> httpx.Client:
-    headers = {"Authorization": f"Bearer {token}", "User-Agent": f"nabla/{nabla.__version__}"}
-    # Loading the certificates takes longer than a request, so they are loaded only where TLS is spoken.
-    verify: ssl.SSLContext | bool = True if url.startswith("https:") else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    return httpx.Client(base_url=f"{url}/api/v1", headers=headers, timeout=TIMEOUT, transport=http, verify=verify)
+def _encoded(body: object) -> bytes | None:
+    return None if body is None else json.dumps(body).encode()
 
 
-def _given(params: Params) -> dict[str, str | int]:
-    return {name: value for name, value in params.items() if value is not None and value != ""}
-
-
-def _decoded(response: httpx.Response) -> object:
-    if response.is_error:
+def _decoded(response: Response) -> object:
+    if not response.ok:
         raise _error(response)
-    if not response.content:
-        return {}
     try:
-        answer: object = response.json()
+        return response.json()
     except ValueError as error:
         raise NablaError(
-            f"{response.url} answered something that is not JSON.",
-            "Is this address a Nabla server's front door?",
+            "The server answered something that is not JSON.", "Is this address a Nabla server's front door?"
         ) from error
-    return answer
 
 
-def _error(response: httpx.Response) -> NablaError:
+def _error(response: Response) -> NablaError:
     try:
         problem = response.json()
     except ValueError:
         problem = None
-    if not isinstance(problem, dict):
-        problem = {"title": f"HTTP {response.status_code} {response.reason_phrase}".strip()}
-    error = from_problem(response.status_code, problem)
+    if not (isinstance(problem, dict) and problem):
+        problem = {"title": f"HTTP {response.status} {response.reason}".strip()}
+    error = from_problem(response.status, problem)
     if isinstance(error, Unavailable):
-        error.retry_after_s = _retry_after_s(response.headers.get("retry-after", ""))
+        error.retry_after_s = _retry_after_s(response.header("Retry-After"))
     return error
 
 

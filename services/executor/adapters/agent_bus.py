@@ -60,13 +60,17 @@ class AgentBus:
                 client = await self._connected()
                 await client.jetstream(timeout=5).publish(subject, body, stream=stream, headers=headers)
             except (nats.errors.Error, nats.js.errors.Error, OSError, TimeoutError) as error:
-                log.warning("the bus does not take a message", extra={"subject": subject, "reason": repr(error)})
+                log.warning(
+                    "the bus does not take a message", extra={"subject": subject, "reason": repr(error)}
+                )
                 await asyncio.sleep(delay_s)
                 delay_s = min(delay_s * 2, LONGEST_DELAY_S)
             else:
                 return
 
-    async def ask(self, message: Message, reply: type[M], team_id: str, key: str = "", traceparent: str = "") -> M:
+    async def ask(
+        self, message: Message, reply: type[M], team_id: str, key: str = "", traceparent: str = ""
+    ) -> M:
         """One request or query on the team's behalf, as the executor.
 
         Raises:
@@ -117,7 +121,12 @@ async def _note(error: Exception) -> None:
 
 
 async def patiently_ask(
-    bus: AgentBus, message: Message, reply: type[M], team_id: str, key: str = "", patience_s: float | None = None
+    bus: AgentBus,
+    message: Message,
+    reply: type[M],
+    team_id: str,
+    key: str = "",
+    patience_s: float | None = None,
 ) -> M:
     """Asks again with the same key while the owner is away; for ever when `patience_s` is None.
 

@@ -148,11 +148,11 @@ class AttemptRun:
 
     def _start_shim(self) -> None:
         while True:
+            self._means.revive_zygote()
             try:
                 zygote.start_attempt(self._means.zygote_socket, self._folder.path)
             except zygote.ZygoteUnavailable as error:
-                log.warning("the zygote is started again", extra={"reason": str(error)})
-                self._means.revive_zygote()
+                log.warning("the zygote does not answer", extra={"reason": str(error)})
             else:
                 return
 
@@ -212,7 +212,11 @@ class AttemptRun:
         if marker.exists() or ended.started_at_us is None:
             return
         owner = Owner(
-            self.order.attempt_id, self.order.job_id, self.order.number, self.order.team_id, self.order.project_id
+            self.order.attempt_id,
+            self.order.job_id,
+            self.order.number,
+            self.order.team_id,
+            self.order.project_id,
         )
         try:
             count = await self._means.sealing.seal_artifacts(owner, self._folder.artifacts)
@@ -301,7 +305,7 @@ class AttemptRun:
         await self._means.bus.publish_body(LogFrame, body, envelope)
 
 
-class _Stopped(Exception):  # noqa: N818 - a fact
+class _Stopped(Exception):
     """Somebody asked for the end before the start."""
 
 

@@ -62,7 +62,9 @@ class Environments:
 
     def _prepare_default(self) -> Prepared:
         if not _python(self._default):
-            raise EnvironmentRefused(f"the default environment is not installed on this node ({self._default})")
+            raise EnvironmentRefused(
+                f"the default environment is not installed on this node ({self._default})"
+            )
         return Prepared(str(self._default), f"default ({_version(self._default)})")
 
     def _prepare_present(self, path: Path) -> Prepared:
@@ -79,7 +81,9 @@ class Environments:
     async def _prepare_built(self, requirements: str) -> Prepared:
         lines = checked_requirements(requirements)
         if not _python(self._default):
-            raise EnvironmentRefused(f"the default environment is not installed on this node ({self._default})")
+            raise EnvironmentRefused(
+                f"the default environment is not installed on this node ({self._default})"
+            )
         version = _version(self._default)
         key = hashlib.sha256("\n".join([version, *lines]).encode()).hexdigest()[:24]
         prefix = self._cache / key
@@ -148,7 +152,17 @@ async def _run(command: list[str]) -> None:
 def _installer_environment() -> dict[str, str]:
     """What names indexes, proxies, certificates and caches; not the platform's own secrets."""
     kept = ("PATH", "HOME", "LANG", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE")
-    prefixes = ("PIP_", "UV_INDEX", "UV_CACHE", "UV_DEFAULT_INDEX", "HTTP_", "HTTPS_", "NO_PROXY", "http", "no_proxy")
+    prefixes = (
+        "PIP_",
+        "UV_INDEX",
+        "UV_CACHE",
+        "UV_DEFAULT_INDEX",
+        "HTTP_",
+        "HTTPS_",
+        "NO_PROXY",
+        "http",
+        "no_proxy",
+    )
     return {name: value for name, value in os.environ.items() if name in kept or name.startswith(prefixes)}
 
 

@@ -39,7 +39,9 @@ class FolderWatch:
         )
         if number < 0:
             problem = ctypes.get_errno()
-            log.warning("folder is not watched", extra={"folder": str(folder), "reason": errno.errorcode[problem]})
+            log.warning(
+                "folder is not watched", extra={"folder": str(folder), "reason": errno.errorcode[problem]}
+            )
             return
         self._changed.setdefault(number, set()).add(changed)
 

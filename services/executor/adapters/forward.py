@@ -8,12 +8,12 @@ copy. Each side is one process, forked only when asked for, run as the job's uid
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import signal
 import socket
 import time
+import traceback
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
@@ -26,11 +26,11 @@ _WAIT_S = 10.0
 
 
 class Route(NamedTuple):
-    """Connections to the listener go to this address."""
+    """Connections to the listener go to this address, a resolved one."""
 
     listener: socket.socket
-    host: str
-    port: int
+    family: socket.AddressFamily
+    address: tuple[str, int]
 
 
 def open_front_door(network: int, doors: Sequence[FrontDoor], uid: int | None) -> int:
@@ -38,15 +38,15 @@ def open_front_door(network: int, doors: Sequence[FrontDoor], uid: int | None) -
 
     Connections wait in the listeners from now on, so the command can be let go.
     """
+    targets = [_resolve(door.target_host, door.target_port) for door in doors]
     listeners = _listen_inside(network, [door.listen_port for door in doors], uid)
-    targets = [(door.target_host, door.target_port) for door in doors]
     return _fork_relay([Route(s, *target) for s, target in zip(listeners, targets, strict=True)], None, uid)
 
 
 def expose(network: int, ports: Sequence[int], uid: int | None) -> tuple[int, dict[int, int]]:
     """Serve free ports of the host's loopback from inside the namespace: (the relay's pid, inside -> host)."""
-    routes = [Route(_listen("127.0.0.1", 0), "127.0.0.1", port) for port in ports]
-    host_ports = {route.port: route.listener.getsockname()[1] for route in routes}
+    routes = [Route(_listen("127.0.0.1", 0), socket.AF_INET, ("127.0.0.1", port)) for port in ports]
+    host_ports = {route.address[1]: int(route.listener.getsockname()[1]) for route in routes}
     return _fork_relay(routes, network, uid), host_ports
 
 
@@ -112,6 +112,8 @@ def _run_relay(routes: Sequence[Route], network: int | None, uid: int | None, sh
         kernel.end_with_parent(signal.SIGKILL, shim)
         keep_only([route.listener.fileno() for route in routes])
         relay(routes)
+    except BaseException:
+        traceback.print_exc()  # stderr is the shim's log
     finally:
         os._exit(1)
 
@@ -150,7 +152,6 @@ class _Relay:
     def __init__(self, routes: Sequence[Route]) -> None:
         self._epoll = select.epoll()
         self._routes = {route.listener.fileno(): route for route in routes}
-        self._addresses = {number: _resolve(route) for number, route in self._routes.items()}
         self._ends: dict[int, _End] = {}
         self._over: list[socket.socket] = []
         self._buffer = bytearray(_BUFFER_BYTES)
@@ -169,10 +170,10 @@ class _Relay:
                 self._over.pop().close()
 
     def _accept(self, number: int) -> None:
-        family, address = self._addresses[number]
+        route = self._routes[number]
         try:
-            client, _ = self._routes[number].listener.accept()
-            target = socket.socket(family, socket.SOCK_STREAM)
+            client, _ = route.listener.accept()
+            target = socket.socket(route.family, socket.SOCK_STREAM)
         except BlockingIOError:
             return
         except OSError:  # no descriptors left: those that are open may end
@@ -181,7 +182,7 @@ class _Relay:
         for end in (client, target):
             end.setblocking(False)
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        failure = target.connect_ex(address)
+        failure = target.connect_ex(route.address)
         self._join(_End(client, connected=True), _End(target, connected=failure == 0))
 
     def _join(self, client: _End, target: _End) -> None:
@@ -266,9 +267,7 @@ def _finish_connecting(end: _End) -> None:
     end.connected = True
 
 
-def _resolve(route: Route) -> tuple[socket.AddressFamily, tuple[str, int]]:
-    found = socket.getaddrinfo(route.host, route.port, type=socket.SOCK_STREAM)
-    if not found:
-        raise OSError(errno.EADDRNOTAVAIL, "no address", route.host)
-    family, _, _, _, address = found[0]
+def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int]]:
+    """Here and not in the relay, whose uid may read neither the resolver's modules nor its settings."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     return family, (str(address[0]), int(address[1]))

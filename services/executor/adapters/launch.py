@@ -28,7 +28,7 @@ _JOB_OOM_SCORE = "300"  # when the node itself runs out, a job goes before the p
 _MESSAGE_BYTES = 2048
 
 
-class LaunchRefused(Exception):  # noqa: N818 - a fact, not a fault: the spec or the node does not allow it
+class LaunchRefused(Exception):
     """The command was never started; the text says why, for the user to read."""
 
 
@@ -52,7 +52,10 @@ class Job:
 
     def release(self) -> None:
         """Let the command go. Raises LaunchRefused when it cannot be executed at all."""
-        os.write(self._block, b"\0")
+        try:
+            os.write(self._block, b"\0")
+        except BrokenPipeError:
+            raise LaunchRefused(_read_to_end(self._error) or _read_present(self.stderr)) from None
         os.close(self._block)
         message = _read_to_end(self._error)
         if message:

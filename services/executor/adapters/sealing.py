@@ -130,7 +130,9 @@ class Sealing:
             except (TransferBroken, NotKept) as error:
                 if isinstance(error, NotKept) and turn == SEAL_TRIES:
                     raise
-                log.warning("upload is repeated", extra={"fileset_id": grant.fileset.id, "reason": str(error)})
+                log.warning(
+                    "upload is repeated", extra={"fileset_id": grant.fileset.id, "reason": str(error)}
+                )
             await asyncio.sleep(delay_s)
             delay_s = min(delay_s * 2, LONGEST_DELAY_S)
 

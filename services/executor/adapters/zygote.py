@@ -38,11 +38,11 @@ _LOOK_FOR_PARENT_S = 1.0
 _LINE_BYTES = 64 * 1024
 
 
-class ZygoteUnavailable(Exception):  # noqa: N818 - named as a fact, like all errors here
+class ZygoteUnavailable(Exception):
     """No zygote answers at this socket: start one and ask again; asking twice does no harm."""
 
 
-class StartFailed(Exception):  # noqa: N818
+class StartFailed(Exception):
     """The zygote answered that it could not start the shim; the text says why. No shim runs."""
 
 

@@ -183,9 +183,8 @@ async def _collect(receive: Receive, limit: int) -> bytes:
 
 def _too_large(limit: int) -> TooLarge:
     detail = f"The body is larger than the {limit:,} bytes that this route takes."
-    return TooLarge(
-        "body_too_large", detail, "Files belong in a file set: see POST /api/v1/filesets.", limit_bytes=limit
-    )
+    remedy = "Files belong in a file set: see POST /api/v1/filesets."
+    return TooLarge("body_too_large", detail, remedy, limit_bytes=limit)
 
 
 def _json_problem(scope: Scope, body: bytes) -> Problem | None:

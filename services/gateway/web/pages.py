@@ -26,7 +26,7 @@ ROWS = 50
 LAST_LINES = 30
 
 
-class Elsewhere(Exception):  # noqa: N818 - not an error: the visitor is shown the way
+class Elsewhere(Exception):
     """The page is at another address."""
 
     def __init__(self, location: str, sign_out: bool = False) -> None:
@@ -180,7 +180,7 @@ async def draw_page(visitor: Here, deployment: Ref) -> HTMLResponse:
 @router.get("/system")
 async def system_page(visitor: Here) -> HTMLResponse:
     status = await platform_status(visitor.parts.owners, visitor.principal)
-    return visitor.page("system.html", "System", status=status)
+    return visitor.page("system.html", "System", platform=status)
 
 
 def port_of(host_header: str) -> str:

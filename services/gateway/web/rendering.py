@@ -14,6 +14,7 @@ from starlette.responses import HTMLResponse
 from libs.common.version import VERSION
 
 FOLDER = Path(__file__).parent
+NOTHING = "\N{EN DASH}"
 TONES = {
     "good": {"succeeded", "ready", "active", "sealed"},
     "busy": {"running", "starting", "building", "deleting"},
@@ -57,7 +58,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.globals |= {"version": VERSION, "visitor": None}
-    environment.filters |= {"tone": tone, "when": when, "size": size, "lasted": lasted, "figure": figure}
+    environment.filters |= {"tone": tone, "when": when, "size": size, "lasted": lasted, "figure": figure, "spoken": spoken_seconds}
     return environment
 
 
@@ -69,7 +70,7 @@ def tone(state: str) -> str:
 def when(moment: datetime | None) -> str:
     """A time element; a script writes it in the reader's own zone."""
     if moment is None:
-        return "–"
+        return NOTHING
     utc = moment.astimezone(UTC)
     text = f"{utc:%d %b %H:%M} UTC"
     return Markup('<time datetime="{}">{}</time>').format(utc.isoformat(), text)
@@ -87,7 +88,7 @@ def size(size_bytes: int) -> str:
 def lasted(began: datetime | None, ended: datetime | None) -> str:
     """How long something took; a script counts on while it has no end."""
     if began is None:
-        return "–"
+        return NOTHING
     if ended is None:
         return Markup('<time data-since="{}">…</time>').format(began.astimezone(UTC).isoformat())
     return spoken_seconds((ended - began).total_seconds())

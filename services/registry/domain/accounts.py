@@ -37,7 +37,7 @@ def no_valid_code() -> Unauthenticated:
     return Unauthenticated(
         "sign_in_not_valid",
         "This sign-in link is not known, was used before or is older than ten minutes.",
-        "Make a new one: `nabla sign-in`, or on a page where you are signed in.",
+        "Make a new one with `nabla open`.",
     )
 
 
@@ -55,9 +55,9 @@ def checked_hash(text: str, field: str) -> str:
 
 def checked_label(name: str) -> str:
     """A token's name, for people to know it again."""
-    name = name.strip()
-    if not 1 <= len(name) <= LONGEST_LABEL or not name.isprintable():
-        raise Invalid("bad_name", f"A token's name has 1 to {LONGEST_LABEL} printable characters.", "Choose another.")
+    name = name.strip() or "token"
+    if len(name) > LONGEST_LABEL or not name.isprintable():
+        raise Invalid("bad_name", f"A token's name has at most {LONGEST_LABEL} printable characters.", "Choose another.")
     return name
 
 

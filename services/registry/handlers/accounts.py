@@ -62,7 +62,7 @@ async def revoke_token(message: RevokeToken, unit: RegistryUnit, call: Envelope)
     known_form = is_id("token", message.token_id)
     found = await unit.accounts.token(message.token_id, principal.team_id) if known_form else None
     if found is None or (found[0].user_id != principal.id and not _leads(principal)):
-        raise NotFound("token_not_found", "There is no such token.", "See `nabla tokens list`.")
+        raise NotFound("token_not_found", "There is no such token.", "List them at /api/v1/tokens.")
     token, token_hash = found
     if not await unit.accounts.revoke(token.id, unit.now):
         return token

@@ -124,7 +124,11 @@ def _add_gateway(http: Config, base: Base) -> None:
     http["routers"] |= {
         "ui": _router(_hosts((base.ui_host,)), "gateway", priority=10),
         "api": _router(f"{every_host} && PathPrefix(`/api/`)", "gateway", priority=50),
+        "home": _router(f"{_hosts(base.path_hosts)} && Path(`/`)", "gateway", priority=20, middlewares=["to-ui"]),
     }
+    # Whoever types the programs' address into a browser means the UI.
+    to_ui = {"regex": "^.*$", "replacement": f"{base.ui_origins[0]}/"}
+    http["middlewares"]["to-ui"] = {"redirectRegex": to_ui}
 
 
 def _add_objects(http: Config, base: Base) -> None:
@@ -135,10 +139,9 @@ def _add_objects(http: Config, base: Base) -> None:
 
 
 def _add_endpoint(http: Config, base: Base, endpoint: Endpoint) -> None:
-    """/metrics of a replica is for the platform and has no route."""
     name, path = f"d-{endpoint.name}", endpoint_path(endpoint.name)
-    by_host = f"Host(`{endpoint_host(endpoint.name, base.apps_domain)}`) && !Path(`/metrics`)"
-    by_path = f"{_hosts(base.path_hosts)} && (Path(`{path}`) || PathPrefix(`{path}/`)) && !Path(`{path}/metrics`)"
+    by_host = f"Host(`{endpoint_host(endpoint.name, base.apps_domain)}`)"
+    by_path = f"{_hosts(base.path_hosts)} && (Path(`{path}`) || PathPrefix(`{path}/`))"
     guards = ["endpoint-cors", "no-cookies", "body-limit"]
     http["services"][name] = _service(f"http://{endpoint.target}" if endpoint.target else "")
     http["middlewares"][f"{name}-strip"] = {"stripPrefix": {"prefixes": [path]}}

@@ -16,7 +16,8 @@ from typing_extensions import TypedDict
 HERE = Path(__file__).parent
 FACTS = json.loads((HERE / "model.json").read_text())
 MAX_ROWS = 10_000
-OPEN_PATHS = ("/", "/livez", "/readyz", "/healthz", "/metrics", "/docs.json", "/schema.json")
+# Health, for the platform, and the description of the API; /metrics needs the token like all else.
+OPEN_PATHS = ("/", "/livez", "/readyz", "/healthz", "/docs.json", "/schema.json")
 REMEDIES = {
     401: ("No valid token", "Send the deployment's endpoint token as `Authorization: Bearer TOKEN`."),
     415: ("Not a media type this endpoint reads", "Send JSON with `Content-Type: application/json`."),

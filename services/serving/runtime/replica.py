@@ -27,9 +27,18 @@ def main() -> None:
         OMP_NUM_THREADS="1",
         OPENBLAS_NUM_THREADS="1",
     )
-    bento = os.path.join(os.environ["NABLA_WORKSPACE"], "bento")
+    bento = bento_below(os.path.join(os.environ["NABLA_WORKSPACE"], "bento"))
     serve = ["-m", "bentoml", "serve", bento, "--host", "127.0.0.1", "--port", str(port)]
     os.execv(sys.executable, [sys.executable, *serve])
+
+
+def bento_below(folder: str) -> str:
+    """The folder with bento.yaml: the input holds all artifacts of the build, of which the bento is one folder."""
+    for candidate in (folder, os.path.join(folder, "bento")):
+        if os.path.exists(os.path.join(candidate, "bento.yaml")):
+            return candidate
+    print(f"There is no bento in {folder}.", file=sys.stderr, flush=True)
+    sys.exit(1)
 
 
 def claim(port: int) -> None:

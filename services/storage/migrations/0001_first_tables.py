@@ -130,6 +130,7 @@ def upgrade() -> None:
         sa.Column("rank", sa.Integer(), nullable=False),
         sa.Column("next_line", sa.BigInteger(), nullable=False),
         sa.Column("last", sa.Boolean(), nullable=False),
+        sa.Column("holds", sa.Boolean(), nullable=False),
         sa.PrimaryKeyConstraint("job_id", "attempt_id", "rank"),
     )
     op.create_table(

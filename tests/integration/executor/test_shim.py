@@ -15,6 +15,7 @@ from services.executor.adapters.attempt_folder import AttemptFolder, Isolation
 from services.executor.adapters.spool import SpoolReader
 from tests.integration.executor.attempts import (
     JOB_UID,
+    PATIENCE_S,
     Node,
     eventually,
     log_of,
@@ -202,22 +203,33 @@ def test_fork_bomb_ends_with_its_attempt(node: Node, isolation: Isolation) -> No
 
 def test_node_out_of_contact_fences_the_job(node: Node, isolation: Isolation, tmp_path: Path) -> None:
     contact = tmp_path / "contact.json"
-    shim.write_contact(contact)
+    record_contact(contact, time.clock_gettime(time.CLOCK_BOOTTIME) + 3600)
     folder = node.start(
         "trap '' TERM; echo ready; sleep 1000; sleep 1000",
         isolation=isolation,
         node_contact_file=str(contact),
-        node_fence_s=3.0,
+        node_fence_s=0.2,
     )
     eventually(lambda: said(folder, "ready"), "the job's first line")
-    stays_until = time.monotonic() + 4.5
-    while time.monotonic() < stays_until:
-        shim.write_contact(contact)
-        time.sleep(0.1)
+    time.sleep(1.5)  # the shim looks once a second
     assert folder.read_exit() is None
+    record_contact(contact, 0)
     ended = node.end_of(folder)
     assert (ended.record.reason, ended.record.signal) == ("fenced", signal.SIGKILL)
     assert "out of contact" in ended.record.detail
+
+
+def test_contact_that_was_never_made_fences_the_job(node: Node, isolation: Isolation, tmp_path: Path) -> None:
+    missing = str(tmp_path / "contact.json")
+    ended = node.run("sleep 1000", isolation=isolation, node_contact_file=missing, node_fence_s=0.2)
+    assert ended.record.reason == "fenced"
+
+
+def test_contact_made_now_keeps_the_job(node: Node, isolation: Isolation, tmp_path: Path) -> None:
+    contact = tmp_path / "contact.json"
+    shim.write_contact(contact)
+    ended = node.run("sleep 1.2", isolation=isolation, node_contact_file=str(contact), node_fence_s=PATIENCE_S)
+    assert ended.record.reason == "exited"
 
 
 def test_flood_of_output_is_bounded_and_does_not_block(node: Node, isolation: Isolation) -> None:
@@ -284,6 +296,10 @@ def test_shim_stays_small_in_a_flood(node: Node, isolation: Isolation) -> None:
     assert peak_kib * 1024 < 64 * MIB
     folder.request_stop(0, "over")
     node.end_of(folder)
+
+
+def record_contact(path: Path, boottime_s: float) -> None:
+    path.write_text(json.dumps({"boottime_s": boottime_s, "boot_id": processes.boot_id()}))
 
 
 def shim_pid(folder: AttemptFolder) -> int:

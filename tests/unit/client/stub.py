@@ -19,6 +19,7 @@ class Seen:
     query: dict[str, str]
     headers: dict[str, str]
     body: bytes
+    port: int = 0  # the client's end of the connection
 
     @property
     def json(self) -> dict[str, object]:
@@ -83,9 +84,9 @@ class StubServer:
                 query = {name: values[0] for name, values in parse_qs(url.query).items()}
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 headers = {name.lower(): value for name, value in self.headers.items()}
-                self._write(stub.reply_to(Seen(self.command, url.path, query, headers, body)))
+                self._write(stub.reply_to(Seen(self.command, url.path, query, headers, body, self.client_address[1])))
 
-            do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
+            do_POST = do_PUT = do_PATCH = do_DELETE = do_GET  # noqa: N815
 
             def _write(self, reply: Reply) -> None:
                 if reply.cut:

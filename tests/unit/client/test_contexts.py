@@ -91,7 +91,7 @@ def test_only_its_owner_may_read_the_file(book: ContextBook) -> None:
 @pytest.mark.parametrize("text", ["{", "[]", '{"contexts": {"a": 1}}'])
 def test_a_damaged_file_is_named(book: ContextBook, text: str) -> None:
     book.path.write_text(text)
-    with pytest.raises(BadConfig, match="config.json"):
+    with pytest.raises(BadConfig, match=r"config\.json"):
         resolve(None, {}, "/usr", book.path)
 
 

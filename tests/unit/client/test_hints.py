@@ -21,7 +21,9 @@ ENDINGS: list[tuple[str, Ending, tuple[str, ...]]] = [
     ),
     (
         "a module that `python -m` does not find",
-        Ending("failed", exit_code=1, lines=("/usr/bin/python: No module named train", "ImportError: No module named x")),
+        Ending(
+            "failed", exit_code=1, lines=("/usr/bin/python: No module named train", "ImportError: No module named x")
+        ),
         ("'x'",),
     ),
     (
@@ -29,25 +31,53 @@ ENDINGS: list[tuple[str, Ending, tuple[str, ...]]] = [
         Ending("failed", "killed: out of memory", 137, (), 3 * GIB, 2 * GIB),
         ("3.0 GiB", "2.0 GiB", "--memory"),
     ),
-    ("out of memory with no numbers", Ending("failed", "over its memory limit", 137), ("more memory than it may", "--memory")),
-    ("a GPU out of memory", Ending("failed", exit_code=1, lines=("torch.OutOfMemoryError: CUDA out of memory. Tried",)), ("GPU",)),
-    ("Python out of memory", Ending("failed", exit_code=1, lines=("MemoryError: Unable to allocate 8 GiB",)), ("--memory",)),
+    (
+        "out of memory with no numbers",
+        Ending("failed", "over its memory limit", 137),
+        ("more memory than it may", "--memory"),
+    ),
+    (
+        "a GPU out of memory",
+        Ending("failed", exit_code=1, lines=("torch.OutOfMemoryError: CUDA out of memory. Tried",)),
+        ("GPU",),
+    ),
+    (
+        "Python out of memory",
+        Ending("failed", exit_code=1, lines=("MemoryError: Unable to allocate 8 GiB",)),
+        ("--memory",),
+    ),
     (
         "numpy out of memory",
         Ending("failed", exit_code=1, lines=("numpy._core._exceptions._ArrayMemoryError: Unable to allocate",)),
         ("--memory",),
     ),
-    ("a command that does not exist (bash)", Ending("failed", exit_code=127, lines=("bash: line 1: trian: command not found",)), ("'trian'",)),
-    ("a command that does not exist (dash)", Ending("failed", exit_code=127, lines=("sh: 1: trian: not found",)), ("'trian'",)),
+    (
+        "a command that does not exist (bash)",
+        Ending("failed", exit_code=127, lines=("bash: line 1: trian: command not found",)),
+        ("'trian'",),
+    ),
+    (
+        "a command that does not exist (dash)",
+        Ending("failed", exit_code=127, lines=("sh: 1: trian: not found",)),
+        ("'trian'",),
+    ),
     ("a command that does not exist (no words)", Ending("failed", exit_code=127), ("does not exist",)),
     ("a timeout", Ending("timed_out", timeout_s=30.0), ("30 s", "--timeout")),
-    ("a script that may not be run", Ending("failed", exit_code=126, lines=("sh: 1: ./go.sh: Permission denied",)), ("chmod +x ./go.sh",)),
+    (
+        "a script that may not be run",
+        Ending("failed", exit_code=126, lines=("sh: 1: ./go.sh: Permission denied",)),
+        ("chmod +x ./go.sh",),
+    ),
     (
         "writing where it may not",
         Ending("failed", exit_code=1, lines=("PermissionError: [Errno 13] Permission denied: '/data/x'",)),
         ("'/data/x'", "$NABLA_ARTIFACTS"),
     ),
-    ("a full disk", Ending("failed", exit_code=1, lines=("OSError: [Errno 28] No space left on device",)), ("nabla doctor",)),
+    (
+        "a full disk",
+        Ending("failed", exit_code=1, lines=("OSError: [Errno 28] No space left on device",)),
+        ("nabla doctor",),
+    ),
     (
         "a file that did not go along",
         Ending("failed", exit_code=1, lines=("FileNotFoundError: [Errno 2] No such file or directory: 'data/a.csv'",)),
@@ -60,7 +90,7 @@ ENDINGS: list[tuple[str, Ending, tuple[str, ...]]] = [
     ),
     ("killed", Ending("failed", exit_code=137), ("SIGKILL",)),
     ("crashed", Ending("failed", exit_code=139), ("PYTHONFAULTHANDLER",)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("ending", "words"), [row[1:] for row in ENDINGS], ids=[row[0] for row in ENDINGS])

@@ -132,7 +132,7 @@ def test_the_same_tree_packs_into_the_same_bytes(folder: Path, tmp_path: Path) -
     first = archived(folder, tmp_path / "1.tar.gz")
     age(folder)
     twin = tmp_path / "elsewhere" / "twin"
-    for path in reversed(sorted(p for p in folder.rglob("*") if p.is_file())):
+    for path in sorted((p for p in folder.rglob("*") if p.is_file()), reverse=True):
         write(twin, {path.relative_to(folder).as_posix(): path.read_text()})
     assert archived(twin, tmp_path / "2.tar.gz") == first
     write(twin, {"train.py": "print(2)"})

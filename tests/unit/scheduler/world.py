@@ -75,9 +75,7 @@ class World:
         self.inbox = Inbox(self.store, "scheduler")
         self.placer = Placer(self.store, silent_s=30, pass_s=5, clock=lambda: self.now)
         patience = Patience(pass_s=5, silent_s=30, attempt_s=15)
-        self.reconciler = Reconciler(
-            self.store, self.executor, self.placer.policy, patience, clock=lambda: self.now
-        )
+        self.reconciler = Reconciler(self.store, self.executor, self.placer.policy, patience, clock=lambda: self.now)
         self._running = asyncio.create_task(self.inbox.run())
 
     async def open(self) -> World:
@@ -133,6 +131,7 @@ class World:
         return str((await self.request(message, principal))["id"])
 
     async def report_nodes(self, *nodes: Node, detail: str = "", times: int = 1) -> None:
+        self.wait(0.001)
         await self.deliver(NodesReported(nodes=nodes, detail=detail), times=times)
 
     async def place(self) -> int:

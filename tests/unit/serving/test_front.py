@@ -40,7 +40,7 @@ def routed(config: dict[str, Any], host: str, path: str) -> str | None:
         ("localhost", "/runs/js1", "gateway"),
         ("localhost", "/api/v1/jobs", "gateway"),
         ("127.0.0.1", "/api/v1/jobs", "gateway"),
-        ("127.0.0.1", "/", None),
+        ("127.0.0.1", "/runs/js1", None),
         ("127.0.0.1", "/nabla/fs1/a", "objects"),
         ("localhost", "/nabla/fs1/a", "gateway"),
         ("127.0.0.1", "/d/digits/predict", "d-digits"),
@@ -49,8 +49,6 @@ def routed(config: dict[str, Any], host: str, path: str) -> str | None:
         ("localhost", "/d/digits/predict", "gateway"),
         ("digits.apps.localhost", "/predict", "d-digits"),
         ("digits.apps.localhost", "/api/v1/jobs", "d-digits"),
-        ("digits.apps.localhost", "/metrics", None),
-        ("127.0.0.1", "/d/digits/metrics", None),
         ("other.apps.localhost", "/predict", None),
         ("evil.example", "/api/v1/jobs", None),
     ],
@@ -71,6 +69,12 @@ def test_tenants_content_never_shares_a_name_with_the_ui() -> None:
     config = front_config(BASE, [DIGITS])
     for path in ("/", "/d/digits/predict", "/d/digits", "/nabla/x", "/api/v1", "/predict"):
         assert routed(config, "localhost", path) == "gateway"
+
+
+def test_the_programs_address_sends_a_browser_to_the_ui() -> None:
+    http = front_config(BASE, [])["http"]
+    assert http["routers"]["home"]["middlewares"] == ["to-ui"]
+    assert http["middlewares"]["to-ui"]["redirectRegex"]["replacement"] == "http://localhost:8080/"
 
 
 def test_no_cookie_reaches_a_replica_or_comes_from_one() -> None:

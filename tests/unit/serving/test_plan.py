@@ -26,7 +26,17 @@ pytestmark = pytest.mark.unit
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 JOB = OrderedJob("js1", "build", "ordered", "", "", NOW)
 SITUATION = Situation("building", JOB, "", None, False, 0, NOW, ("js1",), NOW)
-JOB_STATES = "ordered queued starting running unreachable succeeded failed cancelled timed_out".split()
+JOB_STATES = [
+    "ordered",
+    "queued",
+    "starting",
+    "running",
+    "unreachable",
+    "succeeded",
+    "failed",
+    "cancelled",
+    "timed_out",
+]
 
 
 def at(state: str, job_state: str | None = None, **changes: object) -> Situation:

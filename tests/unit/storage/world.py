@@ -55,7 +55,7 @@ class World:
     def __init__(self, url: str, folder: Path) -> None:
         self.now = datetime(2030, 1, 1, tzinfo=UTC)
         self.objects = FakeObjects()
-        self.settings = StorageSettings(home=folder)
+        self.settings = StorageSettings(home=folder, gap_patience_s=10.0)
         self.store = Store(url, StorageUnit, SKELETON, "storage", clock=lambda: self.now)
         self.inbox: Inbox[StorageUnit] = Inbox(self.store, "storage")
         self.tailed: list[LogPage] = []

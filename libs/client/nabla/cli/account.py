@@ -8,10 +8,10 @@ from urllib.parse import urlsplit
 import click
 
 from nabla import contexts, paths
+from nabla.address import front_door
 from nabla.cli.output import details, note, print_json
 from nabla.cli.session import Command, Session, pass_session
 from nabla.contexts import ContextBook
-from nabla.job.identity import front_door
 
 
 @click.command(cls=Command, example="nabla login http://127.0.0.1:7000")

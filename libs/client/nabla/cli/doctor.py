@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -17,6 +16,7 @@ from nabla.client import Client
 from nabla.errors import NablaError, Unavailable, Unreachable
 from nabla.hints import readable_size
 from nabla.objects import Status
+from nabla.record import Record
 
 CLOCK_TOLERANCE_S = 30.0
 DISK_NEEDED_BYTES = 2 << 30
@@ -24,13 +24,12 @@ OK, WARNING, BAD = "ok", "warning", "bad"
 MARKS = {OK: ("ok  ", "green"), WARNING: ("warn", "yellow"), BAD: ("BAD ", "red")}
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(Record):
     """One finding; `remedy` is empty when all is well."""
 
-    name: str
-    verdict: str
-    detail: str
+    name: str = ""
+    verdict: str = OK
+    detail: str = ""
     remedy: str = ""
 
 

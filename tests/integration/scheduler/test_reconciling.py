@@ -1,0 +1,143 @@
+"""Without a single event from the executor, jobs still come to what is true."""
+
+from __future__ import annotations
+
+import pytest
+
+from libs.common.contracts.messages import ExecutionRunning, NodePage, StopJob
+from tests.unit.scheduler.cases import said
+from tests.unit.scheduler.world import World, node
+
+pytestmark = pytest.mark.integration
+
+
+async def knows(world: World, job_id: str, state: str, revision: int, **facts) -> None:
+    """From now on the executor answers so about the job's newest attempt."""
+    async with world.store.view() as view:
+        case = await view.find(job_id)
+    world.executor.known[case.attempt.id] = said(case, state, revision, **facts)
+
+
+async def passes(world: World, seconds: float = 16) -> None:
+    world.wait(seconds)
+    world.executor.inventory = world.executor.inventory or NodePage(items=(node(),))
+    await world.reconciler.reconcile()
+    await world.place()
+
+
+async def test_a_job_runs_to_its_end_with_events_switched_off(world):
+    world.executor.inventory = NodePage(items=(node(),))
+    job_id = await world.submit(max_retries=1)
+    await passes(world)
+    states = [(await world.job(job_id)).state]
+    for state, revision, facts in (
+        ("starting", 1, {}),
+        ("running", 2, {}),
+        ("ended", 3, {"reason": "exited", "exit_code": 1}),
+        ("running", 1, {}),
+        ("finishing", 2, {}),
+        ("ended", 3, {"reason": "exited", "exit_code": 0}),
+    ):
+        await knows(world, job_id, state, revision, **facts)
+        await passes(world)
+        await passes(world)
+        states.append((await world.job(job_id)).state)
+    assert states == ["starting", "starting", "running", "starting", "running", "running", "succeeded"]
+    assert (await world.job(job_id)).attempt.number == 2
+
+
+async def test_a_start_command_that_was_lost_is_sent_again_for_the_same_attempt(world):
+    await world.running_job()
+    await passes(world)
+    starts = [body["attempt_id"] for name, body in await world.outbox() if name == "execution.start"]
+    assert len(starts) == 2
+    assert len(set(starts)) == 1
+
+
+async def test_a_start_command_is_not_sent_again_once_the_executor_knows_the_attempt(world):
+    job_id = await world.running_job()
+    await knows(world, job_id, "accepted", 1)
+    for _ in range(3):
+        await passes(world)
+    assert (await world.names()).count("execution.start") == 1
+
+
+async def test_a_stop_is_repeated_until_it_took(world):
+    job_id = await world.running_job()
+    await knows(world, job_id, "running", 1)
+    await passes(world)
+    await world.request(StopJob(job_id=job_id))
+    await passes(world)
+    await passes(world)
+    assert (await world.names()).count("execution.stop") >= 3
+    await knows(world, job_id, "ended", 2, reason="stopped")
+    await passes(world)
+    sent = (await world.names()).count("execution.stop")
+    await passes(world)
+    assert (await world.job(job_id)).state == "cancelled"
+    assert (await world.names()).count("execution.stop") == sent
+
+
+async def test_an_attempt_heard_of_lately_is_not_asked_about(world):
+    job_id = await world.running_job()
+    await passes(world, 10)
+    assert world.executor.asked == []
+    async with world.store.view() as view:
+        case = await view.find(job_id)
+    await world.deliver(ExecutionRunning(execution=said(case, "running")))
+    await passes(world, 10)
+    assert world.executor.asked == []
+    await passes(world, 10)
+    assert len(world.executor.asked) == 1
+
+
+async def test_jobs_of_a_silent_executor_are_unreachable_and_never_run_again(world):
+    job_id = await world.running_job()
+    async with world.store.view() as view:
+        case = await view.find(job_id)
+    await world.deliver(ExecutionRunning(execution=said(case, "running")))
+    for _ in range(3):
+        world.wait(31)
+        await world.reconciler.reconcile()
+        await world.place()
+        job = await world.job(job_id)
+        assert (job.state, job.detail, job.attempt.number) == ("unreachable", "the executor is silent", 1)
+    await world.report_nodes(node())
+    await world.reconciler.reconcile()
+    assert (await world.job(job_id)).state == "running"
+    assert (await world.names()).count("job.unreachable") == 1
+
+
+async def test_jobs_of_a_node_out_of_contact_are_unreachable_alone(world):
+    await world.report_nodes(node("node1", cpu_count=1), node("node2", cpu_count=1))
+    ids = [await world.submit() for _ in range(2)]
+    await world.place()
+    await world.report_nodes(node("node1", state="silent"), node("node2"))
+    await world.reconciler.reconcile()
+    jobs = [await world.job(job_id) for job_id in ids]
+    assert {job.attempt.node_id: job.state for job in jobs} == {
+        "node1": "unreachable",
+        "node2": "starting",
+    }
+
+
+async def test_our_own_absence_is_no_silence_of_the_executor(world):
+    job_id = await world.running_job()
+    await world.close()
+    world.wait(3600)
+    await world.restart()
+    await world.reconciler.reconcile()
+    assert (await world.job(job_id)).state == "starting"
+
+
+async def test_impossible_news_harm_nobody_else(world):
+    await world.report_nodes(node())
+    first, second = [await world.submit() for _ in range(2)]
+    await world.place()
+    await knows(world, first, "finishing", 1)
+    await knows(world, second, "running", 1)
+    await passes(world)
+    await knows(world, first, "running", 2)
+    await knows(world, second, "ended", 2, reason="exited", exit_code=0)
+    await passes(world)
+    assert [(await world.job(job_id)).state for job_id in (first, second)] == ["running", "succeeded"]
