@@ -12,13 +12,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m services", description=__doc__)
     actions = ["up", "down", "supervise", "demo"]
     parser.add_argument("what", nargs="?", default="up", choices=[*actions, *SERVICES], metavar="WHAT")
-    what = parser.parse_args().what
-    if what in SERVICES:
-        run(what)
+    parser.add_argument("--json", action="store_true", help="up, down: answer in JSON, for programs")
+    arguments = parser.parse_args()
+    if arguments.what in SERVICES:
+        run(arguments.what)
         return 0
     from infra.local import console
 
-    return console.main(what)
+    return console.main(arguments.what, as_json=arguments.json)
 
 
 if __name__ == "__main__":

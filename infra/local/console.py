@@ -12,20 +12,27 @@ from infra.local.servers import ServerMissingError
 from infra.local.settings import LocalSettings
 
 
-def main(what: str) -> int:
+def main(what: str, as_json: bool = False) -> int:
     settings = LocalSettings()
     try:
         match what:
+            case "up" if as_json:
+                installation = control.up(settings, lambda line: print(line, file=sys.stderr))
+                print(
+                    json.dumps({"url": installation.front_door, "ui": installation.ui, "home": str(installation.home)})
+                )
             case "up":
                 show_up(settings)
             case "down":
-                control.down(settings, say)
+                control.down(settings, (lambda _line: None) if as_json else say)
+                if as_json:
+                    print(json.dumps({"state": "stopped"}))
             case "supervise":
                 control.supervise(settings)
             case "demo":
-                from infra.local import demo
+                import infra.local.demo
 
-                return demo.main(settings)
+                return infra.local.demo.main(settings)
     except (control.InstallationError, ServerMissingError, OSError) as error:
         print(f"nabla: {error}", file=sys.stderr)
         return 1

@@ -108,9 +108,7 @@ class Driver:
             await self._reserve_and_tell(row)
         elif row.state == RESERVED:
             # Somebody crashed between reserving and noting that the agent was told: a new token, and again.
-            token = new_secret("nbla")
-            await self._store.run(lambda unit: unit.keep_token(secret_hash(token), row.id))
-            await self._tell(row, token)
+            await self._tell(row, *await self._store.run(lambda unit: self._prepare_order(unit, row.id)))
         else:
             await self._look_again(row, None)
 
@@ -124,16 +122,20 @@ class Driver:
             await self._wait_for_room(row, error)
         else:
             crash_point("executor.after_reserve")
-            token = new_secret("nbla")
-            reserved = await self._store.run(lambda unit: self._note_reserved(unit, row.id, gpus, token))
-            await self._tell(reserved, token)
+            reserved, token, uid = await self._store.run(lambda unit: self._note_reserved(unit, row.id, gpus))
+            await self._tell(reserved, token, uid)
 
     async def _note_reserved(
-        self, unit: ExecutorUnit, attempt_id: str, gpus: Sequence[int], token: str
-    ) -> ExecutionRow:
-        row = await _load(unit, attempt_id)
+        self, unit: ExecutorUnit, attempt_id: str, gpus: Sequence[int]
+    ) -> tuple[ExecutionRow, str, int]:
+        row = await advance(unit, await _load(unit, attempt_id), "reserve", gpu_indices=list(gpus))
+        return row, *await self._prepare_order(unit, attempt_id)
+
+    async def _prepare_order(self, unit: ExecutorUnit, attempt_id: str) -> tuple[str, int]:
+        """A fresh token, of which only the hash is kept, and the uid of the team."""
+        row, token = await _load(unit, attempt_id), new_secret("nbla")
         await unit.keep_token(secret_hash(token), row.id)
-        return await advance(unit, row, "reserve", gpu_indices=list(gpus))
+        return token, self._settings.uid_base + await unit.team_number(row.team_id)
 
     async def _wait_for_room(self, row: ExecutionRow, error: NoRoom) -> None:
         waited_s = (to_us(utc_now()) - row.accepted_us) / 1_000_000
@@ -142,11 +144,10 @@ class Driver:
             return
         await self._end(row, "lost", f"it never started: {error}")
 
-    async def _tell(self, row: ExecutionRow, token: str) -> None:
+    async def _tell(self, row: ExecutionRow, token: str, uid: int) -> None:
         if row.stop_reason or row.state == ENDED:
             return
-        number = await self._store.run(lambda unit: unit.team_number(row.team_id))
-        await self._cluster.start(row.node_id, self._order(row, token, self._settings.uid_base + number))
+        await self._cluster.start(row.node_id, self._order(row, token, uid))
         crash_point("executor.after_tell")
         await self._store.run(lambda unit: self._note_told(unit, row.id))
 

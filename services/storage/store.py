@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import BigInteger, Column, Index, LargeBinary, String, Text, delete, func, insert, update
@@ -234,9 +235,13 @@ class Filesets:
 class Logs:
     def __init__(self, session: AsyncSession) -> None:
         self._session = session
+        # Why: a session forgets rows that nobody holds, and the next frame of the batch would read them again.
+        self._in_use: dict[object, SQLModel | None] = {}
 
     async def get(self, job_id: str) -> LogRow | None:
-        return await self._session.get(LogRow, job_id)
+        row = await self._session.get(LogRow, job_id)
+        self._in_use[job_id] = row
+        return row
 
     async def add(self, row: SQLModel) -> None:
         self._session.add(row)
@@ -250,7 +255,10 @@ class Logs:
         return (await self._session.exec(query)).one() or 0
 
     async def source(self, job_id: str, attempt_id: str, rank: int) -> SourceRow | None:
-        return await self._session.get(SourceRow, (job_id, attempt_id, rank))
+        key = (job_id, attempt_id, rank)
+        row = await self._session.get(SourceRow, key)
+        self._in_use[key] = row
+        return row
 
     async def attempts_and_sources(self, job_id: str) -> tuple[list[str], list[tuple[str, bool]]]:
         attempts = select(AttemptRow.attempt_id).where(col(AttemptRow.job_id) == job_id)
@@ -347,13 +355,10 @@ class Logs:
 
 
 class StorageUnit(UnitOfWork):
-    @property
-    def filesets(self) -> Filesets:
-        return Filesets(self.session)
-
-    @property
-    def logs(self) -> Logs:
-        return Logs(self.session)
+    def __init__(self, session: AsyncSession, skeleton: Skeleton, source: str, now: datetime) -> None:
+        super().__init__(session, skeleton, source, now)
+        self.filesets = Filesets(session)
+        self.logs = Logs(session)
 
     async def save_log(self, row: LogRow, values: dict[str, Any]) -> None:
         """Compare-and-swap, after which `row` shows what was saved without being read again."""

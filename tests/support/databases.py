@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from tests.support.ports import free_port, wait_for_port
+from tests.support.ports import free_port
 
 HINT = "apt-get install -y postgresql"
 
@@ -53,11 +55,22 @@ def running_postgres(folder: Path) -> Iterator[str]:
     command = [*run_as, str(binaries / "postgres"), "-D", str(data), *options]
     process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
     try:
-        wait_for_port(port)
+        _wait_until_ready(binaries, port)
         yield f"postgresql://nabla@127.0.0.1:{port}"
     finally:
-        _run([*run_as, str(binaries / "pg_ctl"), "-D", str(data), "stop", "-m", "immediate"], folder)
+        # SIGQUIT is PostgreSQL's immediate shutdown; its children follow.
+        process.send_signal(signal.SIGQUIT)
         process.wait(20)
+
+
+def _wait_until_ready(binaries: Path, port: int, timeout_s: float = 30.0) -> None:
+    """The port opens before the server takes connections."""
+    ask = [str(binaries / "pg_isready"), "-h", "127.0.0.1", "-p", str(port), "-q"]
+    deadline = time.monotonic() + timeout_s
+    while subprocess.run(ask, check=False, timeout=10).returncode != 0:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"PostgreSQL did not come up in {timeout_s:.0f} s")
+        time.sleep(0.05)
 
 
 def new_database(server_url: str) -> str:

@@ -22,6 +22,7 @@ import json
 import os
 import re
 import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -64,9 +65,10 @@ class FrontDoor:
 class AttemptSpec:
     """What to run and within which bounds.
 
-    `command` is an argv, or one string for `sh -c`. `environment_prefix` is a virtualenv (or any prefix with a
-    bin/) shown read-only at its own path and put first on PATH. `pids_limit` bounds the processes and threads of
-    the attempt. `gpu_indices` are the node's own numbers. `run_as_uid` is required when the platform is root.
+    `command` is an argv, or one string for `sh -c`. `environment_prefix` is a virtualenv (or any prefix with
+    a bin/) shown read-only at its own path and put first on PATH. `pids_limit` bounds the processes and
+    threads of the attempt. `gpu_indices` are the node's own numbers. `run_as_uid` is required when the
+    platform is root.
     """
 
     attempt_id: str
@@ -206,7 +208,9 @@ class AttemptFolder:
         return None if raw is None else StopRecord(**raw)
 
     def request_stop(self, grace_s: float, reason: str) -> None:
-        """Ask for the end. Holds before the start too: such an attempt never runs. Repeating it is harmless."""
+        """Ask for the end. Holds before the start too: such an attempt never runs. Repeating it is
+        harmless.
+        """
         self._write("stop.json", dataclasses.asdict(StopRecord(grace_s, reason)))
         record = self.read_shim()
         if record is not None and record.is_alive():
@@ -251,7 +255,7 @@ class AttemptFolder:
 
 def write_durably(path: Path, content: bytes) -> None:
     """Replace a file whole: readers see the old or the new content, and so do they after a power cut."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}")
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         os.write(descriptor, content)

@@ -1,9 +1,9 @@
 """Hard limits of the kernel for one attempt, where this process may make control groups.
 
 Both layouts: version 1 (a tree for each controller) and version 2 (one tree). The group is made below the
-shim's own, so a limit around the whole platform still holds; in version 2 that is refused while processes live
-beside it, and then it is made at the top of the tree. Without the right to make one there is no group at all,
-and the shim samples memory instead.
+shim's own, so a limit around the whole platform still holds; in version 2 that is refused while processes
+live beside it, and then it is made at the top of the tree. Without the right to make one there is no group at
+all, and the shim samples memory instead.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class Cgroup:
 
     @classmethod
     def create(cls, attempt_id: str, limits: Limits) -> Self | None:
-        """None where this process may not. A group left by a killed shim of the same attempt is taken over."""
+        """None where this process may not. A group left by a killed shim of the same attempt is taken
+        over.
+        """
         for parents in _possible_parents():
             folders = {name: parent / f"nabla-{attempt_id}" for name, parent in parents.items()}
             try:
@@ -58,7 +60,9 @@ class Cgroup:
         return self._memory_field("memory.events" if self._unified else "memory.oom_control", "oom_kill")
 
     def resident_bytes(self) -> int:
-        """Memory that the attempt holds, the page cache left out: reading a large file is no use of memory."""
+        """Memory that the attempt holds, the page cache left out: reading a large file is no use of
+        memory.
+        """
         names = ("anon", "shmem") if self._unified else ("total_rss", "total_shmem")
         return sum(self._memory_field("memory.stat", name) for name in names)
 

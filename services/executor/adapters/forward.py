@@ -2,8 +2,9 @@
 
 A socket belongs to the network namespace in which it was made, whoever holds it afterwards. So the way out
 (the front door) is a listening socket made inside and served outside, and the way in (an exposed port) is one
-made outside and served by a process that lives inside. Serving is the same loop on both sides: accept, connect,
-copy. Each side is one process, forked only when asked for, run as the job's uid, ended with the shim.
+made outside and served by a process that lives inside. Serving is the same loop on both sides: accept,
+connect, copy. Each side is one process, forked only when asked for, run as the job's uid, ended with the
+shim.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def open_front_door(network: int, doors: Sequence[FrontDoor], uid: int | None) -
 
 
 def expose(network: int, ports: Sequence[int], uid: int | None) -> tuple[int, dict[int, int]]:
-    """Serve free ports of the host's loopback from inside the namespace: (the relay's pid, inside -> host)."""
+    """Serve free ports of the host's loopback from inside the namespace: (the relay's pid, inside ->
+    host).
+    """
     routes = [Route(_listen("127.0.0.1", 0), socket.AF_INET, ("127.0.0.1", port)) for port in ports]
     host_ports = {route.address[1]: int(route.listener.getsockname()[1]) for route in routes}
     return _fork_relay(routes, network, uid), host_ports

@@ -74,8 +74,8 @@ def open_network(pid: int) -> int:
 def enter_network(network: int) -> None:
     """Move this single-threaded process into a network namespace, without being root.
 
-    Its owner is asked of the namespace, not of the process: bwrap moves on into a second user namespace, which
-    has no rights over the network that the first one made.
+    Its owner is asked of the namespace, not of the process: bwrap moves on into a second user namespace,
+    which has no rights over the network that the first one made.
     """
     owner = fcntl.ioctl(network, _NS_GET_USERNS)
     try:

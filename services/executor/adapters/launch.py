@@ -1,4 +1,5 @@
-"""From a spec to a process that stands ready: pipes, control group, walls, ways through them, then the command.
+"""From a spec to a process that stands ready: pipes, control group, walls, ways through them, then the
+command.
 
 The command is held until all around it stands (a front door that does not listen yet would be a connection
 refused in the user's first line), and let go by `Job.release`.
@@ -36,8 +37,8 @@ class LaunchRefused(Exception):
 class Job:
     """A command that is ready to run, or runs. `pid` is the shim's own child: bwrap, or the guardian.
 
-    `root` is the process from which all of the job's processes descend and which is none of them: the first one
-    in the sandbox's PID namespace, or the guardian.
+    `root` is the process from which all of the job's processes descend and which is none of them: the first
+    one in the sandbox's PID namespace, or the guardian.
     """
 
     pid: int
@@ -62,7 +63,9 @@ class Job:
             raise LaunchRefused(message)
 
     def signal(self, number: signal.Signals) -> None:
-        """Reach the job's own processes, all of them: a shell does not pass a signal on to what it started."""
+        """Reach the job's own processes, all of them: a shell does not pass a signal on to what it
+        started.
+        """
         processes.signal_each(processes.descendants(self.root), number)
 
     def kill(self) -> None:

@@ -19,7 +19,9 @@ def boot_id() -> str:
 
 
 def start_ticks(pid: int) -> int | None:
-    """When the process started, in clock ticks since boot; None when it is gone or only its zombie is left."""
+    """When the process started, in clock ticks since boot; None when it is gone or only its zombie is
+    left.
+    """
     fields = _stat(pid)
     return None if fields is None or fields[_STATE] in (b"Z", b"X") else int(fields[_START_TICKS])
 

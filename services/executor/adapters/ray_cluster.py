@@ -36,6 +36,7 @@ NAMESPACE = "nabla"
 AGENT_PREFIX = "nabla-agent-"
 THREADS = 16
 PORT_ANSWERS_S = 1.0
+PORT_TRUSTED_S = 1.5
 CONNECT_LIMIT_S = 30.0
 CALL_LIMIT_S = 10.0
 AGENT_ANSWERS_S = 4.0
@@ -71,6 +72,7 @@ class RayCluster:
         self._alive: frozenset[str] = frozenset()
         self._seen_once = False
         self._swept_s = 0.0
+        self._answered_s = float("-inf")
 
     async def look(self, believed: Mapping[str, Mapping[str, str]]) -> tuple[NodeView, ...]:
         return await self._in_thread(CONNECT_LIMIT_S, self._look, believed)
@@ -116,11 +118,14 @@ class RayCluster:
         if not address:
             raise ClusterAway(STARTING)
         with self._guard:
+            if self._address == address and time.monotonic() - self._answered_s < PORT_TRUSTED_S:
+                return
             if not _answers(address):
                 self._disconnect()
                 raise ClusterAway(
                     f"the Ray head at {address} does not answer" if self._seen_once else STARTING
                 )
+            self._answered_s = time.monotonic()
             if self._address == address and ray.is_initialized():
                 return
             if self._connecting is None:

@@ -2,8 +2,8 @@
 
 bwrap takes away capabilities and setuid; what remains open to every user are user namespaces (a new set of
 capabilities over a large part of the kernel), the kernel's key ring, which no namespace divides, and a few
-calls known for holes. They answer EPERM, so programs fall back; clone3 answers ENOSYS, because its flags lie in
-memory that a filter cannot read, and libc then uses clone.
+calls known for holes. They answer EPERM, so programs fall back; clone3 answers ENOSYS, because its flags lie
+in memory that a filter cannot read, and libc then uses clone.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def build_filter(machine: str | None = None) -> bytes | None:
 
 
 def _refuse_argument(number: int, argument: int, test: int, values: tuple[int, ...]) -> list[bytes]:
-    """Refuse one call where an argument matches; it is answered here, so what follows keeps the call's number."""
+    """Refuse one call where an argument matches; it is answered here, so what follows keeps the call's
+    number.
+    """
     body = [_instruction(_LOAD, argument)]
     for value in values:
         body += [_instruction(test, value, 0, 1), _fail(errno.EPERM)]

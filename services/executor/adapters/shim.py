@@ -75,14 +75,15 @@ def run_attempt(path: str | os.PathLike[str]) -> None:
 def see_through(path: str | os.PathLike[str]) -> None:
     """Run the attempt in this process, which is its shim already, and write its end."""
     folder = AttemptFolder(path)
-    try:
-        record = _run(folder)
-    except Exception as error:
-        traceback.print_exc()
-        record = _refused(f"the shim failed: {error!r}")
-    finally:
-        processes.end_descendants()
-    folder.write_exit(record)
+    with contextlib.ExitStack() as afterwards:
+        try:
+            record = _run(folder, afterwards)
+        except Exception as error:
+            traceback.print_exc()
+            record = _refused(f"the shim failed: {error!r}")
+        finally:
+            processes.end_descendants()
+        folder.write_exit(record)
 
 
 def write_contact(path: str | os.PathLike[str]) -> None:
@@ -91,7 +92,7 @@ def write_contact(path: str | os.PathLike[str]) -> None:
     write_durably(Path(path), json.dumps({"boottime_s": now_s, "boot_id": processes.boot_id()}).encode())
 
 
-def _run(folder: AttemptFolder) -> ExitRecord:
+def _run(folder: AttemptFolder, afterwards: contextlib.ExitStack) -> ExitRecord:
     try:
         spec = folder.read_spec()
     except MalformedSpec as error:
@@ -99,15 +100,13 @@ def _run(folder: AttemptFolder) -> ExitRecord:
     stop = folder.read_stop()
     if stop is not None:
         return _never_started("stopped", stop.reason)
-    cgroup = Cgroup.create(spec.attempt_id, Limits(spec.memory_bytes, spec.cpu_count, int(spec.pids_limit)))
+    cgroup = Cgroup.create(spec.attempt_id, Limits(spec.memory_bytes, spec.cpu_count, spec.pids_limit))
+    if cgroup is not None:
+        afterwards.callback(cgroup.remove)
     try:
         return _Attempt(folder, spec, cgroup, launch(spec, folder, cgroup)).run()
     except LaunchRefused as error:
         return _refused(str(error))
-    finally:
-        processes.end_descendants()
-        if cgroup is not None:
-            cgroup.remove()
 
 
 class _Attempt:
@@ -197,7 +196,9 @@ class _Attempt:
         self._check_at = 0.0
 
     def _drain(self) -> None:
-        """What is left in the pipes. All writers are dead, so their end is near; the limit is for surprises."""
+        """What is left in the pipes. All writers are dead, so their end is near; the limit is for
+        surprises.
+        """
         deadline = time.monotonic() + _DRAIN_LIMIT_S
         while len(self._selector.get_map()) > _NOT_STREAMS and time.monotonic() < deadline:
             for key, _ in self._selector.select(0.05):
@@ -251,7 +252,9 @@ class _Attempt:
             self._sample(now, self._spec.memory_bytes)
 
     def _sample(self, now: float, limit_bytes: int) -> None:
-        """Shared pages are counted once only when it matters: workers forked from a large parent are no crime."""
+        """Shared pages are counted once only when it matters: workers forked from a large parent are no
+        crime.
+        """
         pids = processes.descendants(self._job.root)
         used = processes.resident_bytes(pids)
         if used > limit_bytes:
@@ -337,7 +340,9 @@ def _signal_name(number: int) -> str:
 
 
 def _largest_child_bytes() -> int:
-    """The largest single process of the job, as the kernel saw it; at least the shim's own size before exec."""
+    """The largest single process of the job, as the kernel saw it; at least the shim's own size before
+    exec.
+    """
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
 

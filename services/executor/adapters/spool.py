@@ -2,12 +2,12 @@
 
 A segment file holds frames. A frame is one batch of whole lines of one stream that arrived together: a header
 (time, stream, number of its first line, how many) and the bytes as the job wrote them. Batches, and not one
-record a line, because a job may print 100 MB in a second and the shim is Python: it counts and cuts lines with
-calls that run in C, and never touches one. Readers cut frames back into lines.
+record a line, because a job may print 100 MB in a second and the shim is Python: it counts and cuts lines
+with calls that run in C, and never touches one. Readers cut frames back into lines.
 
 The writer and the reader are two processes that share only the files. Frames carry a checksum, so a torn one
-(kill -9 in the middle of a write) is the end of the log and not garbage in it. Nothing is synced while the job
-runs: the spool survives every process, not a power cut.
+(kill -9 in the middle of a write) is the end of the log and not garbage in it. Nothing is synced while the
+job runs: the spool survives every process, not a power cut.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _SUFFIX = ".spool"
 
 
 class LogLine(NamedTuple):
-    """One line. `newline` is False where it was cut or flushed before its end: the next line of the same stream
-    goes on with it. `dropped` is how many lines are missing at this place, in a line that says so."""
+    """One line. `newline` is False where it was cut or flushed before its end: the next line of the same
+    stream goes on with it. `dropped` is how many lines are missing at this place, in a line that says so."""
 
     number: int
     at_us: int
@@ -48,7 +48,9 @@ class LogLine(NamedTuple):
 
 
 class SpoolWriter:
-    """Appends what a job prints. Never blocks and never raises for a full disk: what has no room is counted."""
+    """Appends what a job prints. Never blocks and never raises for a full disk: what has no room is
+    counted.
+    """
 
     def __init__(self, directory: Path, max_bytes: int) -> None:
         self._directory = directory
@@ -162,9 +164,7 @@ class SpoolReader:
         self._directory = directory
         self._place: _Place | None = None
 
-    def read_from(
-        self, line_number: int, max_lines: int = 10_000, max_bytes: int = 1024 * 1024
-    ) -> list[LogLine]:
+    def read_from(self, line_number: int, max_lines: int = 10_000, max_bytes: int = 1024 * 1024) -> list[LogLine]:
         """Lines from `line_number` on, or from the oldest that is left; empty at the present end.
 
         Going on where the last call ended costs no search. At least one line comes, however long, if there is

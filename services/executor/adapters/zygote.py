@@ -1,12 +1,12 @@
 """A small process that has imported all that a shim needs, and forks shims in milliseconds.
 
-Started by the node agent as `python -I zygote.py SOCKET [PARENT]` (see `start_zygote`). Python and its imports would
-cost each attempt a tenth of a second and ten megabytes. A request is one line of JSON, {"start": FOLDER}, and
-so is its answer: {"pid": N} or {"error": TEXT}.
+Started by the node agent as `python -I zygote.py SOCKET [PARENT]` (see `start_zygote`). Python and its
+imports would cost each attempt a tenth of a second and ten megabytes. A request is one line of JSON,
+{"start": FOLDER}, and so is its answer: {"pid": N} or {"error": TEXT}.
 
-A shim is forked twice, into a session of its own, because Ray ends the direct children of what it stops. So it
-survives the death of the zygote, of the agent and of Ray. Asking twice for one attempt, of one zygote or two,
-is harmless: the shim holds a lock in the folder while it lives, and its record stays when it is gone.
+A shim is forked twice, into a session of its own, because Ray ends the direct children of what it stops. So
+it survives the death of the zygote, of the agent and of Ray. Asking twice for one attempt, of one zygote or
+two, is harmless: the shim holds a lock in the folder while it lives, and its record stays when it is gone.
 
 The zygote leaves when its agent does: another agent starts another one.
 """

@@ -21,9 +21,9 @@ from libs.common.contracts.messages import (
 from libs.common.ids import secret_hash
 from services.gateway.http.bodies import Body
 from services.gateway.http.errors import RESPONSES
-from services.gateway.http.parts import Caller, Cursor, Id, Key, Limit, Wired
+from services.gateway.http.parts import API, Caller, Cursor, Id, Key, Limit, Wired
 
-router = APIRouter(tags=["accounts"], responses=RESPONSES)
+router = APIRouter(prefix=API, tags=["accounts"], responses=RESPONSES)
 
 
 class NewToken(Body):

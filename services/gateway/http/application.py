@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 
 from libs.common.version import VERSION
 from services.gateway.http import (
@@ -19,11 +19,11 @@ from services.gateway.http import (
     streams,
 )
 from services.gateway.http.middleware import BoundedBodies, GuardedResponses, KnownHosts, Traced
-from services.gateway.http.parts import Parts
+from services.gateway.http.parts import API, Parts
 from services.gateway.web import pages, sessions
 
-API = "/api/v1"
-RESOURCES = (accounts, projects, filesets, experiments, jobs, models, deployments, streams, status)
+RESOURCES = (accounts, projects, filesets, experiments, jobs, models, deployments, streams, status, docs)
+ROUTERS = (*(resource.router for resource in RESOURCES), status.public, docs.page, sessions.router)
 DESCRIPTION = """\
 Errors are `application/problem+json` with `detail` (what and why) and `remedy` (what to do). Lists are pages: give
 `next_cursor` back as `cursor`. Every POST, PATCH and DELETE takes an `Idempotency-Key`. A project is named by id or
@@ -47,14 +47,8 @@ def application(parts: Parts) -> FastAPI:
     )
     app.state.parts = parts
     errors.install(app)
-    api = APIRouter(prefix=API)
-    for resource in RESOURCES:
-        api.include_router(resource.router)
-    api.include_router(status.public)
-    api.include_router(docs.router)
-    app.include_router(api)
-    app.include_router(docs.page, prefix="/api")
-    app.include_router(sessions.router)
+    for router in ROUTERS:
+        app.include_router(router)
     pages.install(app)
     # The last one added is met first.
     app.add_middleware(BoundedBodies, settings=parts.settings)

@@ -21,10 +21,10 @@ from libs.common.contracts.messages import (
 from libs.common.errors import Invalid
 from services.gateway.http.bodies import Body
 from services.gateway.http.errors import RESPONSES
-from services.gateway.http.parts import Caller, Cursor, Key, Limit, Ref, Wired, Word
+from services.gateway.http.parts import API, Caller, Cursor, Key, Limit, Ref, Wired, Word
 from services.gateway.http.projects import ProjectRef, resolve_active, resolve_id
 
-router = APIRouter(tags=["deployments"], responses=RESPONSES)
+router = APIRouter(prefix=API, tags=["deployments"], responses=RESPONSES)
 
 
 class NewDeployment(Body):

@@ -10,10 +10,11 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from libs.common.contracts.asyncapi import asyncapi_document
 from libs.common.version import VERSION
+from services.gateway.http.parts import API
 from services.gateway.web.rendering import render
 
-router = APIRouter(tags=["documents"])
-page = APIRouter()
+router = APIRouter(prefix=API, tags=["documents"])
+page = APIRouter(prefix="/api")
 
 
 @cache

@@ -17,10 +17,10 @@ from libs.common.contracts.messages import (
 )
 from services.gateway.http.bodies import Body
 from services.gateway.http.errors import RESPONSES
-from services.gateway.http.parts import Caller, Cursor, Id, Key, Limit, Wired, Word
+from services.gateway.http.parts import API, Caller, Cursor, Id, Key, Limit, Wired, Word
 from services.gateway.http.projects import ProjectRef, resolve_active, resolve_id
 
-router = APIRouter(tags=["experiments"], responses=RESPONSES)
+router = APIRouter(prefix=API, tags=["experiments"], responses=RESPONSES)
 
 
 class NewExperiment(Body):

@@ -19,10 +19,10 @@ from libs.common.contracts.messages import (
 )
 from services.gateway.http.bodies import Body
 from services.gateway.http.errors import RESPONSES
-from services.gateway.http.parts import Caller, Cursor, Id, Key, Limit, Wired, content_endpoint
+from services.gateway.http.parts import API, Caller, Cursor, Id, Key, Limit, Wired, content_endpoint
 from services.gateway.http.projects import ProjectRef, resolve_active
 
-router = APIRouter(tags=["filesets"], responses=RESPONSES)
+router = APIRouter(prefix=API, tags=["filesets"], responses=RESPONSES)
 
 MAX_FILES = 50_000
 

@@ -30,10 +30,10 @@ from libs.common.contracts.messages import (
 )
 from services.gateway.http.bodies import Body
 from services.gateway.http.errors import RESPONSES
-from services.gateway.http.parts import Caller, Cursor, Id, Key, Limit, Wired, Word, content_endpoint
+from services.gateway.http.parts import API, Caller, Cursor, Id, Key, Limit, Wired, Word, content_endpoint
 from services.gateway.http.projects import ProjectRef, resolve_active, resolve_id
 
-router = APIRouter(tags=["jobs"], responses=RESPONSES)
+router = APIRouter(prefix=API, tags=["jobs"], responses=RESPONSES)
 
 EXAMPLE_TEMPLATE = {"command": ["python train.py"], "resources": {"cpu_count": 1}}
 MAX_POINTS = 10_000

@@ -16,6 +16,8 @@ from services.gateway.following import JobFollower
 from services.gateway.ports import EventLog, Owners
 from services.gateway.settings import GatewaySettings
 
+# Where the REST API begins.
+API = "/api/v1"
 COOKIE = "nabla_session"
 HEADER_TEXT = r"^[!-~]{1,255}$"
 # Control characters are never part of a name; PostgreSQL refuses NUL, and logs would carry the rest.

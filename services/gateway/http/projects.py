@@ -24,10 +24,10 @@ from libs.common.errors import Conflict, Invalid
 from libs.common.ids import is_id
 from services.gateway.http.bodies import Body
 from services.gateway.http.errors import RESPONSES
-from services.gateway.http.parts import Caller, Cursor, Key, Limit, Ref, Wired, Word
+from services.gateway.http.parts import API, Caller, Cursor, Key, Limit, Ref, Wired, Word
 from services.gateway.ports import Owners
 
-router = APIRouter(tags=["projects"], responses=RESPONSES)
+router = APIRouter(prefix=API, tags=["projects"], responses=RESPONSES)
 
 ProjectRef = Annotated[str, Field(max_length=200, description="Id or name of a project.", examples=["digits"])]
 

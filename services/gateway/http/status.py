@@ -18,14 +18,14 @@ from libs.common.contracts.messages import (
 from libs.common.errors import Unavailable
 from libs.common.version import VERSION
 from services.gateway.http.errors import RESPONSES
-from services.gateway.http.parts import Caller, Wired
+from services.gateway.http.parts import API, Caller, Wired
 from services.gateway.ports import Owners
 
 SERVICES = ("gateway", "scheduler", "executor", "storage", "registry", "serving")
 TIMEOUT_S = 1.0
 
-public = APIRouter(tags=["status"])
-router = APIRouter(tags=["status"], responses=RESPONSES)
+public = APIRouter(prefix=API, tags=["status"])
+router = APIRouter(prefix=API, tags=["status"], responses=RESPONSES)
 
 
 class Health(BaseModel):

@@ -18,11 +18,11 @@ from services.gateway.authentication import Authenticator
 from services.gateway.domain.event_filter import EventFilter, limited_to, parse_types
 from services.gateway.following import End, Lines, State
 from services.gateway.http.errors import RESPONSES
-from services.gateway.http.parts import Caller, Id, Token, Wired, Word
+from services.gateway.http.parts import API, Caller, Id, Token, Wired, Word
 from services.gateway.http.projects import resolve_id
 from services.gateway.ports import Closing, EventLog, StoredEvent
 
-router = APIRouter(responses=RESPONSES)
+router = APIRouter(prefix=API, responses=RESPONSES)
 
 KEEP_ALIVE_S = 15
 # A client that takes nothing for so long is cut off; it resumes by the last id it has seen.

@@ -58,7 +58,14 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.globals |= {"version": VERSION, "visitor": None}
-    environment.filters |= {"tone": tone, "when": when, "size": size, "lasted": lasted, "figure": figure, "spoken": spoken_seconds}
+    environment.filters |= {
+        "tone": tone,
+        "when": when,
+        "size": size,
+        "lasted": lasted,
+        "figure": figure,
+        "spoken": spoken_seconds,
+    }
     return environment
 
 

@@ -57,7 +57,9 @@ def checked_label(name: str) -> str:
     """A token's name, for people to know it again."""
     name = name.strip() or "token"
     if len(name) > LONGEST_LABEL or not name.isprintable():
-        raise Invalid("bad_name", f"A token's name has at most {LONGEST_LABEL} printable characters.", "Choose another.")
+        raise Invalid(
+            "bad_name", f"A token's name has at most {LONGEST_LABEL} printable characters.", "Choose another."
+        )
     return name
 
 

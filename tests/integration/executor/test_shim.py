@@ -30,9 +30,7 @@ pytestmark = pytest.mark.integration
 
 MIB = 1024 * 1024
 DAEMON = "(setsid sh -c 'sleep 1000' >/dev/null 2>&1 </dev/null & ) ; "  # orphaned, in a session of its own
-EAT_MEMORY = (
-    "import time\nkept = []\nfor _ in range(1000):\n    kept.append(b'x' * 4 * 2**20); time.sleep(0.002)\n"
-)
+EAT_MEMORY = "import time\nkept = []\nfor _ in range(1000):\n    kept.append(b'x' * 4 * 2**20); time.sleep(0.002)\n"
 
 
 @pytest.fixture(scope="module", params=["limits by the kernel", "limits by sampling"])
@@ -94,9 +92,7 @@ def test_timeout_kills_a_job_that_ignores_it(node: Node, isolation: Isolation) -
 
 
 def test_stop_lets_the_job_clean_up(node: Node, isolation: Isolation) -> None:
-    folder = node.start(
-        "trap 'echo saved; exit 0' TERM; echo ready; while :; do sleep 0.05; done", isolation=isolation
-    )
+    folder = node.start("trap 'echo saved; exit 0' TERM; echo ready; while :; do sleep 0.05; done", isolation=isolation)
     eventually(lambda: said(folder, "ready"), "the job's first line")
     folder.request_stop(60, "cancelled")
     ended = node.end_of(folder)
@@ -306,4 +302,3 @@ def shim_pid(folder: AttemptFolder) -> int:
     record = folder.read_shim()
     assert record is not None
     return record.pid
-

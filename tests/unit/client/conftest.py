@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from nabla.cli import root
+from nabla.cli.failures import guarded
 from nabla.client import Client
 
 from .stub import StubServer, running
-
-pytestmark = pytest.mark.unit
 
 
 @pytest.fixture(autouse=True)
@@ -36,3 +38,42 @@ def client(stub: StubServer) -> Iterator[Client]:
     """A client of the stub that does not really wait between attempts."""
     with Client(stub.url, "secret-token", sleep=lambda seconds: None) as client:
         yield client
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> object:
+        return json.loads(self.out)
+
+
+Nabla = Callable[..., Outcome]
+
+
+@pytest.fixture
+def nabla(capfd: pytest.CaptureFixture[str]) -> Nabla:
+    def invoke(*arguments: str) -> Outcome:
+        code = guarded(lambda: root.main(list(arguments), prog_name="nabla", standalone_mode=False))
+        return Outcome(code, *capfd.readouterr())
+
+    return invoke
+
+
+@pytest.fixture
+def server(stub: StubServer, monkeypatch: pytest.MonkeyPatch) -> StubServer:
+    monkeypatch.setenv("NABLA_URL", stub.url)
+    monkeypatch.setenv("NABLA_TOKEN", "t")
+    return stub
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "My Digits"
+    path.mkdir()
+    (path / "train.py").write_text("print(1)")
+    (path / ".env").write_text("SECRET=1")
+    monkeypatch.chdir(path)
+    return path

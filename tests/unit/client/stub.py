@@ -134,3 +134,19 @@ def running() -> Iterator[StubServer]:
     server = StubServer()
     yield server
     server.close()
+
+
+JOB = {
+    "id": "js1", "state": "running", "project_id": "pj1", "created_at": "2026-01-01T00:00:00Z",
+    "template": {"name": "train", "command": ["python", "train.py"]},
+}  # fmt: skip
+
+
+def serve_run(server: StubServer, *stream: bytes, state: str = "succeeded", **ended: object) -> None:
+    fileset = {"id": "fs1", "state": "sealed"}
+    server.on("POST", "/projects", Reply(201, {"id": "pj1", "name": "my-digits", "state": "active"}))
+    server.on("GET", "/projects/pj1", Reply(200, {"id": "pj1", "name": "my-digits", "state": "active"}))
+    server.on("POST", "/filesets", Reply(201, {"fileset": fileset, "uploads": []}))
+    server.on("POST", "/experiments", lambda seen: Reply(201, {"id": "ex1", "jobs": [{**JOB, "state": "submitted"}]}))
+    end = sse("end", {**JOB, "state": state, **ended})
+    server.on("GET", "/jobs/js1/logs/stream", Reply(chunks=[*stream, end]))

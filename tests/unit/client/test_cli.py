@@ -4,58 +4,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 import pytest
 
-from nabla.cli import COMMANDS, environment, platform, root
-from nabla.cli.failures import guarded
-from nabla.cli.submission import model_output, name_of
-from nabla.cli.values import size, span
+from nabla.cli import COMMANDS, platform, root
 
-from .stub import Reply, Seen, StubServer, line, sse
+from .conftest import Nabla
+from .stub import JOB, Reply, StubServer, line, serve_run
 
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> object:
-        return json.loads(self.out)
-
-
-Nabla = Callable[..., Outcome]
-
-
-@pytest.fixture
-def nabla(capfd: pytest.CaptureFixture[str]) -> Nabla:
-    def invoke(*arguments: str) -> Outcome:
-        code = guarded(lambda: root.main(list(arguments), prog_name="nabla", standalone_mode=False))
-        return Outcome(code, *capfd.readouterr())
-
-    return invoke
-
-
-@pytest.fixture
-def server(stub: StubServer, monkeypatch: pytest.MonkeyPatch) -> StubServer:
-    monkeypatch.setenv("NABLA_URL", stub.url)
-    monkeypatch.setenv("NABLA_TOKEN", "t")
-    return stub
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "My Digits"
-    path.mkdir()
-    (path / "train.py").write_text("print(1)")
-    (path / ".env").write_text("SECRET=1")
-    monkeypatch.chdir(path)
-    return path
+pytestmark = pytest.mark.unit
 
 
 def commands(group: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
@@ -119,12 +79,6 @@ def test_a_fault_of_the_client_shows_no_traceback(nabla: Nabla, monkeypatch: pyt
     assert "ZeroDivisionError" in outcome.err
 
 
-JOB = {
-    "id": "js1", "state": "running", "project_id": "pj1", "created_at": "2026-01-01T00:00:00Z",
-    "template": {"name": "train", "command": ["python", "train.py"]},
-}  # fmt: skip
-
-
 def test_lists_are_tables_for_people_and_json_for_programs(nabla: Nabla, server: StubServer) -> None:
     server.on("GET", "/jobs", Reply(200, {"items": [JOB], "next_cursor": ""}))
     people, programs = nabla("jobs", "list"), nabla("jobs", "list", "--json", "--project", "digits")
@@ -139,164 +93,6 @@ def test_an_empty_list_says_so_on_standard_error(nabla: Nabla, server: StubServe
     server.on("GET", "/jobs", Reply(200, {"items": []}))
     assert nabla("jobs", "list") == (0, "", "No jobs. `nabla run -- COMMAND` starts one.\n")
     assert nabla("jobs", "list", "--json") == (0, "[]\n", "")
-
-
-def serve_run(server: StubServer, *stream: bytes, state: str = "succeeded", **ended: object) -> None:
-    fileset = {"id": "fs1", "state": "sealed"}
-    server.on("POST", "/projects", Reply(201, {"id": "pj1", "name": "my-digits", "state": "active"}))
-    server.on("GET", "/projects/pj1", Reply(200, {"id": "pj1", "name": "my-digits", "state": "active"}))
-    server.on("POST", "/filesets", Reply(201, {"fileset": fileset, "uploads": []}))
-    server.on("POST", "/experiments", lambda seen: Reply(201, {"id": "ex1", "jobs": [{**JOB, "state": "submitted"}]}))
-    end = sse("end", {**JOB, "state": state, **ended})
-    server.on("GET", "/jobs/js1/logs/stream", Reply(chunks=[*stream, end]))
-
-
-def test_run_makes_a_project_of_the_folder_says_so_and_remembers_it(
-    nabla: Nabla, server: StubServer, folder: Path
-) -> None:
-    serve_run(server, sse("state", {**JOB, "state": "waiting", "detail": "Ray is starting"}), line(1, "hello"))
-    first = nabla("run", "--env", "SEED=1", "--memory", "2G", "--model", "digits=m:sklearn", "--", "python", "train.py")
-    assert (first.code, first.out) == (0, "hello\n")
-    assert "Project my-digits (created, named after this folder" in first.err
-    assert "Left out for safety: .env\n" in first.err
-    assert "[waiting] Ray is starting" in first.err
-    assert nabla("run", "python", "train.py", "--json").code == 0
-    assert len(server.calls("POST", "/projects")) == 1
-    sent = server.calls("POST", "/experiments")[0].json
-    template = sent["template"]
-    assert (sent["project_id"], sent["name"], sent["kind"]) == ("pj1", "train", "single")
-    assert isinstance(template, dict)
-    assert template["command"] == ["python", "train.py"]
-    assert template["env"] == {"SEED": "1"}
-    assert template["resources"]["memory_bytes"] == 2 << 30
-    assert template["workspace_id"] == "fs1"
-    assert template["environment"]["kind"] == "default"
-    assert template["models"] == [{"name": "digits", "path": "m", "framework": "sklearn"}]
-    assert template["origin"]["folder"] == "My Digits"
-    assert not any(path.name.startswith("folders") for path in folder.rglob("*"))
-
-
-def test_the_commands_own_options_are_left_alone(nabla: Nabla, server: StubServer, folder: Path) -> None:
-    serve_run(server)
-    nabla("run", "--no-workspace", "--project", "p", "python", "t.py", "--json", "--env", "x", "--", "-h")
-    template = server.calls("POST", "/experiments")[0].json["template"]
-    assert template["command"] == ["python", "t.py", "--json", "--env", "x", "--", "-h"]  # type: ignore[index]
-    assert not server.calls("POST", "/filesets")
-
-
-def test_a_failed_job_gives_its_exit_code_and_one_hint(nabla: Nabla, server: StubServer, folder: Path) -> None:
-    lines = [line(n, f"line {n}") for n in range(1, 30)] + [
-        line(30, "ModuleNotFoundError: No module named 'x'", "stderr")
-    ]
-    serve_run(server, *lines, state="failed", exit_code=3, detail="the command failed")
-    outcome = nabla("run", "--", "python", "train.py")
-    assert outcome.code == 3
-    assert outcome.out.splitlines() == [f"line {n}" for n in range(1, 30)]
-    assert "Job js1 failed with exit code 3: the command failed" in outcome.err
-    assert outcome.err.count("Hint:") == 1
-
-
-def test_json_run_has_only_the_job_on_standard_output(nabla: Nabla, server: StubServer, folder: Path) -> None:
-    serve_run(server, line(1, "hello"))
-    outcome = nabla("run", "--json", "--", "python", "train.py")
-    assert outcome.json["state"] == "succeeded"  # type: ignore[index]
-    assert "hello" in outcome.err
-
-
-@pytest.mark.parametrize(
-    ("ended", "code"),
-    [
-        ({"state": "failed"}, 1),
-        ({"state": "failed", "exit_code": -9}, 137),
-        ({"state": "timed_out"}, 124),
-        ({"state": "cancelled", "exit_code": 143}, 143),
-    ],
-)
-def test_the_exit_code_is_the_jobs(
-    nabla: Nabla, server: StubServer, folder: Path, ended: dict[str, object], code: int
-) -> None:
-    serve_run(server, **ended)  # type: ignore[arg-type]
-    assert nabla("run", "--", "false").code == code
-
-
-def test_ctrl_c_detaches_and_says_how_to_come_back(nabla: Nabla, server: StubServer, folder: Path) -> None:
-    def interrupt(seen: Seen) -> Reply:
-        os.kill(os.getpid(), 2)
-        return Reply(chunks=[])
-
-    serve_run(server)
-    server.on("GET", "/jobs/js1/logs/stream", interrupt)
-    outcome = nabla("run", "--", "sleep", "99")
-    assert outcome.code == 130
-    assert "nabla jobs attach js1" in outcome.err
-    assert not server.calls("POST", "/jobs/js1/stop")
-
-
-def test_detached_prints_the_id(nabla: Nabla, server: StubServer, folder: Path) -> None:
-    serve_run(server)
-    assert nabla("run", "--detach", "--", "true").out == "js1\n"
-
-
-def test_a_home_folder_is_asked_about_first(
-    nabla: Nabla, server: StubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    serve_run(server)
-    monkeypatch.setattr(Path, "home", lambda: folder)
-    refused = nabla("run", "--", "true")
-    assert refused.code == 2
-    assert "your home folder" in refused.err
-    assert not server.seen
-    assert nabla("run", "--yes", "--", "true").code == 0
-    assert nabla("run", "--no-workspace", "--", "true").code == 0
-
-
-@pytest.mark.parametrize(("limit", "value"), [("ASK_ABOVE_BYTES", 3), ("ASK_ABOVE_FILES", 0)])
-def test_much_that_is_new_is_asked_about_first(
-    nabla: Nabla, server: StubServer, folder: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
-) -> None:
-    serve_run(server)
-    monkeypatch.setattr(f"nabla.cli.submission.{limit}", value)
-    refused = nabla("run", "--", "true")
-    assert refused.code == 2
-    assert "1 new files" in refused.err
-    assert not server.calls("POST", "/filesets")
-    assert nabla("run", "--yes", "--", "true").code == 0
-
-
-def test_the_active_environment_is_bound_on_the_same_machine(
-    nabla: Nabla, server: StubServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import socket
-
-    def kind(*options: str) -> str:
-        assert nabla("run", *options, "--", "true").code == 0
-        return server.calls("POST", "/experiments")[-1].json["template"]["environment"]["kind"]  # type: ignore[index]
-
-    (tmp_path / "venv").mkdir()
-    serve_run(server)
-    assert kind() == "default"
-    monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path / "venv"))
-    server.on("GET", "/status", Reply(200, {"nodes": [{"hostname": socket.gethostname()}]}))
-    assert kind() == "venv"
-    assert kind("--env", "default") == "default"
-    server.on("GET", "/status", Reply(200, {"nodes": [{"hostname": "elsewhere"}]}))
-    assert kind() == "default"
-    (folder / "needs.txt").write_text("numpy\n")
-    assert kind("--env", "needs.txt", "--env", "A=1") == "requirements"
-
-
-def test_the_platforms_own_environment_is_not_offered(tmp_path: Path) -> None:
-    own = tmp_path / ".venv"
-    own.mkdir()
-    assert environment.active_environment({"VIRTUAL_ENV": str(own)}) == own
-    (tmp_path / "services").mkdir()
-    (tmp_path / "services" / "__init__.py").touch()
-    assert environment.active_environment({"VIRTUAL_ENV": str(own)}) is None
-    assert environment.active_environment({"CONDA_PREFIX": str(tmp_path / "gone")}) is None
-
-
-def test_two_environments_are_wrong_usage(nabla: Nabla, folder: Path) -> None:
-    assert nabla("run", "--env", "active", "--env", "default", "--", "true").code == 2
 
 
 def test_failed_jobs_are_shown_with_their_last_lines_and_a_hint(nabla: Nabla, server: StubServer) -> None:
@@ -428,35 +224,3 @@ def test_a_reader_that_leaves_early_is_no_error(server: StubServer, tmp_path: Pa
         check=False,
     )
     assert (done.stdout, done.stderr) == ("[\n", "")
-
-
-def test_values_are_read_as_people_write_them() -> None:
-    assert [size(text) for text in ("0", "512M", "4G", "1.5GiB", "2kb", "1t")] == [
-        0, 512 << 20, 4 << 30, 3 << 29, 2048, 1 << 40,
-    ]  # fmt: skip
-    assert [span(text) for text in ("90", "90s", "30m", "2h", "1d", "0.5h")] == [90, 90, 1800, 7200, 86400, 1800]
-    for wrong in ("4X", "", "-1G"):
-        with pytest.raises(click.BadParameter):
-            size(wrong)
-    with pytest.raises(click.BadParameter):
-        span("soon")
-
-
-@pytest.mark.parametrize(
-    ("command", "name"),
-    [
-        (("python", "-u", "src/train.py", "--lr", "1"), "train"),
-        (("echo hi && ls",), "echo"),
-        (("/usr/bin/make", "all"), "make"),
-        (("$(x)",), "x"),
-    ],
-)
-def test_a_job_is_named_after_its_script(command: tuple[str, ...], name: str) -> None:
-    assert name_of(command) == name
-
-
-def test_model_outputs_are_read() -> None:
-    assert model_output("digits=out/model:sklearn").framework == "sklearn"
-    assert model_output("digits=out/model").path == "out/model"
-    with pytest.raises(click.BadParameter):
-        model_output("digits")

@@ -11,6 +11,8 @@ from nabla.contexts import ContextBook, resolve
 from nabla.errors import BadConfig, NoServer
 from nabla.remembered import Folders, project_name
 
+pytestmark = pytest.mark.unit
+
 
 @pytest.fixture
 def book(tmp_path: Path) -> ContextBook:

@@ -9,6 +9,8 @@ from nabla.sse import EventParser
 
 from .stub import Reply, StubServer, line, sse
 
+pytestmark = pytest.mark.unit
+
 END = sse("end", {"id": "js1", "state": "succeeded", "exit_code": 0})
 STREAM = "/jobs/js1/logs/stream"
 

@@ -5,6 +5,8 @@ import pytest
 from nabla.hints import RULES, Ending, hint, readable_size
 from nabla.objects import Attempt, Job, JobTemplate, Resources
 
+pytestmark = pytest.mark.unit
+
 GIB = 1 << 30
 
 # name, how it ended, what the hint must say

@@ -11,6 +11,8 @@ from nabla.http import BrokenConnection, Http
 
 from .stub import Reply, Seen, StubServer
 
+pytestmark = pytest.mark.unit
+
 
 @pytest.fixture
 def http() -> Iterator[Http]:

@@ -22,6 +22,8 @@ from nabla.job.metrics import Recorder
 
 from .stub import Reply, Seen, StubServer
 
+pytestmark = pytest.mark.unit
+
 CLIENT = Path(__file__).parents[3] / "libs" / "client"
 OLD_PYTHONS = ("3.8", "3.9")
 

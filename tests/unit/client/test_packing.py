@@ -20,6 +20,8 @@ from nabla.transfer import inside
 
 from .stub import Reply, Seen, StubServer
 
+pytestmark = pytest.mark.unit
+
 posix = pytest.mark.skipif(os.name != "posix", reason="Windows has no symbolic links or modes for ordinary users")
 
 

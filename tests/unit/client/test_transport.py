@@ -18,6 +18,8 @@ from nabla.errors import (
 
 from .stub import Reply, Seen, StubServer
 
+pytestmark = pytest.mark.unit
+
 PROJECT = {"id": "pj1", "name": "digits", "state": "active", "revision": 3, "unknown_member": 1}
 
 

@@ -16,9 +16,11 @@ from tests.unit.registry.harness import Catalogue, attempt_of, gateway, job_in, 
 
 pytestmark = pytest.mark.unit
 
+Access = tuple[str | None, str, bool, set[str]]
+
 ALL = {"gateway", "scheduler", "executor", "storage", "serving"}
 # Route -> the least role, the scope, whether attempts may, which services may. Written beside the code, not from it.
-ACCESS: dict[str, tuple[str | None, str, bool, set[str]]] = {
+ACCESS: dict[str, Access] = {
     "token.authenticate": (None, "", False, {"gateway"}),
     "token.create": ("viewer", "admin", False, set()),
     "token.revoke": ("viewer", "admin", False, set()),
@@ -47,14 +49,12 @@ ASKED = [route for route in ROUTES.routes if route.message.ROUTE.kind in {Kind.R
 NAMES = [route.message.ROUTE.name for route in ASKED]
 
 
-def principals() -> list[tuple[str, m.Principal, Callable[[tuple[str | None, str, bool, set[str]]], bool]]]:
-    found: list[tuple[str, m.Principal, Callable[[tuple[str | None, str, bool, set[str]]], bool]]] = []
+def principals() -> list[tuple[str, m.Principal, Callable[[Access], bool]]]:
+    found: list[tuple[str, m.Principal, Callable[[Access], bool]]] = []
     for role, scopes in product((*ROLES, "", "root"), SCOPES):
         principal = m.Principal(kind="user", id="u", team_id="t", role=role, scopes=scopes)
 
-        def may(
-            rule: tuple[str | None, str, bool, set[str]], role: str = role, scopes: tuple[str, ...] = scopes
-        ) -> bool:
+        def may(rule: Access, role: str = role, scopes: tuple[str, ...] = scopes) -> bool:
             least = rule[0]
             high_enough = least is not None and role in ROLES and ROLES.index(role) >= ROLES.index(least)
             return high_enough and (not scopes or rule[1] in scopes)
@@ -63,9 +63,13 @@ def principals() -> list[tuple[str, m.Principal, Callable[[tuple[str | None, str
     found.append(("attempt", m.Principal(kind="attempt", id="a", team_id="t"), lambda rule: rule[2]))
     for name in (*sorted(ALL), "registry", ""):
         principal = m.Principal(kind="service", id=name, team_id="t")
-        found.append((f"service {name}", principal, lambda rule, name=name: name in rule[3]))
+        found.append((f"service {name}", principal, _among(name)))
     found += [(kind, m.Principal(kind=kind, id="gateway", role="owner"), lambda _: False) for kind in ("", "root")]
     return found
+
+
+def _among(name: str) -> Callable[[Access], bool]:
+    return lambda rule: name in rule[3]
 
 
 def test_table_speaks_of_every_route() -> None:

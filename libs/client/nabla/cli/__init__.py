@@ -4,6 +4,7 @@ that the command line answers at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
@@ -86,4 +87,5 @@ def main() -> None:
     """The console script: never a traceback, and an exit code that means something."""
     from nabla.cli.failures import guarded
 
-    sys.exit(guarded(lambda: root.main(prog_name="nabla", standalone_mode=False)))
+    color = False if os.environ.get("NO_COLOR") else None
+    sys.exit(guarded(lambda: root.main(prog_name="nabla", standalone_mode=False, color=color)))

@@ -26,7 +26,7 @@ class Resource:
             size = PAGE if left is None else min(PAGE, left)
             page = self._transport.get(path, {**params, "limit": size, "cursor": cursor})
             items, cursor = _page(page)
-            yield from (decode(cls, item) for item in items)
+            yield from (decode(cls, item) for item in items[:size])
             left = None if left is None else left - len(items)
             if not cursor:
                 return

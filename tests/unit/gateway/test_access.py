@@ -1,0 +1,196 @@
+"""Who gets in: tokens, cookies, hosts, and that no route forgot to ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import APIRoute
+
+from libs.common.contracts.messages import (
+    AuthenticateToken,
+    JobPage,
+    ListJobs,
+    ListProjects,
+    ProjectPage,
+    RedeemSignIn,
+    Token,
+)
+from libs.common.errors import NotFound, Unavailable
+from libs.common.ids import secret_hash
+from services.gateway.http.parts import COOKIE, principal_of
+from services.gateway.web.pages import visitor_of
+from tests.unit.gateway.fakes import ATTEMPT_TOKEN, BEARER, MEMBER_TOKEN, World
+
+pytestmark = pytest.mark.unit
+
+PUBLIC = {"/api/v1/health", "/api/v1/asyncapi.json", "/api/docs", "/sign-in", "/sign-out"}
+UI = {"host": "localhost:8080"}
+OWN = UI | {"sec-fetch-site": "same-origin"}
+
+
+def all_routes(routes: Any) -> Iterator[APIRoute]:
+    for route in routes:
+        if isinstance(route, APIRoute):
+            yield route
+        elif hasattr(route, "original_router"):
+            yield from all_routes(route.original_router.routes)
+
+
+def calls(dependant: Dependant) -> Iterator[Any]:
+    yield dependant.call
+    for inner in dependant.dependencies:
+        yield from calls(inner)
+
+
+def test_every_route_asks_who_is_there_unless_it_is_listed_as_public(world: World) -> None:
+    routes = list(all_routes(world.app.routes))
+    assert len(routes) > 45
+    unasked = {route.path for route in routes if not {principal_of, visitor_of} & set(calls(route.dependant))}
+    assert unasked == PUBLIC
+
+
+async def test_without_a_token_there_is_a_problem_that_says_what_to_do(client: httpx.AsyncClient) -> None:
+    answer = await client.get("/api/v1/whoami")
+    assert answer.status_code == 401
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert answer.json()["remedy"]
+
+
+@pytest.mark.parametrize("token", ["nbl_wrong", "nbla_wrong", "something", "nbl_", "x" * 5000])
+async def test_a_wrong_token_is_refused(client: httpx.AsyncClient, token: str) -> None:
+    answer = await client.get("/api/v1/whoami", headers={"Authorization": f"Bearer {token}"})
+    assert answer.status_code == 401
+    assert token not in answer.text
+
+
+async def test_a_persons_token_and_a_jobs_token_say_who_they_are(client: httpx.AsyncClient) -> None:
+    ada = (await client.get("/api/v1/whoami", headers=BEARER)).json()
+    job = (await client.get("/api/v1/whoami", headers={"Authorization": f"Bearer {ATTEMPT_TOKEN}"})).json()
+    assert (ada["kind"], ada["id"]) == ("user", "u1")
+    assert (job["kind"], job["id"], job["job_id"], job["attempt"]) == ("attempt", "at1", "js1", 2)
+
+
+async def test_a_token_is_asked_about_once_a_minute(client: httpx.AsyncClient, world: World) -> None:
+    for _ in range(5):
+        await client.get("/api/v1/whoami", headers=BEARER)
+    assert len(world.owners.of(AuthenticateToken)) == 1
+    world.clock.now += 61
+    await client.get("/api/v1/whoami", headers=BEARER)
+    assert len(world.owners.of(AuthenticateToken)) == 2
+
+
+async def test_a_known_token_works_while_the_registry_is_away(client: httpx.AsyncClient, world: World) -> None:
+    await client.get("/api/v1/whoami", headers=BEARER)
+    del world.owners.answers[AuthenticateToken]
+    world.clock.now += 120
+    assert (await client.get("/api/v1/whoami", headers=BEARER)).status_code == 200
+    world.clock.now += 600
+    answer = await client.get("/api/v1/whoami", headers=BEARER)
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"]
+
+
+async def test_the_token_itself_never_travels_on_the_bus(client: httpx.AsyncClient, world: World) -> None:
+    await client.get("/api/v1/whoami", headers=BEARER)
+    assert MEMBER_TOKEN not in repr(world.owners.asked)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        (OWN, 200),
+        (UI | {"sec-fetch-site": "cross-site"}, 401),
+        (UI | {"sec-fetch-site": "same-site"}, 401),
+        (UI | {"sec-fetch-site": "none"}, 401),
+        (UI, 401),
+        ({"host": "127.0.0.1:8080", "sec-fetch-site": "same-origin"}, 401),
+    ],
+)
+async def test_the_cookie_opens_the_api_only_for_our_own_pages(
+    client: httpx.AsyncClient, world: World, headers: dict[str, str], status: int
+) -> None:
+    world.owners.answers[ListJobs] = lambda _: JobPage()
+    cookie = {"cookie": f"{COOKIE}={MEMBER_TOKEN}"}
+    assert (await client.get("/api/v1/jobs", headers=headers | cookie)).status_code == status
+
+
+async def test_a_bearer_token_goes_before_a_cookie(client: httpx.AsyncClient) -> None:
+    headers = OWN | {"cookie": f"{COOKIE}={MEMBER_TOKEN}", "Authorization": "Bearer nbl_wrong"}
+    assert (await client.get("/api/v1/whoami", headers=headers)).status_code == 401
+
+
+@pytest.mark.parametrize("host", ["evil.example", "digits.apps.localhost:8080", "127.0.0.1.nip.io"])
+@pytest.mark.parametrize("path", ["/api/v1/health", "/api/v1/whoami", "/sign-in", "/static/nabla.css"])
+async def test_a_foreign_host_name_gets_nothing(client: httpx.AsyncClient, host: str, path: str) -> None:
+    answer = await client.get(path, headers=BEARER | {"host": host})
+    assert answer.status_code == 421
+    assert answer.json()["code"] == "host_not_allowed"
+
+
+async def test_a_page_sends_a_stranger_to_sign_in(client: httpx.AsyncClient) -> None:
+    answer = await client.get("/projects", headers=UI)
+    assert answer.status_code == 303
+    assert answer.headers["location"] == "/sign-in"
+
+
+async def test_a_page_takes_no_bearer_token_and_no_other_host(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/projects", headers=UI | BEARER)).headers["location"] == "/sign-in"
+    there = await client.get("/projects?state=any", headers={"cookie": f"{COOKIE}={MEMBER_TOKEN}"})
+    assert there.headers["location"] == "http://localhost:8080/projects?state=any"
+
+
+async def test_a_signed_in_person_sees_pages_that_run_only_our_own_scripts(
+    client: httpx.AsyncClient, world: World
+) -> None:
+    world.owners.answers |= {ListProjects: lambda _: ProjectPage(), ListJobs: lambda _: JobPage()}
+    answer = await client.get("/projects", headers=UI | {"cookie": f"{COOKIE}={MEMBER_TOKEN}"})
+    assert answer.status_code == 200
+    policy = answer.headers["content-security-policy"]
+    assert "script-src 'self'" in policy
+    assert "unsafe" not in policy
+    assert "frame-ancestors 'none'" in policy
+
+
+async def test_a_one_time_code_becomes_a_session_cookie(client: httpx.AsyncClient, world: World) -> None:
+    spent: list[RedeemSignIn] = []
+
+    def redeem(message: RedeemSignIn) -> Token:
+        if spent:
+            raise NotFound("sign_in_spent", "used")
+        spent.append(message)
+        return Token(id="tk1")
+
+    world.owners.answers[RedeemSignIn] = redeem
+    answer = await client.get("/sign-in?code=abc", headers=UI)
+    assert (answer.status_code, answer.headers["location"]) == (303, "/")
+    cookie = answer.headers["set-cookie"].lower()
+    assert "httponly" in cookie
+    assert "samesite=strict" in cookie
+    assert spent[0].code_hash == secret_hash("abc")
+    assert spent[0].token_hash == secret_hash(answer.cookies[COOKIE])
+    again = await client.get("/sign-in?code=abc", headers=UI)
+    assert again.status_code == 401
+    assert "set-cookie" not in again.headers
+    keys = {each.key for each in world.owners.asked if isinstance(each.message, RedeemSignIn)}
+    assert len(keys) == 2
+
+
+async def test_only_our_own_page_signs_a_browser_out(client: httpx.AsyncClient) -> None:
+    assert (await client.post("/sign-out", headers=UI | {"sec-fetch-site": "cross-site"})).status_code == 401
+    answer = await client.post("/sign-out", headers=OWN)
+    assert answer.status_code == 303
+    assert COOKIE in answer.headers["set-cookie"]
+
+
+async def test_a_silent_registry_is_a_problem_worth_repeating(client: httpx.AsyncClient, world: World) -> None:
+    def silent(_: ListJobs) -> JobPage:
+        raise Unavailable("service_silent", "The scheduler did not answer.", "Repeat it.")
+
+    world.owners.answers[ListJobs] = silent
+    answer = await client.get("/api/v1/jobs", headers=BEARER)
+    assert (answer.status_code, answer.json()["code"]) == (503, "service_silent")
