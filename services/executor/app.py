@@ -8,7 +8,7 @@ from libs.common.service import Service
 from libs.common.store import Store
 from libs.common.version import VERSION
 from services.executor.adapters.ray_cluster import RayCluster
-from services.executor.loops import Driver, Watcher
+from services.executor.loops import Driver, Sweeper, Watcher
 from services.executor.ports import AgentConfig, Cluster
 from services.executor.routes import routes
 from services.executor.settings import ExecutorSettings
@@ -33,7 +33,7 @@ def build(settings: ExecutorSettings | None = None, cluster: Cluster | None = No
         bus=Bus(NAME, settings.nats_url, settings.nats_seed(NAME)),
         inbox=inbox,
         routes=routes(),
-        loops=(driver.run, watcher.run),
+        loops=(driver.run, watcher.run, Sweeper(store, cluster).run),
         describe=lambda: (True, watcher.detail),
     )
 

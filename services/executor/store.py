@@ -201,9 +201,7 @@ class ExecutorUnit(UnitOfWork):
         return row.detail if row else ""
 
     async def attempts_on(self, node_ids: Iterable[str]) -> Sequence[ExecutionRow]:
-        query = select(ExecutionRow).where(
-            col(ExecutionRow.node_id).in_(list(node_ids)), ExecutionRow.state != ENDED
-        )
+        query = select(ExecutionRow).where(col(ExecutionRow.node_id).in_(list(node_ids)), ExecutionRow.state != ENDED)
         return (await self.session.exec(query)).all()
 
 

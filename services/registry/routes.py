@@ -58,8 +58,8 @@ REGISTER = Rule(role="member", scope="write", attempts=True, services=frozenset(
 LOG = Rule(role="member", scope="write", attempts=True)
 
 
-def _write(message: type[Message], handler: Handler, rule: Rule, database: str = "") -> Route:
-    return Route(message, audited(handler), rule, database=database)
+def _write(message: type[Message], handler: Handler, rule: Rule) -> Route:
+    return Route(message, audited(handler), rule)
 
 
 def _run(message: type[Message], handler: Any, rule: Rule = INTERNAL) -> Route:
@@ -87,7 +87,7 @@ ROUTES = Routes(
         Route(GetModel, models.get_model, READ),
         Route(GetModelVersion, models.get_model_version, READ),
         Route(ListModels, models.list_models, READ),
-        _write(LogRun, runs.log_run, LOG, RUNS),
+        _run(LogRun, audited(runs.log_run, attempts=False), LOG),
         _run(GetRun, runs.get_run, READ),
         _run(GetMetrics, runs.get_metrics, READ),
         _run(JobQueued, runs.record_job),

@@ -173,8 +173,11 @@ def _check(message: CreateDeployment) -> None:
     missing = [name for name in ("project_id", "model_fileset_id") if not getattr(message, name)]
     if missing:
         raise Invalid("incomplete", f"{missing[0]} is empty.", "Name a project and a model version.")
-    if not 0 <= message.resources.cpu_count <= 1e6 or message.resources.memory_bytes < 0:
+    wanted = message.resources
+    if not 0 <= wanted.cpu_count <= 1e6 or not 0 <= wanted.memory_bytes <= 1 << 60:
         raise Invalid("bad_resources", "A replica cannot ask for this much.", "Give CPUs and bytes from 0 up.")
+    if not 0 <= wanted.gpu_count <= 1e6 or wanted.gpu_count != int(wanted.gpu_count):
+        raise Invalid("bad_resources", f"gpu_count is {wanted.gpu_count:g}; GPUs are given whole.", "Use 0, 1, 2.")
 
 
 def _first_revision(message: CreateDeployment, deployment: DeploymentRow, build_job_id: str) -> RevisionRow:

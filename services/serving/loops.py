@@ -165,7 +165,8 @@ class Reconciler:
     async def _follow(self, deployment: DeploymentRow, job: OrderedJobRow, *, wanted: bool) -> None:
         """Asks about a job that has been silent, and repeats the order or the halt that did not take."""
         wanted = wanted and deployment.state not in ("deleting", "failed")
-        every_s = self._ask_every_s * (6 if deployment.state == "ready" else 1)
+        rarely = 6 if deployment.state == "ready" else 3 if job.state == "ordered" else 1
+        every_s = self._ask_every_s * rarely
         silent = (to_us(self._clock()) - job.asked_us) / 1e6 >= every_s
         if silent:
             told = await self._peers.job(job.id, deployment.team_id)

@@ -18,8 +18,12 @@ from services.serving.store import DeploymentRow, OrderedJobRow, RevisionRow, Se
 
 T = TypeVar("T")
 MAX_DETAIL = 4000
-# An order that the scheduler does not know after this long, and whose halt was sent, will not be carried out.
-ORDER_LOST_S = 60.0
+# An order that an answering scheduler does not know after this long was refused, and is in its dead letters.
+ORDER_LOST_S = 120.0
+UNKNOWN = {
+    "state": "cancelled",
+    "detail": "The scheduler does not know the job: it was refused, perhaps because its project is not active.",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,13 +150,12 @@ class Steps:
             await unit.set_job(job.id, {"asked_us": to_us(unit.now)})
             if told is not None:
                 await note_snapshot(told, unit)
-            elif wanted and job.state == "ordered":
-                await unit.repeat_order(deployment, job)
             elif job.state != "ordered" or (to_us(unit.now) - job.ordered_us) / 1e6 > ORDER_LOST_S:
-                gone = {"state": "cancelled", "detail": "The scheduler does not know it.", "ended_us": to_us(unit.now)}
-                await unit.set_job(job.id, gone)
+                await unit.set_job(job.id, {**UNKNOWN, "ended_us": to_us(unit.now)})
                 await unit.set_due(deployment.id, 0)
                 return
+            elif wanted:
+                await unit.repeat_order(deployment, job)
             if not wanted:
                 await unit.halt_job(deployment, job.id)
 

@@ -92,7 +92,7 @@ def test_storage_is_the_same_in_every_job_and_artifacts_are_kept_whatever_the_en
     assert lines == ["kept"]
     shown = platform.command("artifacts", "list", job.id, "--json")
     assert [file["path"] for file in json.loads(shown.stdout)] == ["out.txt"], shown.stderr
-    done = platform.command("artifacts", "download", job.id, str(tmp_path / "got"))
+    done = platform.command("artifacts", "download", job.id, "--to", str(tmp_path / "got"))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "got" / "out.txt").read_text() == "result\n"
 

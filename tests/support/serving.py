@@ -171,7 +171,7 @@ class Serving:
 
         outbox = self.store.skeleton.outbox
         async with self.store.view() as view:
-            rows = (await view.session.execute(select(outbox).order_by(outbox.c.id))).all()
+            rows = (await (await view.session.connection()).execute(select(outbox).order_by(outbox.c.id))).all()
         return [(json.loads(row.headers)["ce-type"], json.loads(row.body)) for row in rows]
 
     async def types(self) -> list[str]:

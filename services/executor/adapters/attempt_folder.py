@@ -292,7 +292,7 @@ def _problems(spec: AttemptSpec) -> Iterator[str]:
 
 
 def _command_problems(spec: AttemptSpec) -> Iterator[str]:
-    if not isinstance(spec.attempt_id, str) or not _ATTEMPT_ID.fullmatch(spec.attempt_id):
+    if not _matches(_ATTEMPT_ID, spec.attempt_id):
         yield f"attempt_id {spec.attempt_id!r} is not lower-case letters, digits and dashes, 63 at most"
     words = spec.command if isinstance(spec.command, list) else [spec.command]
     if not words or not all(_is_text(word) for word in words) or not words[0]:
@@ -301,30 +301,32 @@ def _command_problems(spec: AttemptSpec) -> Iterator[str]:
 
 def _environment_problems(spec: AttemptSpec) -> Iterator[str]:
     for name, value in spec.env.items():
-        if not _ENVIRONMENT_NAME.fullmatch(name):
+        if not _matches(_ENVIRONMENT_NAME, name):
             yield f"env has the name {name!r}, which no shell can read"
         if not _is_text(value):
             yield f"env {name} is not a text without NUL"
 
 
 def _number_problems(spec: AttemptSpec) -> Iterator[str]:
-    if not _positive(spec.cpu_count):
-        yield "cpu_count is not a number above 0"
+    for name in ("cpu_count", "node_fence_s"):
+        if not _is_positive(getattr(spec, name)):
+            yield f"{name} is not a number above 0"
     for name in ("memory_bytes", "timeout_s"):
-        if getattr(spec, name) is not None and not _positive(getattr(spec, name)):
+        if getattr(spec, name) is not None and not _is_positive(getattr(spec, name)):
             yield f"{name} is not a number above 0"
-    for name in ("pids_limit", "node_fence_s"):
-        if not _positive(getattr(spec, name)):
-            yield f"{name} is not a number above 0"
-    if not _positive(spec.max_spool_bytes) or spec.max_spool_bytes < _LEAST_SPOOL_BYTES:
-        yield f"max_spool_bytes is not a number from {_LEAST_SPOOL_BYTES}"
-    if not isinstance(spec.stop_grace_s, (int, float)) or spec.stop_grace_s < 0:
+    if spec.stop_grace_s != 0 and not _is_positive(spec.stop_grace_s):
         yield "stop_grace_s is not a number from 0"
-    ports = [*spec.expose_ports, *(p for d in spec.front_door for p in (d.listen_port, d.target_port))]
-    if not all(isinstance(port, int) and 0 < port < 65536 for port in ports):
-        yield "a port is not between 1 and 65535"
-    if not all(isinstance(index, int) and index >= 0 for index in spec.gpu_indices):
+    if not _is_whole(spec.pids_limit, 1):
+        yield "pids_limit is not a whole number above 0"
+    if not _is_whole(spec.max_spool_bytes, _LEAST_SPOOL_BYTES):
+        yield f"max_spool_bytes is not a whole number from {_LEAST_SPOOL_BYTES}"
+    if spec.run_as_uid is not None and not _is_whole(spec.run_as_uid, 1):
+        yield "run_as_uid is not the number of an ordinary user"
+    if not all(_is_whole(index, 0) for index in spec.gpu_indices):
         yield "gpu_indices are not numbers of GPUs"
+    ports = [*spec.expose_ports, *(p for d in spec.front_door for p in (d.listen_port, d.target_port))]
+    if not all(_is_whole(port, 1) and port < 65536 for port in ports):
+        yield "a port is not between 1 and 65535"
 
 
 def _path_problems(spec: AttemptSpec) -> Iterator[str]:
@@ -340,5 +342,13 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and "\0" not in value
 
 
-def _positive(value: object) -> bool:
+def _is_positive(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _matches(pattern: re.Pattern[str], value: object) -> bool:
+    return isinstance(value, str) and pattern.fullmatch(value) is not None

@@ -16,7 +16,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from services.executor.adapters import forward, kernel, processes, sandbox
 from services.executor.adapters.attempt_folder import AttemptFolder, AttemptSpec
@@ -31,6 +31,16 @@ _MESSAGE_BYTES = 2048
 
 class LaunchRefused(Exception):
     """The command was never started; the text says why, for the user to read."""
+
+
+class _Ends(NamedTuple):
+    """The child's ends of the pipes between it and the shim."""
+
+    out: int
+    err: int
+    error: int
+    status: int
+    block: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +82,14 @@ class Job:
         """Walled, the kernel ends all with the first process; otherwise the guardian sees its command die."""
         processes.signal_each([self.root] if self.walled else processes.descendants(self.root), signal.SIGKILL)
 
-    def setup_failed(self) -> bool:
-        """Did bwrap end without ever having started the command? Ask when it has ended."""
-        return self.walled and not any("exit-code" in line for line in _read_to_end(self._status).splitlines())
+    def setup_failed(self, code: int) -> bool:
+        """Did bwrap end with this code of its own, the command never started? Ask when it has ended."""
+        return self.walled and code == 1 and "exit-code" not in _read_to_end(self._status)
 
 
 def launch(spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None) -> Job:
     """Everything but the command itself. Raises LaunchRefused; the caller sweeps what is left of the try."""
-    if os.geteuid() == 0 and not spec.run_as_uid:
+    if os.geteuid() == 0 and spec.run_as_uid is None:
         raise LaunchRefused("the platform runs as root here, and the spec names no other uid to run the job as")
     with _told_as_refusal():
         sandbox.prepare_folders(spec, folder)
@@ -96,13 +106,14 @@ def launch(spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None) -> J
 
 def _fork_job(spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None) -> Job:
     out, err, error, status, block = (os.pipe() for _ in range(5))
+    ends = _Ends(out[1], err[1], error[1], status[1], block[0])
     for pipe in (out, err):
         _prepare_stream(pipe, spec.run_as_uid)
     shim = os.getpid()
     pid = os.fork()
     if pid == 0:
-        _run_child(spec, folder, cgroup, (out[1], err[1], error[1], status[1], block[0]), shim)
-    for descriptor in (out[1], err[1], error[1], status[1], block[0]):
+        _run_child(spec, folder, cgroup, ends, shim)
+    for descriptor in ends:
         os.close(descriptor)
     walled = spec.isolation == "bwrap"
     root = _sandbox_root(status[0], error[0], err[0]) if walled else pid
@@ -122,29 +133,24 @@ def _set_pipe_size(descriptor: int) -> None:
     fcntl.fcntl(descriptor, _F_SETPIPE_SZ, _PIPE_BYTES)
 
 
-def _run_child(
-    spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None, ends: tuple[int, ...], shim: int
-) -> NoReturn:
+def _run_child(spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None, ends: _Ends, shim: int) -> NoReturn:
     """In the fork: become bwrap or the guardian; what goes wrong before is told through the error pipe."""
-    out, err, error, status, block = ends
     try:
-        os.dup2(out, 1)
-        os.dup2(err, 2)
+        os.dup2(ends.out, 1)
+        os.dup2(ends.err, 2)
         _reset_signals()
         if spec.isolation == "bwrap":
             _enter_limits(cgroup)
             os.umask(0o022)
-            sandbox.exec_in_bwrap(spec, folder, status, block)
-        _guard(spec, folder, cgroup, error, block, shim)
+            sandbox.exec_in_bwrap(spec, folder, ends.status, ends.block)
+        _guard(spec, folder, cgroup, ends, shim)
     except Exception as exception:
-        os.write(error, str(exception).encode()[:_MESSAGE_BYTES])
+        os.write(ends.error, str(exception).encode()[:_MESSAGE_BYTES])
     finally:
         os._exit(1)
 
 
-def _guard(
-    spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None, error: int, block: int, shim: int
-) -> NoReturn:
+def _guard(spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None, ends: _Ends, shim: int) -> NoReturn:
     """Stand between shim and command where no PID namespace does: whichever of the two ends, the other's
     processes end too. Orphans of the command come to this process, so a daemon cannot slip away.
     """
@@ -154,8 +160,8 @@ def _guard(
     watched = {signal.SIGCHLD, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     kernel.end_with_parent(signal.SIGTERM, shim)
-    forward.keep_only([error, block])
-    if not os.read(block, 1):
+    forward.keep_only([ends.error, ends.block])
+    if not os.read(ends.block, 1):
         os._exit(1)
     command = os.fork()
     if command == 0:
@@ -164,10 +170,10 @@ def _guard(
             _enter_limits(cgroup)
             sandbox.exec_plainly(spec, folder)
         except Exception as exception:
-            os.write(error, str(exception).encode()[:_MESSAGE_BYTES])
+            os.write(ends.error, str(exception).encode()[:_MESSAGE_BYTES])
         finally:
             os._exit(1)
-    os.close(error)
+    os.close(ends.error)
     code = 128 + signal.SIGKILL
     while signal.sigwait(watched) == signal.SIGCHLD:
         ended, code = _reap(command)

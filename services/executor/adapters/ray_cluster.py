@@ -183,14 +183,14 @@ class RayCluster:
         for ref in ready:
             node_id = asked[ref]
             try:
-                print_, view = ray.get(ref)
+                told, view = ray.get(ref)
             except ray.exceptions.RayError as error:
                 log.warning(
                     "agent does not answer", extra={"node_id": node_id, "reason": short_reason(str(error))}
                 )
                 self._forget_if_dead(node_id, error)
                 continue
-            if print_ == self._fingerprint:
+            if told == self._fingerprint:
                 views[node_id] = view
             else:
                 self._replace_agent(node_id)

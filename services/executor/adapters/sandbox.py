@@ -378,7 +378,8 @@ def _give(path: str, uid: int) -> None:
     for _, _, files, folder in os.fwalk(path, follow_symlinks=False):
         os.fchown(folder, uid, uid)
         for name in files:
-            if os.stat(name, dir_fd=folder, follow_symlinks=False).st_nlink == 1:
+            status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            if status.st_uid != uid and status.st_nlink == 1:
                 os.chown(name, uid, uid, dir_fd=folder, follow_symlinks=False)
 
 

@@ -8,18 +8,15 @@ attempt's folder, and it leaves nothing behind: a shim that ends, or is killed, 
 from __future__ import annotations
 
 import contextlib
-import ctypes  # noqa: F401 - imported before the fork, as all that is used below it
 import json
 import os
 import resource
 import selectors
 import signal
-import sys
 import time
 import traceback
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from services.executor.adapters import kernel, processes
 from services.executor.adapters.attempt_folder import (
@@ -45,12 +42,14 @@ _SAMPLE_SHARE = 20  # memory is looked at for at most a twentieth of the time
 _DRAIN_LIMIT_S = 5.0
 _KILL_AGAIN_S = 1.0
 _ERROR_TAIL_BYTES = 2000
+_NOT_STREAMS = 2  # registered with the selector besides stdout and stderr: the process, the wake-up pipe
 
 
 def become_shim(path: str | os.PathLike[str]) -> ShimRecord:
     """Detach this process from all above it, and record it in the attempt's folder, durably."""
     folder = AttemptFolder(path)
-    os.setsid() if os.getpid() != os.getsid(0) else None
+    with contextlib.suppress(PermissionError):  # it leads a session already
+        os.setsid()
     kernel.set_name("nabla-shim")
     kernel.adopt_orphans()
     os.umask(0o077)
@@ -291,7 +290,7 @@ class _Attempt:
 
     def _explain(self, code: int) -> None:
         """Why a job that nobody ended has ended."""
-        if self._job.setup_failed():
+        if self._job.setup_failed(code):
             self._reason, self._detail = "refused", self._error_tail.decode("utf-8", "replace").strip()
         elif code != 0 and self._cgroup is not None and self._cgroup.oom_kills():
             self._reason = "out_of_memory"
@@ -302,9 +301,6 @@ class _Attempt:
             self._detail = f"not executable: {_first_word(self._spec.command)}"
         elif 128 < code < 128 + signal.NSIG:
             self._detail = f"ended by {_signal_name(code - 128)}"
-
-
-_NOT_STREAMS: Literal[2] = 2  # the process and the wake-up pipe stay registered
 
 
 def _never_started(reason: ExitReason, detail: str) -> ExitRecord:
@@ -348,7 +344,3 @@ def _largest_child_bytes() -> int:
 
 def _now_us() -> int:
     return time.time_ns() // 1000
-
-
-if __name__ == "__main__":
-    run_attempt(sys.argv[1])

@@ -12,6 +12,7 @@ job runs: the spool survives every process, not a power cut.
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 import time
@@ -113,11 +114,11 @@ class SpoolWriter:
 
     def _write_frame(self, stream: Stream, flags: int, at_us: int, lines: int, payload: bytes) -> bool:
         """Append one frame; False when the disk refuses, and then no half of it stays behind."""
+        frame = _Frame(stream, flags, self._next_line, at_us, lines, payload)
         size = _HEADER.size + len(payload)
-        header = _header(stream, flags, self._next_line, at_us, lines, payload)
         try:
             self._open_segment_for(size)
-            if os.writev(self._segment, [header, payload]) != size:
+            if os.writev(self._segment, [frame.header(), payload]) != size:
                 raise OSError("short write")
         except OSError:
             if self._segment >= 0:
@@ -184,7 +185,7 @@ class SpoolReader:
     def acknowledge(self, line_number: int) -> None:
         """Every line below `line_number` is safe elsewhere: delete the segments that hold no other."""
         segments = _segments(self._directory)
-        for path, following in zip(segments, segments[1:], strict=False):
+        for path, following in itertools.pairwise(segments):
             if _first_line(following) <= line_number:
                 path.unlink(missing_ok=True)
 
@@ -232,6 +233,14 @@ class _Frame:
     def end_line(self) -> int:
         return self.first_line + self.line_count
 
+    def header(self) -> bytes:
+        """With a checksum over itself and the payload."""
+        return self._packed(zlib.crc32(self.payload, zlib.crc32(self._packed(0))))
+
+    def _packed(self, checksum: int) -> bytes:
+        counts = (self.first_line, self.at_us, self.line_count, len(self.payload))
+        return _HEADER.pack(_MAGIC, self.stream.encode(), self.flags, checksum, *counts)
+
     def lines_from(self, line_number: int) -> Iterator[tuple[LogLine, int]]:
         """The lines at and behind a number, each with its size in bytes."""
         if self.flags & _DROPPED:
@@ -267,12 +276,6 @@ def _character_boundary(text: bytes, position: int) -> int:
     return position
 
 
-def _header(stream: Stream, flags: int, first_line: int, at_us: int, lines: int, payload: bytes) -> bytes:
-    fields = (first_line, at_us, lines, len(payload))
-    blank = _HEADER.pack(_MAGIC, stream.encode(), flags, 0, *fields)
-    return _HEADER.pack(_MAGIC, stream.encode(), flags, zlib.crc32(payload, zlib.crc32(blank)), *fields)
-
-
 def _frames(path: Path, offset: int) -> Iterator[tuple[int, _Frame]]:
     """Whole frames of a segment from an offset; ends before one that is torn or still being written."""
     try:
@@ -293,17 +296,15 @@ def _frames(path: Path, offset: int) -> Iterator[tuple[int, _Frame]]:
 
 
 def _parse(batch: bytes, start: int) -> _Frame | None:
-    if len(batch) - start < _HEADER.size:
+    """The frame at `start`; None where it is torn or goes on behind the batch."""
+    header = batch[start : start + _HEADER.size]
+    if len(header) < _HEADER.size:
         return None
-    magic, stream, flags, checksum, first_line, at_us, lines, size = _HEADER.unpack_from(batch, start)
+    _, kind, flags, _, first_line, at_us, lines, size = _HEADER.unpack(header)
     payload = batch[start + _HEADER.size : start + _HEADER.size + size]
-    if magic != _MAGIC or len(payload) != size:
-        return None
-    kind: Stream = "o" if stream == b"o" else "e"
-    blank = _HEADER.pack(magic, stream, flags, 0, first_line, at_us, lines, size)
-    if zlib.crc32(payload, zlib.crc32(blank)) != checksum:
-        return None
-    return _Frame(kind, flags, first_line, at_us, lines, payload)
+    stream: Stream = "o" if kind == b"o" else "e"
+    frame = _Frame(stream, flags, first_line, at_us, lines, payload)
+    return frame if frame.header() == header else None
 
 
 def _segments(directory: Path) -> list[Path]:

@@ -143,7 +143,6 @@ def _fork_twice(folder: AttemptFolder, lock: int) -> int:
     report, report_write = os.pipe()
     middle = os.fork()
     if middle == 0:
-        os.setsid()
         if os.fork() == 0:
             _run_shim(folder, lock, report_write)
         os._exit(0)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import NamedTuple
 
+from libs.common.clock import from_us
 from libs.common.contracts.messages import LogRun, Point, Series
 from libs.common.errors import Conflict, Invalid, TooLarge
 
@@ -27,14 +28,13 @@ OVER = frozenset({"succeeded", "failed", "cancelled", "timed_out"})
 _INT64 = 2**63
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """One stored point of one series."""
+class Measured(NamedTuple):
+    """One stored point of one series. A tuple, and its time a number, as a series may have millions of them."""
 
     attempt: int
     step: int
     value: float
-    at: datetime
+    at_us: int
 
 
 def check_log(entry: LogRun) -> None:
@@ -157,7 +157,7 @@ def series(name: str, points: Sequence[Measured], most: int) -> Series:
     values = [point.value for point in line]
     return Series(
         name=name,
-        points=tuple(Point(value=each.value, step=each.step, at=each.at) for each in thinned(line, most)),
+        points=tuple(Point(value=each.value, step=each.step, at=from_us(each.at_us)) for each in thinned(line, most)),
         min=min(values),
         max=max(values),
         last=values[-1],

@@ -10,11 +10,17 @@ from libs.common.routing import Handler
 from services.registry.store.unit import CatalogueUnit
 
 
-def audited(handler: Handler) -> Handler:
-    """The handler, with an audit row in the transaction of each request that it grants."""
+def audited(handler: Handler, *, attempts: bool = True) -> Handler:
+    """The handler, with an audit row in the transaction of each request that it grants.
+
+    Args:
+        attempts: whether those of running jobs are kept, too; what they log is its own record.
+    """
 
     async def grant(message: Message, unit: CatalogueUnit, call: Envelope) -> Message:
         reply: Any = await handler(message, unit, call)
+        if call.principal.kind == "attempt" and not attempts:
+            return cast("Message", reply)
         team_id = call.principal.team_id or getattr(reply, "team_id", "")
         await unit.audit(call, message, getattr(reply, "id", "") or getattr(reply, "job_id", ""), team_id)
         return cast("Message", reply)

@@ -135,9 +135,12 @@ def _name_of(job: Job) -> str:
 
 async def _run_to_log(message: LogRun, unit: RunsUnit, principal: Principal) -> Tracked:
     """The run to write to. A job's first words may come before the event that the job runs."""
-    own = principal.kind == "attempt" and message.job_id in {"", principal.job_id}
-    if not own or await unit.runs.get(principal.job_id):
-        return await _visible_run(message.job_id or principal.job_id, unit, principal)
+    job_id = message.job_id or principal.job_id
+    if principal.kind != "attempt" or job_id != principal.job_id:
+        return await _visible_run(job_id, unit, principal)
+    found = await unit.runs.get(job_id)
+    if found:
+        return found
     run = Tracked(
         id=principal.job_id,
         team_id=principal.team_id,

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import BigInteger, ColumnElement, Index, Table, and_, func, or_, select
@@ -177,8 +178,7 @@ class Runs:
             query = query.where(POINTS.c.name == name)
         rows = await self._unit.execute(query.order_by(POINTS.c.name, POINTS.c.attempt, POINTS.c.step))
         return {
-            metric: [Measured(row.attempt, row.step, row.value, from_us(row.at_us)) for row in group]
-            for metric, group in groupby(rows, key=lambda row: row.name)
+            metric: [Measured._make(row[1:]) for row in group] for metric, group in groupby(rows, key=itemgetter(0))
         }
 
     async def unchecked(self, before: datetime, limit: int) -> list[Tracked]:

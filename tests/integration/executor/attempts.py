@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,7 +98,7 @@ class Node:
         self.zygote.kill()
         self.zygote.wait()
         for folder in self.folders:
-            eventually(lambda folder=folder: not processes_of(folder), "the end of the attempt's processes")
+            eventually(partial(has_ended, folder), "the end of the attempt's processes")
             cgroup.remove_leftover(folder.path.name)
 
 
@@ -132,6 +133,10 @@ def said(folder: AttemptFolder, text: str) -> bool:
 
 def started(folder: AttemptFolder) -> StartedRecord:
     return eventually(folder.read_started, "the start of the attempt")
+
+
+def has_ended(folder: AttemptFolder) -> bool:
+    return not processes_of(folder)
 
 
 def processes_of(folder: AttemptFolder) -> list[int]:

@@ -38,9 +38,7 @@ class RayHead:
         command = [str(Path(sys.executable).parent / "ray"), "start", "--head", f"--port={self.port}"]
         command += ["--node-ip-address=127.0.0.1", "--num-cpus=4", "--num-gpus=2", "--include-dashboard=false"]
         command += [f"--temp-dir={self.folder}", "--disable-usage-stats"]
-        subprocess.run(
-            command, env=self.environment, check=True, capture_output=True, timeout=START_LIMIT_S, cwd="/"
-        )
+        subprocess.run(command, env=self.environment, check=True, capture_output=True, timeout=START_LIMIT_S, cwd="/")
 
     def stop(self) -> None:
         """Ends every process of this head by its number: those that name its folder or its port, and their children."""

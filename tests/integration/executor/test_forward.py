@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 
@@ -108,7 +109,7 @@ def receive_all_and_forget(connection: socket.socket) -> None:
 
 
 def test_each_door_leads_to_its_own_target(node: Node) -> None:
-    servers = [Server(lambda connection, n=n: connection.sendall(b"server %d" % n)) for n in range(3)]
+    servers = [Server(partial(say, b"server %d" % n)) for n in range(3)]
     doors = [FrontDoor(7000 + n, "127.0.0.1", server.port) for n, server in enumerate(servers)]
     script = "".join(
         f"c = __import__('socket').create_connection(('127.0.0.1', {door.listen_port})); print(c.recv(99).decode())\n"
@@ -118,6 +119,10 @@ def test_each_door_leads_to_its_own_target(node: Node) -> None:
     for server in servers:
         server.__exit__()
     assert ended.lines("o") == ["server 0", "server 1", "server 2"], ended.text
+
+
+def say(what: bytes, connection: socket.socket) -> None:
+    connection.sendall(what)
 
 
 def test_only_the_front_door_is_reachable(node: Node) -> None:
@@ -197,7 +202,7 @@ def test_two_attempts_may_use_the_same_port(node: Node) -> None:
     ports = [started(folder).ports[9000] for folder in folders]
     assert ports[0] != ports[1]
     for folder, port in zip(folders, ports, strict=True):
-        eventually(lambda folder=folder: said(folder, "listening"), "the server inside")
+        eventually(partial(said, folder, "listening"), "the server inside")
         with socket.create_connection(("127.0.0.1", port), 20) as connection:
             connection.shutdown(socket.SHUT_WR)
             assert receive_all(connection) == b"inside got 0"

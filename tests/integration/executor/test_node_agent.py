@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -233,7 +233,10 @@ async def test_a_stop_is_heard_while_the_workspace_cannot_be_fetched(
     ("template", "said"),
     [
         ({"workspace_id": "fs0none"}, "the workspace cannot be fetched: There is no file set fs0none."),
-        ({"environment": Environment(kind="venv", path="/nowhere")}, "/nowhere is not a Python environment on this node"),
+        (
+            {"environment": Environment(kind="venv", path="/nowhere")},
+            "/nowhere is not a Python environment on this node",
+        ),
         ({"environment": Environment(kind="requirements", requirements="-r /etc/passwd")}, "is not a package's name"),
     ],
 )
@@ -308,5 +311,3 @@ async def test_a_flood_of_output_arrives_whole(config: AgentConfig, neighbours: 
         await ended(agent, asked.attempt_id)
     found = await texts(neighbours, asked)
     assert found == [str(number) for number in range(1, 200_001)]
-
-

@@ -28,12 +28,14 @@ from libs.common.contracts.messages import (
 from libs.common.ids import new_id
 from libs.common.migrations import migrate
 from libs.common.service import Service
-from services.executor.app import build
+from services.executor.adapters.ray_cluster import RayCluster
+from services.executor.app import agent_config, build
 from services.executor.routes import routes
 from services.executor.settings import ExecutorSettings
 from tests.integration.executor.ray_head import RayHead, running_ray
 from tests.integration.executor.world import TEAM, Neighbours, ObjectStore, grants, meet_neighbours, until
 from tests.support.nats import NatsServer, running_nats
+from tests.unit.executor.cluster_suite import ClusterSuite
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 ROOT = Path(__file__).resolve().parents[3]
@@ -254,9 +256,6 @@ async def test_a_job_outlives_its_agent_and_the_executor(
 async def test_nothing_stays_reserved_when_all_has_ended(
     settings: ExecutorSettings, neighbours: Neighbours, onlooker: Onlooker
 ) -> None:
-    from services.executor.adapters.ray_cluster import RayCluster
-    from services.executor.app import agent_config
-
     cluster = RayCluster(settings.find_ray_address, agent_config(settings))
 
     async def nothing() -> bool:
@@ -264,3 +263,56 @@ async def test_nothing_stays_reserved_when_all_has_ended(
 
     await until(nothing, 10)
     await cluster.close()
+
+
+class TestRayCluster(ClusterSuite):
+    """Ray keeps the same promises as the fake of the unit tests."""
+
+    @pytest.fixture
+    async def cluster(self, settings: ExecutorSettings, neighbours: Neighbours) -> AsyncIterator[RayCluster]:
+        made = RayCluster(settings.find_ray_address, agent_config(settings))
+        yield made
+        await made.close()
+
+    @pytest.fixture
+    async def node_id(self, cluster: RayCluster) -> str:
+        async def find() -> str:
+            return next((node.id for node in await cluster.look({}) if node.agent), "")
+
+        found: str = await until(find, 40)
+        return found
+
+    async def test_an_agent_of_another_configuration_is_replaced(
+        self, cluster: RayCluster, node_id: str, settings: ExecutorSettings, ray_head: RayHead
+    ) -> None:
+        before = ray_head.agent_pid()
+        other = settings.model_copy(update={"node_fence_s": 60.0})
+        newer = RayCluster(settings.find_ray_address, agent_config(other))
+
+        async def answers() -> bool:
+            return any(node.agent for node in await newer.look({}))
+
+        await until(answers, 20)
+        assert ray_head.agent_pid() != before
+        await newer.close()
+
+
+async def test_a_job_outlives_ray_itself(
+    settings: ExecutorSettings, neighbours: Neighbours, onlooker: Onlooker, ray_head: RayHead
+) -> None:
+    async with running(settings) as service:
+        first = await onlooker.ready_node()
+        asked = start(first, "for i in $(seq 150); do echo line $i; sleep 0.1; done")
+        await neighbours.send(asked, asked.attempt_id)
+        await until(lambda: stdout(neighbours, asked.job_id))
+        await asyncio.to_thread(ray_head.stop)
+
+        async def told() -> bool:
+            return "does not answer" in service.describe()[1]
+
+        await until(told, 15)
+        await asyncio.to_thread(ray_head.start)
+        end = await onlooker.end_of(asked.attempt_id, 60)
+    assert (end.reason, end.exit_code) == ("exited", 0)
+    assert end.node_id != first
+    assert await stdout(neighbours, asked.job_id) == [f"line {number}" for number in range(1, 151)]

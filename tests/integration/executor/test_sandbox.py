@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from services.executor.adapters import sandbox
+from services.executor.adapters import sandbox, zygote
 from services.executor.adapters.attempt_folder import Bind, Isolation
 from tests.integration.executor.attempts import (
     JOB_UID,
@@ -221,8 +221,6 @@ def test_files_shared_by_hard_links_keep_their_owner(node: Node, isolation: Isol
     os.link(stored, folder.workspace / "linked")
     (folder.workspace / "own").write_text("file")
     owner = stored.stat().st_uid
-    from services.executor.adapters import zygote
-
     zygote.start_attempt(node.socket, folder.path)
     node.end_of(folder)
     assert stored.stat().st_uid == owner

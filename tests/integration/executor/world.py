@@ -192,9 +192,7 @@ class Neighbours:
         return FilePage(fileset=fileset, items=files)
 
     def _open(self, order: OpenFileset) -> FilesetGrant:
-        fileset = Fileset(
-            id=new_id("fileset"), kind=order.kind, state="open", digest=order.digest, job_id=order.job_id
-        )
+        fileset = Fileset(id=new_id("fileset"), kind=order.kind, state="open", digest=order.digest, job_id=order.job_id)
         self.filesets[fileset.id] = (fileset, order.files)
         uploads = tuple(
             file.model_copy(update={"url": f"{self.objects.url}/{fileset.id}/{file.path}"}) for file in order.files
@@ -216,9 +214,7 @@ class Neighbours:
 
 
 async def meet_neighbours(server: NatsServer, objects: ObjectStore) -> Neighbours:
-    client = await nats.connect(
-        server.url, nkeys_seed_str=server.seed(NEIGHBOURS), inbox_prefix=f"_INBOX_{NEIGHBOURS}"
-    )
+    client = await nats.connect(server.url, nkeys_seed_str=server.seed(NEIGHBOURS), inbox_prefix=f"_INBOX_{NEIGHBOURS}")
     neighbours = Neighbours(client, objects)
     await neighbours.serve()
     return neighbours

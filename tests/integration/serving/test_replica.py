@@ -26,13 +26,6 @@ pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parents[3]
 PYTHON = ROOT / ".venv-serving" / "bin" / "python"
 TOKEN = "nble_of-a-test"
-TRAIN = """
-import sys, joblib
-from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
-data = load_digits()
-joblib.dump(LogisticRegression(max_iter=200).fit(data.data, data.target), sys.argv[1])
-"""
 DIGITS = """
 import asyncio
 import json
@@ -126,11 +119,14 @@ def _wait_until_ready(replica: Replica, process: subprocess.Popen[bytes], log: P
 
 @pytest.fixture(scope="module")
 def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
-    """Trained, built and served once for this module. The bento lies where an input of all artifacts puts it."""
+    """The example, trained outside of Nabla, built and served once for this module. The bento lies where an input of all artifacts puts it."""
     folder = tmp_path_factory.mktemp("replica")
-    (folder / "model").mkdir()
-    trained = run_python("-c", TRAIN, str(folder / "model" / "model.joblib"))
+    trained = run_python(str(ROOT / "examples" / "digits" / "train.py"), NABLA_ARTIFACTS=str(folder / "trained"))
     assert trained.returncode == 0, trained.stderr
+    assert "test accuracy 9" in trained.stdout
+    assert "rows: truth" in (folder / "trained" / "report.txt").read_text()
+    (folder / "model").mkdir()
+    (folder / "trained" / "model.joblib").rename(folder / "model" / "model.joblib")
     built = build(folder)
     assert built.returncode == 0, built.stderr
     workspace = folder / "workspace"
@@ -144,7 +140,8 @@ def test_real_digits_are_predicted(replica: Replica) -> None:
     rows, labels = json.loads(run_python("-c", DIGITS).stdout)
     answer = replica.post({"inputs": rows})
     assert answer.status_code == 200
-    assert answer.json()["predictions"] == labels
+    right = sum(given == label for given, label in zip(answer.json()["predictions"], labels, strict=True))
+    assert right >= 19
     assert [len(row) for row in answer.json()["probabilities"]] == [10] * 20
     assert all(abs(sum(row) - 1) < 1e-6 for row in answer.json()["probabilities"])
 

@@ -155,6 +155,7 @@ def test_field_of_a_newer_agent_is_ignored(tmp_path: Path) -> None:
         ("front_door", [{"listen_port": 1}]),
         ("expose_ports", [70000]),
         ("gpu_indices", ["0"]),
+        ("run_as_uid", 0),
     ],
 )
 def test_malformed_spec_is_refused(tmp_path: Path, field: str, value: Any) -> None:

@@ -28,6 +28,7 @@ from libs.common.contracts.messages import (
     GetService,
     Job,
     JobDetail,
+    JobPage,
     JobQueued,
     JobTemplate,
     ListFiles,
@@ -264,8 +265,6 @@ async def test_large_numbers_are_json_numbers_and_times_are_utc(client: httpx.As
 async def test_names_in_filters_are_resolved_and_ids_are_taken_as_they_are(
     client: httpx.AsyncClient, world: World
 ) -> None:
-    from libs.common.contracts.messages import JobPage
-
     world.owners.answers[ListJobs] = lambda _: JobPage()
     await client.get("/api/v1/jobs?project_id=digits", headers=BEARER)
     project_id = "pr" + "0" * 26

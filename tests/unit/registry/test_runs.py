@@ -246,7 +246,7 @@ values = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
 @given(st.lists(values, min_size=1, max_size=400), st.integers(4, 60))
 def test_thinned_series_keeps_first_last_and_extremes_in_order(numbers: list[float], most: int) -> None:
-    line = [Measured(1, step, value, AT) for step, value in enumerate(numbers)]
+    line = [Measured(1, step, value, 0) for step, value in enumerate(numbers)]
     kept = rules.thinned(line, most)
     assert len(kept) <= most
     assert len(kept) == len(line) or len(kept) >= min(4, len(line)) - 3
@@ -260,7 +260,7 @@ def test_thinned_series_keeps_first_last_and_extremes_in_order(numbers: list[flo
 
 @given(st.integers(5, 2000), st.integers(8, 100))
 def test_thinned_series_is_even(count: int, most: int) -> None:
-    line = [Measured(1, step, float(step), AT) for step in range(count)]
+    line = [Measured(1, step, float(step), 0) for step in range(count)]
     steps = [point.step for point in rules.thinned(line, most)]
     widest = max(b - a for a, b in pairwise(steps))
     assert widest <= math.ceil((count - 1) / (most - 4 + 1)) + 1
@@ -270,7 +270,7 @@ def test_thinned_series_is_even(count: int, most: int) -> None:
 def test_spliced_line_takes_each_step_from_the_newest_attempt_that_came_there(
     found: dict[tuple[int, int], float],
 ) -> None:
-    stored = [Measured(attempt, step, value, AT) for (attempt, step), value in sorted(found.items())]
+    stored = [Measured(attempt, step, value, 0) for (attempt, step), value in sorted(found.items())]
     line = rules.spliced(stored)
     steps = [point.step for point in line]
     assert steps == sorted(set(steps))

@@ -26,6 +26,7 @@ from libs.common.contracts.messages import (
     JobSucceeded,
     JobTimedOut,
     ListDeployments,
+    Resources,
 )
 from libs.common.errors import Conflict, Forbidden, Invalid, NotFound
 from libs.common.ids import secret_hash
@@ -95,6 +96,9 @@ async def test_a_name_that_cannot_be_a_host_name_is_refused(serving: Serving) ->
         await serving.send(CREATE.model_copy(update={"name": "My Digits"}))
     with pytest.raises(Invalid):
         await serving.send(CREATE.model_copy(update={"model_fileset_id": ""}))
+    for wrong in (Resources(cpu_count=-1), Resources(gpu_count=0.5), Resources(memory_bytes=-1)):
+        with pytest.raises(Invalid):
+            await serving.send(CREATE.model_copy(update={"resources": wrong}))
     assert await serving.emitted() == []
 
 

@@ -200,7 +200,7 @@ async def test_an_order_that_overtakes_its_halt_is_halted_again(serving: Serving
     job_id = created.revision.build_job_id
     await serving.send(DeleteDeployment(deployment_id="digits"))
     for _ in range(8):
-        serving.pass_time(10)
+        serving.pass_time(20)
         await serving.look()
     assert (await serving.deployment(created.id)).state == "deleted"
     halts = (await serving.types()).count("job.halt")
@@ -213,24 +213,34 @@ async def test_it_converges_with_every_event_lost(serving: Serving) -> None:
     build = created.revision.build_job_id
     serving.peers.bentos[build] = "fs-bento"
     serving.peers.jobs[build] = Job(id=build, state="succeeded", revision=7)
-    serving.pass_time(6)
+    serving.pass_time(16)
     await serving.look(3)
     replica = (await serving.deployment()).revision.replica_job_id
     port = str((await serving.ordered(replica)).port)
     serving.health.healthy.add(ADDRESS)
     attempt = Attempt(addresses={port: ADDRESS})
     serving.peers.jobs[replica] = Job(id=replica, state="running", revision=7, attempt=attempt)
-    serving.pass_time(6)
+    serving.pass_time(16)
     await serving.look(3)
     assert (await serving.deployment()).state == "ready"
 
 
 async def test_an_order_the_scheduler_never_got_is_repeated_under_the_same_id(serving: Serving) -> None:
     created = await serving.send(CREATE)
-    serving.pass_time(6)
+    serving.pass_time(16)
     await serving.look()
     orders = [body["job_id"] for kind, body in await serving.emitted() if kind == "job.order.v1"]
     assert orders == [created.revision.build_job_id] * 2
+
+
+async def test_an_order_the_scheduler_refuses_fails_the_deployment_after_a_while(serving: Serving) -> None:
+    await serving.send(CREATE)
+    for _ in range(10):
+        serving.pass_time(16)
+        await serving.look(2)
+    failed = await serving.deployment()
+    assert (failed.state, "project is not active" in failed.detail) == ("failed", True)
+    assert (await serving.types()).count("job.order") <= 9
 
 
 async def test_nothing_is_lost_while_the_scheduler_is_silent(serving: Serving) -> None:

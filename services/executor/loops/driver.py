@@ -1,0 +1,199 @@
+"""Takes each due execution one step further."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from libs.common.clock import to_us, utc_now
+from libs.common.faults import crash_point
+from libs.common.ids import new_secret, secret_hash
+from libs.common.telemetry import span
+from services.executor.domain.execution import ACCEPTED, ENDED, RESERVED, amounts_for
+from services.executor.domain.inventory import GONE
+from services.executor.handlers import advance
+from services.executor.loops.endings import ExecutorStore, end_execution, load
+from services.executor.ports import Cluster, ClusterAway, NodeAway, NoRoom, Reservation, StartOrder
+from services.executor.settings import ExecutorSettings
+from services.executor.store import NEVER_US, ExecutionRow, ExecutorUnit
+
+AT_ONCE = 32
+STOP_GRACE_S = 15.0
+
+log = logging.getLogger(__name__)
+
+
+class Driver:
+    """Takes each due execution one step further: reserve, tell, stop, release, drop."""
+
+    def __init__(self, store: ExecutorStore, cluster: Cluster, settings: ExecutorSettings) -> None:
+        self._store = store
+        self._cluster = cluster
+        self._settings = settings
+        self._woken = asyncio.Event()
+        self._busy: dict[str, asyncio.Task[None]] = {}
+        self._slots = asyncio.Semaphore(AT_ONCE)
+
+    def wake(self) -> None:
+        self._woken.set()
+
+    async def run(self) -> None:
+        try:
+            while True:
+                self._woken.clear()
+                await self.look_for_work()
+                await _wait_for(self._woken, min(1.0, self._settings.reconcile_s))
+        finally:
+            for task in self._busy.values():
+                task.cancel()
+            await self._cluster.close()
+
+    async def look_for_work(self) -> None:
+        """Begins a visit to every due execution that has none under way."""
+        async with self._store.view() as view:
+            due = await view.due()
+        for row in due:
+            if row.id not in self._busy:
+                self._busy[row.id] = asyncio.create_task(self._visit(row))
+
+    async def settle(self) -> None:
+        """Waits for the visits under way."""
+        while self._busy:
+            await asyncio.gather(*self._busy.values())
+
+    async def _visit(self, row: ExecutionRow) -> None:
+        try:
+            async with self._slots:
+                with span("drive execution", row.traceparent, object=row.id, state=row.state):
+                    await self._step(row)
+        except (ClusterAway, TimeoutError) as error:
+            log.info("execution waits", extra={"attempt_id": row.id, "reason": str(error)})
+            await self._look_again(row, self._settings.reconcile_s)
+        except Exception:
+            log.exception("execution is looked at again", extra={"attempt_id": row.id})
+            await self._look_again(row, self._settings.reconcile_s)
+        finally:
+            del self._busy[row.id]
+            self._woken.set()
+
+    async def _step(self, row: ExecutionRow) -> None:
+        if row.state == ENDED:
+            await self._clean_up(row)
+        elif row.stop_reason:
+            await self._stop(row)
+        elif row.state == ACCEPTED:
+            await self._reserve_and_tell(row)
+        elif row.state == RESERVED:
+            # Somebody crashed between reserving and noting that the agent was told: a new token, and again.
+            await self._tell(row, *await self._store.run(lambda unit: self._prepare_order(unit, row.id)))
+        else:
+            await self._look_again(row, None)
+
+    async def _reserve_and_tell(self, row: ExecutionRow) -> None:
+        amounts = amounts_for(row.read_template().resources)
+        try:
+            gpus = await self._cluster.reserve(Reservation(row.id, row.node_id, amounts))
+        except NodeAway as error:
+            await self._end(row, "lost", f"it never started: {error}")
+        except NoRoom as error:
+            await self._wait_for_room(row, error)
+        else:
+            crash_point("executor.after_reserve")
+            reserved, token, uid = await self._store.run(lambda unit: self._note_reserved(unit, row.id, gpus))
+            await self._tell(reserved, token, uid)
+
+    async def _note_reserved(
+        self, unit: ExecutorUnit, attempt_id: str, gpus: Sequence[int]
+    ) -> tuple[ExecutionRow, str, int]:
+        row = await advance(unit, await load(unit, attempt_id), "reserve", gpu_indices=list(gpus))
+        return row, *await self._prepare_order(unit, attempt_id)
+
+    async def _prepare_order(self, unit: ExecutorUnit, attempt_id: str) -> tuple[str, int]:
+        """A fresh token, of which only the hash is kept, and the uid of the team."""
+        row, token = await load(unit, attempt_id), new_secret("nbla")
+        await unit.keep_token(secret_hash(token), row.id)
+        return token, self._settings.uid_base + await unit.team_number(row.team_id)
+
+    async def _wait_for_room(self, row: ExecutionRow, error: NoRoom) -> None:
+        waited_s = (to_us(utc_now()) - row.accepted_us) / 1_000_000
+        if waited_s < self._settings.reserve_patience_s:
+            await self._look_again(row, 0.0)
+            return
+        await self._end(row, "lost", f"it never started: {error}")
+
+    async def _tell(self, row: ExecutionRow, token: str, uid: int) -> None:
+        if row.stop_reason or row.state == ENDED:
+            return
+        await self._cluster.start(row.node_id, self._order(row, token, uid))
+        crash_point("executor.after_tell")
+        await self._store.run(lambda unit: self._note_told(unit, row.id))
+
+    def _order(self, row: ExecutionRow, token: str, uid: int) -> StartOrder:
+        return StartOrder(
+            attempt_id=row.id,
+            job_id=row.job_id,
+            number=row.number,
+            team_id=row.team_id,
+            project_id=row.project_id,
+            experiment_id=row.experiment_id,
+            template=row.read_template(),
+            token=token,
+            team_uid=uid,
+            gpu_indices=tuple(row.gpu_indices),
+            traceparent=row.traceparent,
+        )
+
+    async def _note_told(self, unit: ExecutorUnit, attempt_id: str) -> None:
+        row = await load(unit, attempt_id)
+        if row.state == ENDED:
+            return
+        visit_us = 0 if row.stop_reason else NEVER_US
+        if row.state == RESERVED:
+            await advance(unit, row, "tell", told_us=to_us(unit.now), visit_us=visit_us)
+        else:
+            await unit.change(row, told_us=to_us(unit.now), visit_us=visit_us)
+
+    async def _stop(self, row: ExecutionRow) -> None:
+        if row.state == ACCEPTED:
+            await self._end(row, "stopped", row.stop_reason)
+            return
+        known = await self._cluster.stop(row.node_id, row.id, STOP_GRACE_S, row.stop_reason)
+        if not known and row.state == RESERVED:
+            await self._end(row, "stopped", row.stop_reason)
+            return
+        await self._look_again(row, self._settings.reconcile_s)
+
+    async def _end(self, row: ExecutionRow, reason: str, detail: str) -> None:
+        await end_execution(self._store, row.id, reason, detail)
+
+    async def _clean_up(self, row: ExecutionRow) -> None:
+        await self._cluster.release(row.id)
+        keep_until_us = (row.ended_us or 0) + int(self._settings.keep_folder_s * 1_000_000)
+        if not row.log_sealed or row.told_us is None:
+            await self._visit_at(row, NEVER_US)
+        elif to_us(utc_now()) < keep_until_us:
+            await self._visit_at(row, keep_until_us)
+        else:
+            await self._drop(row)
+
+    async def _drop(self, row: ExecutionRow) -> None:
+        async with self._store.view() as view:
+            present = {node.id for node in await view.nodes() if node.state != GONE}
+        if row.node_id in present:
+            await self._cluster.drop(row.node_id, row.id)
+        await self._visit_at(row, NEVER_US)
+
+    async def _look_again(self, row: ExecutionRow, after_s: float | None) -> None:
+        at_us = NEVER_US if after_s is None else to_us(utc_now()) + int(after_s * 1_000_000)
+        await self._visit_at(row, at_us)
+
+    async def _visit_at(self, row: ExecutionRow, at_us: int) -> None:
+        await self._store.run(lambda unit: unit.visit_again(row, at_us))
+
+
+async def _wait_for(event: asyncio.Event, timeout_s: float) -> None:
+    try:
+        await asyncio.wait_for(event.wait(), timeout_s)
+    except TimeoutError:
+        return

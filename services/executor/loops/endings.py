@@ -1,0 +1,24 @@
+"""Endings that no node agent reports."""
+
+from __future__ import annotations
+
+from libs.common.store import Store
+from services.executor.handlers import advance
+from services.executor.store import ExecutionRow, ExecutorUnit
+
+ExecutorStore = Store[ExecutorUnit]
+
+
+async def end_execution(store: ExecutorStore, attempt_id: str, reason: str, detail: str) -> None:
+    """Ends an execution that no agent will report the end of."""
+
+    async def end(unit: ExecutorUnit) -> None:
+        await advance(unit, await load(unit, attempt_id), "end", reason=reason, detail=detail)
+
+    await store.run(end)
+
+
+async def load(unit: ExecutorUnit, attempt_id: str) -> ExecutionRow:
+    row = await unit.execution(attempt_id)
+    assert row, "executions are never deleted"
+    return row

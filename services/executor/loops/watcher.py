@@ -1,0 +1,159 @@
+"""Looks at the nodes, tells others, learns what reports did not bring, and gives up what is truly lost."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from libs.common.clock import to_us, utc_now
+from libs.common.contracts.messages import Execution, NodesReported
+from libs.common.telemetry import meter
+from services.executor.domain.execution import ENDED, FINISHING, RUNNING, STARTING
+from services.executor.domain.inventory import GONE, READY, SILENT, KnownNode, changed, next_inventory
+from services.executor.handlers import node_snapshot, take_report
+from services.executor.loops.endings import ExecutorStore, end_execution
+from services.executor.ports import Cluster, ClusterAway, NodeView
+from services.executor.settings import ExecutorSettings
+from services.executor.store import ExecutionRow, ExecutorUnit, known_node, node_row
+
+# The inventory is sent this often even unchanged: it is the executor's sign of life.
+REPORT_S = 5.0
+# A start may be on its way to the agent this long before its absence there means anything.
+ON_ITS_WAY_US = 30 * 1_000_000
+PLATFORM_TEAM = "platform"
+
+_nodes_gauge = meter().create_gauge("nabla_nodes_ready_count", description="Nodes that can take work")
+
+
+class Watcher:
+    """The inventory's one writer."""
+
+    def __init__(
+        self,
+        store: ExecutorStore,
+        cluster: Cluster,
+        settings: ExecutorSettings,
+        on_change: Callable[[], None],
+        clock_s: Callable[[], float] = lambda: time.clock_gettime(time.CLOCK_BOOTTIME),
+    ) -> None:
+        self._store = store
+        self._cluster = cluster
+        self._settings = settings
+        self._on_change = on_change
+        self._clock_s = clock_s
+        self._nodes: tuple[KnownNode, ...] = ()
+        self._reported_s = float("-inf")
+        self.detail = "the Ray cluster is still starting"
+
+    async def run(self) -> None:
+        await self.recall()
+        while True:
+            ready = await self.look()
+            await asyncio.sleep(self._settings.look_s if ready else min(0.25, self._settings.look_s))
+
+    async def recall(self) -> None:
+        """Begins with the nodes known before a restart; each counts as heard now, which errs on the safe side."""
+        async with self._store.view() as view:
+            rows = await view.nodes()
+        self._nodes = tuple(known_node(row, self._clock_s()) for row in rows)
+
+    async def look(self) -> bool:
+        """One pass; whether some node is ready."""
+        believed = await self._believed()
+        try:
+            views = await self._cluster.look(believed)
+            self.detail = "" if views else "no node of the Ray cluster is alive"
+        except (ClusterAway, TimeoutError) as error:
+            views, self.detail = (), str(error) or "the Ray cluster does not answer"
+        now_s = self._clock_s()
+        seen = {view.id: _known(view, now_s) for view in views}
+        after = next_inventory(self._nodes, seen, now_s, self._settings.node_fence_s)
+        for view in views:
+            await self._learn(view)
+        await self._give_up(after)
+        await self._save(after, now_s)
+        ready = sum(node.state == READY for node in after)
+        _nodes_gauge.set(ready)
+        return ready > 0
+
+    async def _believed(self) -> dict[str, dict[str, str]]:
+        async with self._store.view() as view:
+            rows = await view.unfinished()
+        believed: dict[str, dict[str, str]] = {}
+        for row in rows:
+            believed.setdefault(row.node_id, {})[row.id] = row.state
+        return believed
+
+    async def _learn(self, view: NodeView) -> None:
+        """Applies what the agent knows better, and settles differences about which attempts there are."""
+        if view.agent is None:
+            return
+        for report in view.agent.news:
+            await self._store.run(partial(self._take, report=report))
+        async with self._store.view() as unit:
+            here = {row.id: row for row in await unit.attempts_on([view.id])}
+            strays = [row for row in await unit.executions(view.agent.held - set(here)) if row.state == ENDED]
+        for row in here.values():
+            if row.id not in view.agent.held:
+                await self._miss(row)
+        for row in strays:
+            if row.reason == "lost":
+                await self._cluster.stop(view.id, row.id, 0.0, "the attempt was given up")
+
+    async def _take(self, unit: ExecutorUnit, report: Execution) -> None:
+        row = await unit.execution(report.attempt_id)
+        if row:
+            await take_report(unit, row, report)
+
+    async def _miss(self, row: ExecutionRow) -> None:
+        """The node's agent answers and has never heard of this attempt."""
+        if row.told_us is None or to_us(utc_now()) - row.told_us < ON_ITS_WAY_US:
+            return
+        if row.state in (STARTING, RUNNING, FINISHING):
+            detail = "its node no longer has its folder"
+            await end_execution(self._store, row.id, "lost", detail)
+
+    async def _give_up(self, nodes: Sequence[KnownNode]) -> None:
+        gone = [node.id for node in nodes if node.state == GONE]
+        if not gone:
+            return
+        async with self._store.view() as view:
+            rows = await view.attempts_on(gone)
+        for row in rows:
+            detail = f"its node was out of contact for {self._settings.node_fence_s:.0f} s and more"
+            await end_execution(self._store, row.id, "lost", detail)
+
+    async def _save(self, nodes: Sequence[KnownNode], now_s: float) -> None:
+        """Saves and sends the inventory when it changed or is due; a node that is gone is sent once, then forgotten."""
+        differs = changed(self._nodes, nodes)
+        if differs or now_s - self._reported_s >= REPORT_S:
+            await self._store.run(lambda unit: self._report(unit, nodes))
+            self._reported_s = now_s
+        self._nodes = tuple(node for node in nodes if node.state != GONE)
+        if differs:
+            self._on_change()
+
+    async def _report(self, unit: ExecutorUnit, nodes: Sequence[KnownNode]) -> None:
+        detail = "" if any(node.state == READY for node in nodes) else self.detail
+        await unit.save_nodes([node for node in nodes if node.state != GONE], detail)
+        seen_us = to_us(unit.now)
+        snapshots = tuple(node_snapshot(node_row(node, seen_us)) for node in nodes)
+        await unit.emit(NodesReported(nodes=snapshots, detail=detail), team_id=PLATFORM_TEAM, object_id="inventory")
+
+
+def _known(view: NodeView, now_s: float) -> KnownNode:
+    agent = view.agent
+    return KnownNode(
+        id=view.id,
+        hostname=view.hostname,
+        state=READY if agent else SILENT,
+        cpu_count=view.cpu_count,
+        memory_bytes=view.memory_bytes,
+        gpu_count=view.gpu_count,
+        gpu_model=view.gpu_model,
+        isolation=agent.isolation if agent else "",
+        isolation_detail=agent.isolation_detail if agent else "",
+        heard_s=now_s,
+    )

@@ -1,0 +1,132 @@
+"""A cluster in memory. It keeps every promise of the port that the cluster suite checks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from libs.common.clock import utc_now
+from libs.common.contracts.messages import Execution
+from services.executor.ports import (
+    AgentView,
+    ClusterAway,
+    NodeAway,
+    NodeView,
+    NoRoom,
+    Reservation,
+    StartOrder,
+)
+
+NODE = "node1"
+
+
+@dataclass
+class FakeCluster:
+    """One node of 4 CPUs and 2 GPUs, unless told otherwise.
+
+    Args:
+        away: why there is no cluster.
+        deaf: nodes whose agent does not answer.
+    """
+
+    amounts: dict[str, float] = field(default_factory=lambda: {"CPU": 4.0, "memory": 8e9, "GPU": 2.0})
+    alive: set[str] = field(default_factory=lambda: {NODE})
+    away: str = ""
+    deaf: set[str] = field(default_factory=set)
+    held: dict[str, Reservation] = field(default_factory=dict)
+    waiting: dict[str, Reservation] = field(default_factory=dict)
+    gpus: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    attempts: dict[tuple[str, str], Execution] = field(default_factory=dict)
+    orders: list[StartOrder] = field(default_factory=list)
+    barred: set[str] = field(default_factory=set)
+    stops: list[tuple[str, str]] = field(default_factory=list)
+    calls: int = 0
+
+    async def look(self, believed: Mapping[str, Mapping[str, str]]) -> tuple[NodeView, ...]:
+        self._check()
+        return tuple(self._node(node_id, believed.get(node_id, {})) for node_id in sorted(self.alive))
+
+    async def reserve(self, wanted: Reservation) -> tuple[int, ...]:
+        self._check()
+        if wanted.node_id not in self.alive:
+            raise NodeAway(f"the node {wanted.node_id} is not among the living ones")
+        if wanted.attempt_id not in self.held and not self._hold(wanted):
+            self.waiting[wanted.attempt_id] = wanted
+            raise NoRoom("the node is full")
+        return self.gpus[wanted.attempt_id]
+
+    async def release(self, attempt_id: str) -> None:
+        self._check()
+        self.held.pop(attempt_id, None)
+        self.waiting.pop(attempt_id, None)
+
+    async def reserved(self) -> frozenset[str]:
+        self._check()
+        return frozenset(self.held) | frozenset(self.waiting)
+
+    async def start(self, node_id: str, order: StartOrder) -> None:
+        self._check_agent(node_id)
+        if (node_id, order.attempt_id) in self.attempts:
+            return
+        self.orders.append(order)
+        state = "ended" if order.attempt_id in self.barred else "running"
+        self.report(node_id, order.attempt_id, state=state, reason="stopped" if state == "ended" else "")
+
+    async def stop(self, node_id: str, attempt_id: str, grace_s: float, reason: str) -> bool:
+        self._check_agent(node_id)
+        self.stops.append((attempt_id, reason))
+        if (node_id, attempt_id) not in self.attempts:
+            self.barred.add(attempt_id)
+            return False
+        self.report(node_id, attempt_id, state="ended", reason="stopped", detail=reason)
+        return True
+
+    async def drop(self, node_id: str, attempt_id: str) -> None:
+        self._check_agent(node_id)
+        known = self.attempts.get((node_id, attempt_id))
+        if known and known.state == "ended":
+            del self.attempts[node_id, attempt_id]
+
+    async def close(self) -> None:
+        return
+
+    def report(self, node_id: str, attempt_id: str, **facts: object) -> Execution:
+        """What the agent knows of an attempt from now on."""
+        moment = {"started_at": utc_now(), "ended_at": utc_now() if facts.get("state") == "ended" else None}
+        self.attempts[node_id, attempt_id] = Execution.model_validate(
+            {"attempt_id": attempt_id, "node_id": node_id} | moment | facts
+        )
+        return self.attempts[node_id, attempt_id]
+
+    def _hold(self, wanted: Reservation) -> bool:
+        used = [held.amounts for held in self.held.values() if held.node_id == wanted.node_id]
+        for name, amount in wanted.amounts.items():
+            if sum(each.get(name, 0.0) for each in used) + amount > self.amounts.get(name, 0.0):
+                return False
+        taken = {index for attempt_id in self.held for index in self.gpus[attempt_id]}
+        free = [index for index in range(int(self.amounts.get("GPU", 0))) if index not in taken]
+        self.gpus[wanted.attempt_id] = tuple(free[: int(wanted.gpu_count)])
+        self.held[wanted.attempt_id] = wanted
+        self.waiting.pop(wanted.attempt_id, None)
+        return True
+
+    def _node(self, node_id: str, believed: Mapping[str, str]) -> NodeView:
+        here = {attempt: seen for (node, attempt), seen in self.attempts.items() if node == node_id}
+        news = tuple(
+            seen
+            for attempt, seen in here.items()
+            if (seen.state != believed[attempt] if attempt in believed else seen.state != "ended")
+        )
+        agent = None if node_id in self.deaf else AgentView("bwrap", "", frozenset(here), news)
+        counts = self.amounts
+        return NodeView(node_id, "host", counts["CPU"], int(counts["memory"]), counts["GPU"], gpu_model="", agent=agent)
+
+    def _check(self) -> None:
+        self.calls += 1
+        if self.away:
+            raise ClusterAway(self.away)
+
+    def _check_agent(self, node_id: str) -> None:
+        self._check()
+        if node_id in self.deaf or node_id not in self.alive:
+            raise ClusterAway(f"the agent of {node_id} does not answer")

@@ -1,0 +1,426 @@
+"""Handlers and loops on a real database, each message delivered twice, with a cluster in memory."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from libs.common.clock import utc_now
+from libs.common.contracts.envelope import Envelope
+from libs.common.contracts.message import Message
+from libs.common.contracts.messages import (
+    MESSAGES,
+    AuthenticateAttempt,
+    Execution,
+    JobTemplate,
+    ListExecutions,
+    ListNodes,
+    LogSealed,
+    Principal,
+    ReportExecution,
+    Resources,
+    StartExecution,
+    StopExecution,
+)
+from libs.common.errors import Conflict, Unauthenticated
+from libs.common.ids import new_id, secret_hash
+from libs.common.migrations import migrate
+from libs.common.store import Store
+from services.executor import handlers
+from services.executor.loops import Driver, Sweeper, Watcher
+from services.executor.routes import routes
+from services.executor.settings import ExecutorSettings
+from services.executor.store import SKELETON, ExecutionRow, ExecutorUnit
+from tests.unit.executor.fake_cluster import NODE, FakeCluster
+
+pytestmark = pytest.mark.unit
+TEAM = "t0team"
+SERVICE = Principal(kind="service", id="scheduler", team_id=TEAM)
+
+
+@dataclass
+class Bench:
+    """An executor without its bus: messages go in, outbox rows come out."""
+
+    store: Store[ExecutorUnit]
+    cluster: FakeCluster
+    settings: ExecutorSettings
+    now_s: float = 1000.0
+
+    def __post_init__(self) -> None:
+        self.driver = Driver(self.store, self.cluster, self.settings)
+        self.watcher = Watcher(self.store, self.cluster, self.settings, self.driver.wake, lambda: self.now_s)
+        self.sweeper = Sweeper(self.store, self.cluster)
+
+    async def deliver(self, message: Message, **envelope: Any) -> None:
+        """The same delivery twice, as the bus may do."""
+        route = next(route for route in routes().routes if route.message is type(message))
+        call = Envelope(
+            id=new_id("event"),
+            type=message.ROUTE.type,
+            source="test",
+            time=utc_now(),
+            team_id=TEAM,
+            sender=SERVICE,
+            **envelope,
+        )
+        for _ in range(2):
+            outcomes = await self.store.run(lambda unit: self._apply(unit, route.handler, message, call))
+            assert outcomes is None
+
+    async def _apply(self, unit: ExecutorUnit, handler: Any, message: Message, call: Envelope) -> None:
+        await handler(message, unit, call)
+
+    async def work(self) -> None:
+        """Visits until nothing is due."""
+        for _ in range(6):
+            await self.driver.look_for_work()
+            await self.driver.settle()
+
+    async def row(self, attempt_id: str) -> ExecutionRow:
+        async with self.store.view() as view:
+            found = await view.execution(attempt_id)
+        assert found
+        return found
+
+    async def emitted(self) -> list[tuple[str, Message]]:
+        outbox = SKELETON.outbox
+        async with self.store.view() as view:
+            rows = (await view.session.execute(select(outbox).order_by(outbox.c.id))).all()
+        found = []
+        for row in rows:
+            name = row.subject.split(".", 3)[3]
+            kind = next(each for each in MESSAGES if hasattr(each, "ROUTE") and each.ROUTE.type == name)
+            found.append((name.removesuffix(".v1"), kind.from_wire(row.body)))
+        return found
+
+    async def names(self) -> list[str]:
+        return [name for name, _ in await self.emitted() if name != "node.reported"]
+
+
+@pytest.fixture
+async def bench(database_url: str, tmp_path: Path) -> AsyncIterator[Bench]:
+    store = Store(database_url, ExecutorUnit, SKELETON, "executor")
+    await migrate(store.writer, "executor")
+    settings = ExecutorSettings(home=tmp_path, reconcile_s=0.0, keep_folder_s=0.0, node_fence_s=10.0)
+    made = Bench(store, FakeCluster(), settings)
+    await made.watcher.look()
+    yield made
+    await store.close()
+
+
+def start(**changes: Any) -> StartExecution:
+    values: dict[str, Any] = {
+        "attempt_id": new_id("attempt"),
+        "job_id": new_id("job"),
+        "number": 1,
+        "project_id": "pr0",
+        "node_id": NODE,
+        "template": JobTemplate(command=("echo hello",)),
+    }
+    return StartExecution(**values | changes)
+
+
+def report(asked: StartExecution, state: str, **facts: Any) -> ReportExecution:
+    return ReportExecution(execution=Execution(attempt_id=asked.attempt_id, node_id=NODE, state=state, **facts))
+
+
+async def test_an_accepted_execution_is_reserved_and_started_once(bench: Bench) -> None:
+    asked = start(template=JobTemplate(command=("x",), resources=Resources(gpu_count=1)))
+    await bench.deliver(asked)
+    assert (await bench.row(asked.attempt_id)).state == "accepted"
+    await bench.work()
+    row = await bench.row(asked.attempt_id)
+    assert (row.state, row.gpu_indices) == ("starting", [0])
+    assert [order.attempt_id for order in bench.cluster.orders] == [asked.attempt_id]
+    assert bench.cluster.orders[0].team_uid == 61001
+
+
+async def test_an_attempt_id_of_another_job_is_refused(bench: Bench) -> None:
+    asked = start()
+    await bench.deliver(asked)
+    with pytest.raises(Conflict, match="number 1"):
+        await bench.deliver(start(attempt_id=asked.attempt_id))
+
+
+async def test_teams_have_numbers_of_their_own(bench: Bench) -> None:
+    async with bench.store.begin() as unit:
+        numbers = [await unit.team_number(team) for team in ("a", "b", "a", "c")]
+    assert numbers == [1, 2, 1, 3]
+
+
+async def test_reports_move_the_execution_and_are_told_on(bench: Bench) -> None:
+    asked = start()
+    await bench.deliver(asked)
+    await bench.work()
+    now = utc_now()
+    await bench.deliver(report(asked, "running", started_at=now, isolation="bwrap", addresses={"3000": "h:1"}))
+    await bench.deliver(report(asked, "finishing"))
+    await bench.deliver(report(asked, "ended", reason="exited", exit_code=3, ended_at=now, peak_memory_bytes=9))
+    assert await bench.names() == ["execution.running", "execution.finishing", "execution.ended"]
+    last = (await bench.emitted())[-1][1].execution  # type: ignore[attr-defined]
+    assert (last.state, last.reason, last.exit_code, last.peak_memory_bytes) == ("ended", "exited", 3, 9)
+    assert (last.addresses, last.isolation, last.team_id) == ({"3000": "h:1"}, "bwrap", TEAM)
+    revisions = [event.execution.revision for name, event in await bench.emitted() if name != "node.reported"]  # type: ignore[attr-defined]
+    assert revisions == sorted(set(revisions))
+
+
+async def test_reports_that_overtake_each_other_end_in_the_same_state(bench: Bench) -> None:
+    asked = start()
+    await bench.deliver(asked)
+    await bench.work()
+    for state in ("ended", "running", "finishing"):
+        await bench.deliver(report(asked, state, reason="exited", exit_code=0))
+    assert (await bench.row(asked.attempt_id)).state == "ended"
+    assert await bench.names() == ["execution.ended"]
+
+
+async def test_a_report_of_an_unknown_attempt_changes_nothing(bench: Bench) -> None:
+    await bench.deliver(report(start(), "running"))
+    assert await bench.names() == []
+
+
+async def test_an_ended_execution_gives_its_resources_back(bench: Bench) -> None:
+    asked = start()
+    await bench.deliver(asked)
+    await bench.work()
+    assert asked.attempt_id in bench.cluster.held
+    await bench.deliver(report(asked, "ended", reason="exited", exit_code=0))
+    await bench.work()
+    assert bench.cluster.held == {}
+
+
+async def test_the_folder_goes_when_the_log_is_sealed_and_not_before(bench: Bench) -> None:
+    asked = start()
+    await bench.deliver(asked)
+    await bench.work()
+    bench.cluster.report(NODE, asked.attempt_id, state="ended", reason="exited")
+    await bench.deliver(report(asked, "ended", reason="exited", exit_code=0))
+    await bench.work()
+    assert (NODE, asked.attempt_id) in bench.cluster.attempts
+    await bench.deliver(LogSealed(job_id=asked.job_id))
+    await bench.work()
+    assert bench.cluster.attempts == {}
+
+
+async def test_an_execution_stopped_before_it_is_reserved_never_starts(bench: Bench) -> None:
+    asked = start()
+    await bench.deliver(asked)
+    await bench.deliver(StopExecution(attempt_id=asked.attempt_id, reason="cancelled"))
+    await bench.work()
+    row = await bench.row(asked.attempt_id)
+    assert (row.state, row.reason, row.detail) == ("ended", "stopped", "cancelled")
+    assert bench.cluster.orders == []
+
+
+async def test_a_stop_is_repeated_until_it_took(bench: Bench) -> None:
+    asked = start()
+    await bench.deliver(asked)
+    await bench.work()
+    bench.cluster.deaf.add(NODE)
+    await bench.deliver(StopExecution(attempt_id=asked.attempt_id, reason="cancelled"))
+    await bench.work()
+    assert (await bench.row(asked.attempt_id)).state == "starting"
+    bench.cluster.deaf.clear()
+    await bench.work()
+    await bench.watcher.look()
+    row = await bench.row(asked.attempt_id)
+    assert (row.state, row.reason) == ("ended", "stopped")
+
+
+async def test_a_stop_of_an_unknown_attempt_leaves_nothing(bench: Bench) -> None:
+    await bench.deliver(StopExecution(attempt_id="at0none", reason="cancelled"))
+    await bench.work()
+    assert bench.cluster.stops == []
+
+
+async def test_a_full_node_is_waited_for_and_given_up_in_the_end(bench: Bench) -> None:
+    first, second = (start(template=JobTemplate(command=("x",), resources=Resources(cpu_count=3))) for _ in "ab")
+    for asked in (first, second):
+        await bench.deliver(asked)
+        await bench.work()
+    assert (await bench.row(second.attempt_id)).state == "accepted"
+    hasty = ExecutorSettings(home=bench.settings.home, reserve_patience_s=0.0)
+    await _drive(Driver(bench.store, bench.cluster, hasty))
+    row = await bench.row(second.attempt_id)
+    assert (row.state, row.reason, row.detail) == ("ended", "lost", "it never started: the node is full")
+    await bench.work()
+    assert second.attempt_id not in await bench.cluster.reserved()
+
+
+async def _drive(driver: Driver) -> None:
+    await driver.look_for_work()
+    await driver.settle()
+
+
+async def test_a_node_that_is_no_more_loses_what_never_started_at_once(bench: Bench) -> None:
+    asked = start(node_id="elsewhere")
+    await bench.deliver(asked)
+    await bench.work()
+    row = await bench.row(asked.attempt_id)
+    assert (row.state, row.reason) == ("ended", "lost")
+
+
+async def test_an_executor_that_died_after_reserving_goes_on_and_both_tokens_count(bench: Bench) -> None:
+    asked = start()
+    await bench.deliver(asked)
+    async with bench.store.begin() as unit:
+        row = await unit.execution(asked.attempt_id)
+        assert row
+        await unit.keep_token(secret_hash("nbla_first"), row.id)
+        await handlers.advance(unit, row, "reserve")
+    await bench.work()
+    (told,) = bench.cluster.orders
+    for token in ("nbla_first", told.token):
+        assert (await _authenticate(bench, token)).attempt_id == asked.attempt_id
+
+
+async def _authenticate(bench: Bench, token: str) -> Execution:
+    call = Envelope(id="e", type="t", source="gateway", time=utc_now(), sender=SERVICE)
+    async with bench.store.view() as view:
+        return await handlers.authenticate_attempt(AuthenticateAttempt(token_hash=secret_hash(token)), view, call)
+
+
+async def test_a_token_dies_with_its_attempt(bench: Bench) -> None:
+    asked = start()
+    await bench.deliver(asked)
+    await bench.work()
+    token = bench.cluster.orders[0].token
+    assert (await _authenticate(bench, token)).job_id == asked.job_id
+    await bench.deliver(report(asked, "ended", reason="exited", exit_code=0))
+    with pytest.raises(Unauthenticated):
+        await _authenticate(bench, token)
+    with pytest.raises(Unauthenticated):
+        await _authenticate(bench, "nbla_guess")
+
+
+async def test_executions_of_other_teams_are_not_listed(bench: Bench) -> None:
+    asked = start()
+    await bench.deliver(asked)
+    question = ListExecutions(attempt_ids=(asked.attempt_id, "at0none"))
+    for team, count in ((TEAM, 1), ("t0other", 0)):
+        sender = Principal(kind="service", id="scheduler", team_id=team)
+        call = Envelope(id="e", type="t", source="scheduler", time=utc_now(), sender=sender)
+        async with bench.store.view() as view:
+            assert len((await handlers.list_executions(question, view, call)).items) == count
+
+
+async def test_the_inventory_says_why_there_is_no_node(bench: Bench) -> None:
+    call = Envelope(id="e", type="t", source="gateway", time=utc_now(), sender=SERVICE)
+
+    async def page() -> Any:
+        async with bench.store.view() as view:
+            return await handlers.list_nodes(ListNodes(), view, call)
+
+    assert [node.state for node in (await page()).items] == ["ready"]
+    bench.cluster.away = "the Ray cluster is still starting"
+    await bench.watcher.look()
+    assert [node.state for node in (await page()).items] == ["silent"]
+    assert (await page()).detail == "the Ray cluster is still starting"
+
+
+async def test_the_inventory_is_sent_when_it_changes_and_every_five_seconds(bench: Bench) -> None:
+    async def sent() -> int:
+        return sum(name == "node.reported" for name, _ in await bench.emitted())
+
+    assert await sent() == 1
+    await bench.watcher.look()
+    assert await sent() == 1
+    bench.now_s += 5
+    await bench.watcher.look()
+    assert await sent() == 2
+    bench.cluster.deaf.add(NODE)
+    await bench.watcher.look()
+    assert await sent() == 3
+
+
+async def test_what_reports_did_not_bring_is_learnt_by_looking(bench: Bench) -> None:
+    asked = start()
+    await bench.deliver(asked)
+    await bench.work()
+    bench.cluster.report(NODE, asked.attempt_id, state="ended", reason="exited", exit_code=0)
+    await bench.watcher.look()
+    assert (await bench.row(asked.attempt_id)).state == "ended"
+
+
+async def test_a_run_is_lost_only_after_its_nodes_fence_and_margin(bench: Bench) -> None:
+    asked = start()
+    await bench.deliver(asked)
+    await bench.work()
+    bench.cluster.alive.clear()
+    bench.now_s += 39.9
+    await bench.watcher.look()
+    assert (await bench.row(asked.attempt_id)).state == "starting"
+    bench.now_s += 0.1
+    await bench.watcher.look()
+    row = await bench.row(asked.attempt_id)
+    assert (row.state, row.reason) == ("ended", "lost")
+
+
+async def test_a_restarted_executor_counts_silence_from_its_start(bench: Bench) -> None:
+    asked = start()
+    await bench.deliver(asked)
+    await bench.work()
+    bench.cluster.alive.clear()
+    await bench.watcher.look()
+    again = Watcher(bench.store, bench.cluster, bench.settings, bench.driver.wake, lambda: bench.now_s + 1000)
+    await again.recall()
+    await again.look()
+    assert (await bench.row(asked.attempt_id)).state == "starting"
+
+
+async def test_a_lost_run_that_comes_back_is_stopped(bench: Bench) -> None:
+    asked = start()
+    await bench.deliver(asked)
+    await bench.work()
+    bench.cluster.alive.clear()
+    bench.now_s += 100
+    await bench.watcher.look()
+    bench.cluster.alive.add(NODE)
+    await bench.watcher.look()
+    assert bench.cluster.stops == [(asked.attempt_id, "the attempt was given up")]
+    assert (await bench.row(asked.attempt_id)).reason == "lost"
+
+
+async def test_an_attempt_found_under_a_new_node_id_moves_there(bench: Bench) -> None:
+    asked = start()
+    await bench.deliver(asked)
+    await bench.work()
+    await bench.deliver(report(asked, "running"))
+    bench.cluster.alive = {"node2"}
+    bench.cluster.attempts.clear()
+    bench.cluster.report("node2", asked.attempt_id, state="running")
+    await bench.watcher.look()
+    assert (await bench.row(asked.attempt_id)).node_id == "node2"
+    bench.now_s += 100
+    await bench.watcher.look()
+    assert (await bench.row(asked.attempt_id)).state == "running"
+
+
+async def test_the_sweeper_mends_reservations_in_both_directions(bench: Bench) -> None:
+    over, going = start(), start()
+    for asked in (over, going):
+        await bench.deliver(asked)
+        await bench.work()
+    kept = bench.cluster.held[over.attempt_id]
+    await bench.deliver(report(over, "ended", reason="exited", exit_code=0))
+    await bench.work()
+    bench.cluster.held = {over.attempt_id: kept}
+    await bench.sweeper.sweep()
+    assert set(bench.cluster.held) == {going.attempt_id}
+
+
+async def test_a_start_waits_while_there_is_no_cluster(bench: Bench) -> None:
+    bench.cluster.away = "the Ray cluster is still starting"
+    asked = start()
+    await bench.deliver(asked)
+    await bench.work()
+    assert (await bench.row(asked.attempt_id)).state == "accepted"
+    bench.cluster.away = ""
+    await bench.work()
+    assert (await bench.row(asked.attempt_id)).state == "starting"
