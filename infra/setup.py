@@ -613,8 +613,10 @@ def checks() -> list[Check]:
     """Slowest first, so that two workers end together."""
     tool = ROOT / ".venv" / "bin"
     proto = ROOT / "proto"
+    # `make test` has the same on PostgreSQL too.
+    quick = ["tests/unit", "tests/contract", "-q", "-n", "2", "-m", "not postgres and not full"]
     found = [
-        Check("tests", [str(tool / "python"), "-m", "pytest", "tests/unit", "tests/contract", "-q"], ROOT),
+        Check("tests", [str(tool / "python"), "-m", "pytest", *quick], ROOT),
         Check("types", [str(tool / "mypy")], ROOT),
         Check("architecture", [str(tool / "lint-imports")], ROOT),
         Check("lint", [str(tool / "ruff"), "check", "."], ROOT),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +12,14 @@ from tests.support.databases import HINT, new_database, postgres_binaries, runni
 
 
 @pytest.fixture(scope="session")
-def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A PostgreSQL server of this test session."""
+def postgres_url() -> Iterator[str]:
+    """A PostgreSQL server of this test session.
+
+    Not in pytest's own folder, which another session closes to the user that PostgreSQL runs as.
+    """
     if postgres_binaries() is None:
         pytest.skip(f"PostgreSQL is not installed: {HINT}")
-    with running_postgres(tmp_path_factory.mktemp("postgres")) as url:
+    with tempfile.TemporaryDirectory(prefix="nabla-postgres-") as folder, running_postgres(Path(folder)) as url:
         yield url
 
 

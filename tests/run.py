@@ -21,6 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = ("unit", "contract", "integration", "e2e", "chaos")
+# Each test of these has its own servers or none; the others share one platform.
+PARALLEL = ("unit", "contract", "integration")
 # Program (a glob) -> the package that has it.
 SYSTEM = {
     "/usr/lib/postgresql/*/bin/initdb": "postgresql",
@@ -90,6 +92,7 @@ def run_suite(suite: str, marks: str, rest: Sequence[str]) -> Outcome:
             "--no-header",
             "--tb=short",
             "-q",
+            *(["-n", "2", "--dist", "loadfile"] if suite in PARALLEL else []),
             *rest,
         ]
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}

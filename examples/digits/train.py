@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import classification_report, confusion_matrix, log_loss
 from sklearn.neural_network import MLPClassifier
 
-EPOCHS = 60
+EPOCHS = 50
 HELD_OUT = 360  # the last ones, which other people wrote than the first
 IN_A_JOB = "NABLA_JOB_ID" in os.environ
 if IN_A_JOB:
@@ -48,9 +48,9 @@ def main() -> None:
 
 
 def fit(train, train_labels, test, test_labels):
-    """One pass a time over the pictures, each moved by up to a pixel, so that the place of a digit does not count."""
+    """One pass a time over the pictures, half of them moved by up to a pixel: the place does not count."""
     random = np.random.default_rng(0)
-    model = MLPClassifier((256, 128), batch_size=32, learning_rate_init=1e-3, alpha=1e-3, random_state=0)
+    model = MLPClassifier((256, 128), batch_size=32, learning_rate_init=3e-4, alpha=1e-3, random_state=0)
     for epoch in range(1, EPOCHS + 1):
         model.partial_fit(shifted(train, random), train_labels, classes=range(10))
         loss = log_loss(train_labels, model.predict_proba(train))
@@ -63,7 +63,7 @@ def fit(train, train_labels, test, test_labels):
 
 def shifted(pictures, random):
     squares = np.pad(pictures.reshape(-1, 8, 8), ((0, 0), (1, 1), (1, 1)))
-    rows, columns = random.integers(0, 3, (2, len(squares)))
+    rows, columns = np.where(random.random(len(squares)) < 0.5, random.integers(0, 3, (2, len(squares))), 1)
     moved = [s[r : r + 8, c : c + 8] for s, r, c in zip(squares, rows, columns, strict=True)]
     return np.stack(moved).reshape(-1, 64)
 

@@ -128,7 +128,10 @@ def traefik(installation: Installation) -> Server:
             "traefik": {"address": f"127.0.0.1:{installation.ports['traefik_api']}"},
         },
         "api": {"insecure": True, "dashboard": False},
-        "providers": {"file": {"directory": str(installation.traefik_dynamic), "watch": True}},
+        "providers": {
+            "providersThrottleDuration": "100ms",
+            "file": {"directory": str(installation.traefik_dynamic), "watch": True},
+        },
         "log": {"level": "WARN"},
     }
     file = installation.run / "traefik.json"

@@ -85,12 +85,22 @@ class Bus:
             graceful_timeout=20,
             # A closed connection never comes back; the supervisor starts the process again.
             closed_cb=_exit_unless_stopping(lambda: self._stopping),
+            reconnected_cb=self._tell_reconnected,
             logger=None,
             # Why: its own decoding logs whole bodies, secrets included (trap 8); handlers get the raw message.
             apply_types=False,
             decoder=_undecoded,
         )
         self._stopping = False
+        self._reconnected: list[Callable[[], None]] = []
+
+    def on_reconnect(self, action: Callable[[], None]) -> None:
+        """Calls `action` each time the connection is back after a loss."""
+        self._reconnected.append(action)
+
+    async def _tell_reconnected(self) -> None:
+        for action in self._reconnected:
+            action()
 
     @property
     def client(self) -> Client:

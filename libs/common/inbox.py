@@ -1,7 +1,7 @@
 """Exactly one effect per message, and one commit for many: the only way into a service's state from the bus.
 
-Messages that wait together are applied in one transaction, each in a savepoint of its own with its inbox row or
-idempotency key, and are acknowledged after the commit. A crash at any point either repeats a message that the
+Messages that wait together are applied in one transaction, each with its inbox row or idempotency key, and are
+acknowledged after the commit. A crash at any point either repeats a message that the
 inbox then recognises, or loses an answer that the sender asks for again under the same key.
 """
 
@@ -74,7 +74,7 @@ class Inbox(Generic[U]):
 
     async def _commit(self, batch: list[_Waiting]) -> None:
         try:
-            outcomes = await self._store.run(lambda unit: self._apply_all(unit, batch))
+            outcomes = await self._apply_all(batch)
         except asyncio.CancelledError:
             raise
         except Exception as error:
@@ -91,19 +91,35 @@ class Inbox(Generic[U]):
             else:
                 waiting.done.set_exception(outcome)
 
-    async def _apply_all(self, unit: U, batch: list[_Waiting]) -> list[Answer | Exception]:
+    async def _apply_all(self, batch: list[_Waiting]) -> list[Answer | Exception]:
+        """Bare, which is quick; when a message is refused, again with a savepoint for each, so that it goes alone."""
+        try:
+            return await self._store.run(lambda unit: self._apply_bare(unit, batch))
+        except Exception as error:
+            if is_transient(error):
+                raise
+            if len(batch) == 1:
+                return [error]
+        return await self._store.run(lambda unit: self._apply_apart(unit, batch))
+
+    async def _apply_bare(self, unit: U, batch: list[_Waiting]) -> list[Answer | Exception]:
         outcomes: list[Answer | Exception] = []
         for waiting in batch:
-            emitted = unit.emitted
+            outcomes.append(await self._apply_one(unit, waiting))
+        return outcomes
+
+    async def _apply_apart(self, unit: U, batch: list[_Waiting]) -> list[Answer | Exception]:
+        outcomes: list[Answer | Exception] = []
+        for waiting in batch:
+            emitted = len(unit.outgoing)
             try:
                 async with unit.session.begin_nested():
                     outcomes.append(await self._apply_one(unit, waiting))
-                    await unit.session.flush()
             except Exception as error:
                 if is_transient(error):
                     # A stale read cannot be mended inside the transaction that has it: all is repeated.
                     raise
-                unit.emitted = emitted
+                del unit.outgoing[emitted:]
                 outcomes.append(error)
         return outcomes
 
@@ -111,13 +127,20 @@ class Inbox(Generic[U]):
         envelope, route = waiting.envelope, waiting.route
         name = f"{self._service} {route.message.ROUTE.name}"
         with span(name, envelope.traceparent, object=envelope.object_id, team=envelope.team_id):
-            if route.message.ROUTE.kind is Kind.REQUEST:
-                return await _answer_once(unit, waiting)
-            if await unit.already_applied(envelope.id):
-                return Answer(ANSWER_DUPLICATE, b"")
-            await unit.mark_applied(envelope.id)
-            await route.handler(waiting.message, unit, envelope)
-            return Answer(ANSWER_CREATED, b"")
+            answer = await self._effect(unit, waiting)
+            await unit.session.flush()
+            # What one message has loaded is stale for the next, as saves go past the session.
+            unit.session.expunge_all()
+            return answer
+
+    async def _effect(self, unit: U, waiting: _Waiting) -> Answer:
+        envelope, route = waiting.envelope, waiting.route
+        if route.message.ROUTE.kind is Kind.REQUEST:
+            return await _answer_once(unit, waiting)
+        if not route.repeatable and not await unit.mark_applied(envelope.id):
+            return Answer(ANSWER_DUPLICATE, b"")
+        await route.handler(waiting.message, unit, envelope)
+        return Answer(ANSWER_CREATED, b"")
 
 
 async def _answer_once(unit: UnitOfWork, waiting: _Waiting) -> Answer:

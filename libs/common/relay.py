@@ -1,10 +1,16 @@
-"""The outbox relay: publishes what units of work have committed, in order, until JetStream says it is stored."""
+"""The outbox relay: publishes what units of work have committed, in order, until JetStream says it is stored.
+
+What this process commits reaches the relay through memory, so that a message leaves at once; the table is read at
+the start, after a failure, and now and then, for whatever memory does not have. Rows are marked as published a
+little later and together: a crash in between publishes them again under the same id, which JetStream stores once.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import nats.errors
@@ -18,12 +24,15 @@ from libs.common.faults import crash_point
 from libs.common.store import Store
 
 BATCH = 100
-IDLE_S = 2.0
+LOOK_S = 5.0
+MARK_S = 0.2
 BACK_OFF_S = 1.0
-# Published rows are kept so that an unclean stop of NATS, which may forget its last seconds, can be made good.
-KEEP_US = 3600 * 1_000_000
+SECOND_US = 1_000_000
+# How much NATS may have forgotten after an unclean stop: its sync interval of 2 minutes, and 5 more to be sure.
+DISTRUST_US = 420 * SECOND_US
 
 log = logging.getLogger(__name__)
+_AWAY = (nats.errors.Error, nats.js.errors.Error, Unavailable, TimeoutError)
 
 
 class Relay:
@@ -33,44 +42,93 @@ class Relay:
         self._store = store
         self._bus = bus
         self._clock = clock
+        self._unmarked: list[str] = []
+        self._distrust = True
+        bus.on_reconnect(self._lose_trust)
 
     async def run(self) -> None:
+        """Publishes until cancelled."""
+        read_table = True
         while True:
             self._store.outbox_filled.clear()
             try:
-                published = await self.publish_batch()
-            except (nats.errors.Error, nats.js.errors.Error, Unavailable, TimeoutError) as error:
+                if self._distrust:
+                    await self._unmark_recent()
+                    read_table = True
+                if read_table:
+                    await self._publish_table()
+                await self._publish_committed()
+            except _AWAY as error:
                 log.warning("outbox waits for the bus", extra={"reason": repr(error)})
+                # What was taken from memory is still in the table.
+                read_table = True
                 await asyncio.sleep(BACK_OFF_S)
                 continue
-            if published < BATCH:
-                await self._wait_for_more()
+            read_table = not await self._wait_for_more()
+
+    async def _publish_table(self) -> None:
+        await self.mark()
+        while await self.publish_batch():
+            await self.mark()
 
     async def publish_batch(self) -> int:
-        """Publishes up to BATCH waiting rows and returns how many; a crash in between repeats them by the same id."""
+        """Publishes up to BATCH rows that the table has as unpublished, and returns how many."""
         outbox = self._store.skeleton.outbox
         waiting = select(outbox).where(outbox.c.published_us.is_(None)).order_by(outbox.c.id).limit(BATCH)
         async with self._store.view() as view:
-            rows = (await view.execute(waiting)).all()
-        if not rows:
-            return 0
-        publishing = (self._bus.publish_stored(r.stream, r.subject, json.loads(r.headers), r.body) for r in rows)
-        await asyncio.gather(*publishing)
-        crash_point(f"{self._store.source}.after_publish")
-        async with self._store.begin() as unit:
-            done = update(outbox).where(outbox.c.id.in_([row.id for row in rows]))
-            await unit.execute(done.values(published_us=to_us(self._clock())))
+            rows = [dict(row) for row in (await view.execute(waiting)).mappings()]
+        await self._publish(rows)
         return len(rows)
 
-    async def forget_old(self) -> None:
-        """Drops rows published long ago."""
+    async def _publish_committed(self) -> None:
+        committed = self._store.committed
+        while committed:
+            await self._publish([committed.popleft() for _ in range(min(BATCH, len(committed)))])
+
+    async def _publish(self, rows: list[dict[str, Any]]) -> None:
+        if not rows:
+            return
+        await asyncio.gather(*map(self._publish_row, rows))
+        crash_point(f"{self._store.source}.after_publish")
+        self._unmarked += [row["id"] for row in rows]
+
+    async def _publish_row(self, row: dict[str, Any]) -> None:
+        await self._bus.publish_stored(row["stream"], row["subject"], json.loads(row["headers"]), row["body"])
+
+    async def mark(self) -> None:
+        """Notes in the table what has been published."""
+        ids, self._unmarked = self._unmarked, []
+        for start in range(0, len(ids), BATCH):
+            await self._set_published(ids[start : start + BATCH])
+
+    async def _set_published(self, ids: Iterable[str]) -> None:
         outbox = self._store.skeleton.outbox
         async with self._store.begin() as unit:
-            old = outbox.c.published_us < to_us(self._clock()) - KEEP_US
-            await unit.execute(outbox.delete().where(old))
+            done = update(outbox).where(outbox.c.id.in_(list(ids)))
+            await unit.execute(done.values(published_us=to_us(self._clock())))
 
-    async def _wait_for_more(self) -> None:
+    async def _unmark_recent(self) -> None:
+        """Publishes the last minutes again: a NATS that stopped uncleanly may have forgotten them."""
+        self._distrust = False
+        outbox = self._store.skeleton.outbox
+        async with self._store.begin() as unit:
+            recent = update(outbox).where(outbox.c.published_us > to_us(self._clock()) - DISTRUST_US)
+            await unit.execute(recent.values(published_us=None))
+
+    async def _wait_for_more(self) -> bool:
+        """Whether something was committed; False when it is time to look at the table."""
+        marked = not self._unmarked
         try:
-            await asyncio.wait_for(self._store.outbox_filled.wait(), IDLE_S)
+            await asyncio.wait_for(self._store.outbox_filled.wait(), LOOK_S if marked else MARK_S)
         except TimeoutError:
-            return
+            if marked:
+                return False
+            await self.mark()
+        else:
+            if len(self._unmarked) >= BATCH:
+                await self.mark()
+        return True
+
+    def _lose_trust(self) -> None:
+        self._distrust = True
+        self._store.outbox_filled.set()

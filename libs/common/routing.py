@@ -73,6 +73,7 @@ class Route:
         prepare: for requests and queries: asks the outside world before the transaction opens. It runs after the
             rule and again with each repetition, so it changes nothing that a repetition would change again.
         database: which of the service's databases the handler works in; empty for its first.
+        repeatable: the handler itself recognises a repeat, so that no inbox row need be kept.
     """
 
     message: type[Message]
@@ -80,6 +81,7 @@ class Route:
     rule: Rule
     prepare: Prepare | None = None
     database: str = ""
+    repeatable: bool = False
 
 
 @dataclass(frozen=True, slots=True)

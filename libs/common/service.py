@@ -30,6 +30,7 @@ from libs.common.relay import Relay
 from libs.common.routing import Route, Routes, Rule
 from libs.common.settings import Settings
 from libs.common.store import Store
+from libs.common.upkeep import Upkeep
 from libs.common.version import VERSION
 from libs.common.watchdog import Watchdog
 
@@ -77,7 +78,7 @@ class Service:
         tasks: list[asyncio.Task[None]] = []
         try:
             await self._connect()
-            databases = [loop for inbox in self._inboxes for loop in (inbox.run, Relay(inbox.store, self.bus).run)]
+            databases = [loop for inbox in self._inboxes for loop in self._loops_of(inbox)]
             own = (*databases, self._keep_consumers, Watchdog(lambda: self.bus.connected).run)
             tasks = [asyncio.create_task(_coroutine(loop), name=str(loop)) for loop in (*own, *self.loops)]
             for task in tasks:
@@ -96,6 +97,9 @@ class Service:
     @property
     def _inboxes(self) -> tuple[Inbox[Any], ...]:
         return (self.inbox, *self.further.values())
+
+    def _loops_of(self, inbox: Inbox[Any]) -> tuple[Loop, ...]:
+        return inbox.run, Relay(inbox.store, self.bus).run, Upkeep(inbox.store).run
 
     async def _migrate_further(self) -> None:
         """Brings the further databases to the newest version, as the runner did with the first."""

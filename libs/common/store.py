@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -28,6 +29,7 @@ from sqlalchemy import (
     select,
     update,
 )
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -94,7 +96,8 @@ class UnitOfWork:
         self.now = now
         self._skeleton = skeleton
         self._source = source
-        self.emitted = 0
+        # Rows for the outbox, written together when the unit commits.
+        self.outgoing: list[dict[str, Any]] = []
 
     async def emit(
         self,
@@ -130,8 +133,13 @@ class UnitOfWork:
             "created_us": to_us(self.now),
             "published_us": None,
         }
-        await self.execute(self._skeleton.outbox.insert().values(**row))
-        self.emitted += 1
+        self.outgoing.append(row)
+
+    async def fill_outbox(self) -> None:
+        """Writes what was emitted; called once, by the store, before it commits."""
+        if self.outgoing:
+            connection = await self.session.connection()
+            await connection.execute(self._skeleton.outbox.insert(), self.outgoing)
 
     async def execute(self, statement: Executable) -> CursorResult[Any]:
         """Runs a Core statement in this transaction; models go through `session`."""
@@ -158,8 +166,13 @@ class UnitOfWork:
         inbox = self._skeleton.inbox
         return (await self.execute(select(inbox.c.event_id).where(inbox.c.event_id == event_id))).first() is not None
 
-    async def mark_applied(self, event_id: str) -> None:
-        await self.execute(self._skeleton.inbox.insert().values(event_id=event_id, applied_us=to_us(self.now)))
+    async def mark_applied(self, event_id: str) -> bool:
+        """Notes that a message takes effect in this unit; False when it did so in an earlier one."""
+        # Both dialects know the same words; SQLAlchemy has them once for each.
+        is_sqlite = (await self.session.connection()).dialect.name == "sqlite"
+        insert = sqlite.insert(self._skeleton.inbox) if is_sqlite else postgresql.insert(self._skeleton.inbox)
+        row = {"event_id": event_id, "applied_us": to_us(self.now)}
+        return (await self.execute(insert.values(row).on_conflict_do_nothing())).rowcount == 1
 
     async def given_answer(self, principal: str, operation: str, key: str) -> tuple[str, bytes] | None:
         """Request hash and answer given earlier under this key."""
@@ -205,6 +218,8 @@ class Store(Generic[U]):
         self._clock = clock
         self._writer = writer_engine(self.url)
         self._reader = reader_engine(self.url)
+        # Outbox rows of this process's own commits, in their order: the relay need not read them back.
+        self.committed: deque[dict[str, Any]] = deque()
         self.outbox_filled = asyncio.Event()
 
     @property
@@ -219,9 +234,11 @@ class Store(Generic[U]):
                 unit = self._unit(session, self.skeleton, self.source, self._clock())
                 yield unit
                 await session.flush()
+                await unit.fill_outbox()
                 crash_point(f"{self.source}.before_commit")
             crash_point(f"{self.source}.after_commit")
-        if unit.emitted:
+        if unit.outgoing:
+            self.committed.extend(unit.outgoing)
             self.outbox_filled.set()
 
     @asynccontextmanager

@@ -39,7 +39,7 @@ def routes(file_handlers: FilesetHandlers | None = None, log_handlers: LogHandle
             Route(GetFileset, filesets.get_fileset, READ),
             Route(ListFiles, filesets.list_files, READ),
             Route(GetLog, logs.get_log, READ, prepare=logs.prepare_page),
-            Route(LogFrame, logs.take_frame, INTERNAL),
+            Route(LogFrame, logs.take_frame, INTERNAL, repeatable=True),
             Route(JobStarting, logs.note_attempt, INTERNAL),
             Route(JobSucceeded, logs.end_log, INTERNAL),
             Route(JobFailed, logs.end_log, INTERNAL),

@@ -157,10 +157,7 @@ def test_failure_says_what_why_and_what_to_do(setup: ModuleType, output: str, wh
 
 def test_progress_is_the_last_thing_the_installer_named(setup: ModuleType) -> None:
     assert setup.progress_of([]) == ""
-    assert (
-        setup.progress_of(["Resolved 70\n", "Downloading ray (75.6MiB)\n", "x\n"])
-        == "Downloading ray (75.6MiB)"
-    )
+    assert setup.progress_of(["Resolved 70\n", "Downloading ray (75.6MiB)\n", "x\n"]) == "Downloading ray (75.6MiB)"
 
 
 def test_settings_that_redirect_an_installation_do_not_reach_it(setup: ModuleType) -> None:
@@ -194,9 +191,7 @@ def test_every_make_target_is_a_command_and_every_command_a_target(setup: Module
     assert targets == set(setup.COMMANDS)
 
 
-def test_an_unknown_command_lists_the_known_ones(
-    setup: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_command_lists_the_known_ones(setup: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert setup.main(["dmeo"]) == 2
     assert "demo" in capsys.readouterr().out
 

@@ -60,17 +60,13 @@ class AgentBus:
                 client = await self._connected()
                 await client.jetstream(timeout=5).publish(subject, body, stream=stream, headers=headers)
             except (nats.errors.Error, nats.js.errors.Error, OSError, TimeoutError) as error:
-                log.warning(
-                    "the bus does not take a message", extra={"subject": subject, "reason": repr(error)}
-                )
+                log.warning("the bus does not take a message", extra={"subject": subject, "reason": repr(error)})
                 await asyncio.sleep(delay_s)
                 delay_s = min(delay_s * 2, LONGEST_DELAY_S)
             else:
                 return
 
-    async def ask(
-        self, message: Message, reply: type[M], team_id: str, key: str = "", traceparent: str = ""
-    ) -> M:
+    async def ask(self, message: Message, reply: type[M], team_id: str, *, key: str = "") -> M:
         """One request or query on the team's behalf, as the executor.
 
         Raises:
@@ -85,7 +81,6 @@ class AgentBus:
             time=utc_now(),
             team_id=team_id,
             idempotency_key=key,
-            traceparent=traceparent,
             sender=sender,
         )
         try:
@@ -125,6 +120,7 @@ async def patiently_ask(
     message: Message,
     reply: type[M],
     team_id: str,
+    *,
     key: str = "",
     patience_s: float | None = None,
 ) -> M:
@@ -138,7 +134,7 @@ async def patiently_ask(
     delay_s = FIRST_DELAY_S
     while True:
         try:
-            return await bus.ask(message, reply, team_id, key)
+            return await bus.ask(message, reply, team_id, key=key)
         except Unavailable:
             if deadline is not None and loop.time() + delay_s > deadline:
                 raise

@@ -62,9 +62,7 @@ class Environments:
 
     def _prepare_default(self) -> Prepared:
         if not _python(self._default):
-            raise EnvironmentRefused(
-                f"the default environment is not installed on this node ({self._default})"
-            )
+            raise EnvironmentRefused(f"the default environment is not installed on this node ({self._default})")
         return Prepared(str(self._default), f"default ({_version(self._default)})")
 
     def _prepare_present(self, path: Path) -> Prepared:
@@ -81,9 +79,7 @@ class Environments:
     async def _prepare_built(self, requirements: str) -> Prepared:
         lines = checked_requirements(requirements)
         if not _python(self._default):
-            raise EnvironmentRefused(
-                f"the default environment is not installed on this node ({self._default})"
-            )
+            raise EnvironmentRefused(f"the default environment is not installed on this node ({self._default})")
         version = _version(self._default)
         key = hashlib.sha256("\n".join([version, *lines]).encode()).hexdigest()[:24]
         prefix = self._cache / key
@@ -94,15 +90,13 @@ class Environments:
         return Prepared(str(prefix), f"{count} requirements ({version})")
 
     async def _build(self, prefix: Path, lines: list[str]) -> None:
-        if prefix.exists():
-            await asyncio.to_thread(remove_tree, prefix)
-        prefix.mkdir(parents=True)
+        await asyncio.to_thread(_begin_anew, prefix)
         python = str(self._default / "bin" / "python")
         await _run([python, "-m", "venv", "--without-pip", str(prefix)])
         listed = prefix / "requirements.txt"
-        listed.write_text("\n".join(lines) + "\n")
+        await asyncio.to_thread(listed.write_text, "\n".join(lines) + "\n")
         await _run([*_installer(python, prefix), "--only-binary", ":all:", "-r", str(listed)])
-        (prefix / ".complete").touch()
+        await asyncio.to_thread((prefix / ".complete").touch)
 
 
 def checked_requirements(text: str) -> list[str]:
@@ -119,6 +113,12 @@ def checked_requirements(text: str) -> list[str]:
     if not lines:
         raise EnvironmentRefused("the list of requirements is empty")
     return lines
+
+
+def _begin_anew(prefix: Path) -> None:
+    if prefix.exists():
+        remove_tree(prefix)
+    prefix.mkdir(parents=True)
 
 
 def _installer(python: str, prefix: Path) -> list[str]:

@@ -34,14 +34,10 @@ class FolderWatch:
 
     def watch(self, folder: Path, changed: asyncio.Event) -> None:
         """Sets `changed` whenever a file in the folder is made, replaced or written to."""
-        number = _libc.inotify_add_watch(
-            self._descriptor, os.fsencode(folder), _IN_MODIFY | _IN_MOVED_TO | _IN_CREATE
-        )
+        number = _libc.inotify_add_watch(self._descriptor, os.fsencode(folder), _IN_MODIFY | _IN_MOVED_TO | _IN_CREATE)
         if number < 0:
             problem = ctypes.get_errno()
-            log.warning(
-                "folder is not watched", extra={"folder": str(folder), "reason": errno.errorcode[problem]}
-            )
+            log.warning("folder is not watched", extra={"folder": str(folder), "reason": errno.errorcode[problem]})
             return
         self._changed.setdefault(number, set()).add(changed)
 

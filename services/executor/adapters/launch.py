@@ -112,11 +112,15 @@ def _fork_job(spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None) -
     shim = os.getpid()
     pid = os.fork()
     if pid == 0:
-        _run_child(spec, folder, cgroup, ends, shim)
+        _run_child(spec, folder, ends, shim)
     for descriptor in ends:
         os.close(descriptor)
     walled = spec.isolation == "bwrap"
+    if cgroup is not None:
+        cgroup.add(pid)
     root = _sandbox_root(status[0], error[0], err[0]) if walled else pid
+    if cgroup is not None and walled:
+        cgroup.add(root)  # bwrap may have made it before it was moved itself
     return Job(pid, root, walled, out[0], err[0], error[0], status[0], block[1])
 
 
@@ -133,24 +137,24 @@ def _set_pipe_size(descriptor: int) -> None:
     fcntl.fcntl(descriptor, _F_SETPIPE_SZ, _PIPE_BYTES)
 
 
-def _run_child(spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None, ends: _Ends, shim: int) -> NoReturn:
+def _run_child(spec: AttemptSpec, folder: AttemptFolder, ends: _Ends, shim: int) -> NoReturn:
     """In the fork: become bwrap or the guardian; what goes wrong before is told through the error pipe."""
     try:
         os.dup2(ends.out, 1)
         os.dup2(ends.err, 2)
         _reset_signals()
         if spec.isolation == "bwrap":
-            _enter_limits(cgroup)
+            _offer_to_oom_killer()
             os.umask(0o022)
             sandbox.exec_in_bwrap(spec, folder, ends.status, ends.block)
-        _guard(spec, folder, cgroup, ends, shim)
+        _guard(spec, folder, ends, shim)
     except Exception as exception:
         os.write(ends.error, str(exception).encode()[:_MESSAGE_BYTES])
     finally:
         os._exit(1)
 
 
-def _guard(spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None, ends: _Ends, shim: int) -> NoReturn:
+def _guard(spec: AttemptSpec, folder: AttemptFolder, ends: _Ends, shim: int) -> NoReturn:
     """Stand between shim and command where no PID namespace does: whichever of the two ends, the other's
     processes end too. Orphans of the command come to this process, so a daemon cannot slip away.
     """
@@ -167,7 +171,7 @@ def _guard(spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None, ends
     if command == 0:
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, watched)
-            _enter_limits(cgroup)
+            _offer_to_oom_killer()
             sandbox.exec_plainly(spec, folder)
         except Exception as exception:
             os.write(ends.error, str(exception).encode()[:_MESSAGE_BYTES])
@@ -199,9 +203,7 @@ def shell_code(status: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _enter_limits(cgroup: Cgroup | None) -> None:
-    if cgroup is not None:
-        cgroup.join()
+def _offer_to_oom_killer() -> None:
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write(_JOB_OOM_SCORE)
 

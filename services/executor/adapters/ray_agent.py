@@ -58,8 +58,8 @@ class RayNodeAgent:
         await self._pass_on(self._agent.close())
 
     async def _pass_on(self, call: Coroutine[Any, Any, T]) -> T:
-        while not self._opened.is_set():
-            await asyncio.sleep(0.01)
+        if not self._opened.is_set():
+            await asyncio.to_thread(self._opened.wait)
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call, self._loop))
 
     def _run(self) -> None:

@@ -122,9 +122,7 @@ class RayCluster:
                 return
             if not _answers(address):
                 self._disconnect()
-                raise ClusterAway(
-                    f"the Ray head at {address} does not answer" if self._seen_once else STARTING
-                )
+                raise ClusterAway(f"the Ray head at {address} does not answer" if self._seen_once else STARTING)
             self._answered_s = time.monotonic()
             if self._address == address and ray.is_initialized():
                 return
@@ -138,9 +136,8 @@ class RayCluster:
                 raise ClusterAway(f"the Ray head at {address} accepts no driver yet") from None
             except Exception as error:
                 self._connecting = None
-                raise ClusterAway(
-                    f"the Ray head at {address} refuses us: {short_reason(str(error), 200)}"
-                ) from error
+                reason = short_reason(str(error), 200)
+                raise ClusterAway(f"the Ray head at {address} refuses us (wrong token?): {reason}") from error
             self._connecting = None
             self._address, self._seen_once = address, True
             log.info("connected to Ray", extra={"address": address})
@@ -167,27 +164,19 @@ class RayCluster:
             self._sweep_agents()
         return tuple(_node_view(node, views.get(node_id)) for node_id, node in sorted(nodes.items()))
 
-    def _ask_agents(
-        self, nodes: Mapping[str, Any], believed: Mapping[str, Mapping[str, str]]
-    ) -> dict[str, AgentView]:
+    def _ask_agents(self, nodes: Mapping[str, Any], believed: Mapping[str, Mapping[str, str]]) -> dict[str, AgentView]:
         """All at once: one slow node does not make the others wait longer than the limit."""
         import ray
 
-        asked = {
-            self._agent(node_id).look.remote(dict(believed.get(node_id, {}))): node_id for node_id in nodes
-        }
-        ready, _ = (
-            ray.wait(list(asked), num_returns=len(asked), timeout=AGENT_ANSWERS_S) if asked else ([], [])
-        )
+        asked = {self._agent(node_id).look.remote(dict(believed.get(node_id, {}))): node_id for node_id in nodes}
+        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=AGENT_ANSWERS_S) if asked else ([], [])
         views: dict[str, AgentView] = {}
         for ref in ready:
             node_id = asked[ref]
             try:
                 told, view = ray.get(ref)
             except ray.exceptions.RayError as error:
-                log.warning(
-                    "agent does not answer", extra={"node_id": node_id, "reason": short_reason(str(error))}
-                )
+                log.warning("agent does not answer", extra={"node_id": node_id, "reason": short_reason(str(error))})
                 self._forget_if_dead(node_id, error)
                 continue
             if told == self._fingerprint:
@@ -296,9 +285,7 @@ class RayCluster:
         self._connect()
         with _told_as_away():
             groups = placement_group_table().values()
-            return frozenset(
-                group["name"] for group in groups if group["name"] and group["state"] != "REMOVED"
-            )
+            return frozenset(group["name"] for group in groups if group["name"] and group["state"] != "REMOVED")
 
     def _call_agent(self, node_id: str, method: str, *args: Any) -> Any:
         import ray
@@ -376,9 +363,7 @@ def _gpu_reader() -> Callable[[], list[str]]:
 
 def _node_view(node: Mapping[str, Any], agent: AgentView | None) -> NodeView:
     amounts = node["Resources"]
-    models = [
-        name.removeprefix("accelerator_type:") for name in amounts if name.startswith("accelerator_type:")
-    ]
+    models = [name.removeprefix("accelerator_type:") for name in amounts if name.startswith("accelerator_type:")]
     return NodeView(
         id=node["NodeID"],
         hostname=node["NodeManagerHostname"],

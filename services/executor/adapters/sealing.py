@@ -85,8 +85,7 @@ class Sealing:
             relative = inner_path(wanted.path.removeprefix("/artifacts").strip("/") or ".")
         except BadArchive as error:
             raise NotKept(f"its folder {error}") from error
-        if not (artifacts / relative).resolve().is_relative_to(artifacts.resolve()):
-            raise NotKept(f"/artifacts/{relative} is a link that leads out of /artifacts")
+        await asyncio.to_thread(_refuse_links, artifacts, relative)
         name = hashlib.sha256(wanted.name.encode()).hexdigest()[:8]
         sealed = await self._seal("model", owner, artifacts / relative, f"{owner.attempt_id}-{name}")
         if sealed is None:
@@ -130,9 +129,7 @@ class Sealing:
             except (TransferBroken, NotKept) as error:
                 if isinstance(error, NotKept) and turn == SEAL_TRIES:
                     raise
-                log.warning(
-                    "upload is repeated", extra={"fileset_id": grant.fileset.id, "reason": str(error)}
-                )
+                log.warning("upload is repeated", extra={"fileset_id": grant.fileset.id, "reason": str(error)})
             await asyncio.sleep(delay_s)
             delay_s = min(delay_s * 2, LONGEST_DELAY_S)
 
@@ -147,7 +144,7 @@ class Sealing:
 
     async def _ask(self, message: Message, reply: type[M], owner: Owner, key: str) -> M:
         try:
-            return await patiently_ask(self._bus, message, reply, owner.team_id, key)
+            return await patiently_ask(self._bus, message, reply, owner.team_id, key=key)
         except Refusal as error:
             raise NotKept(error.detail) from error
 
@@ -156,6 +153,11 @@ def digest_of(files: list[File]) -> str:
     """SHA-256 over the sorted lines of path and file hash."""
     lines = sorted(f"{file.path}\0{file.sha256}\n" for file in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _refuse_links(artifacts: Path, relative: Path) -> None:
+    if not (artifacts / relative).resolve().is_relative_to(artifacts.resolve()):
+        raise NotKept(f"/artifacts/{relative} is a link that leads out of /artifacts")
 
 
 def _listed(folder: Path) -> list[File]:

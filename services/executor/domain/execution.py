@@ -69,11 +69,7 @@ def facts_of(report: Execution) -> dict[str, Any]:
             "signal": report.signal,
             "ended_us": to_us(report.ended_at) if report.ended_at else None,
         }
-    return {
-        name: value
-        for name, value in said.items()
-        if value not in (None, "", {}, 0) or name in ("exit_code",)
-    }
+    return {name: value for name, value in said.items() if value not in (None, "", {}, 0) or name == "exit_code"}
 
 
 def amounts_for(resources: Resources) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -311,3 +312,46 @@ async def test_a_flood_of_output_arrives_whole(config: AgentConfig, neighbours: 
         await ended(agent, asked.attempt_id)
     found = await texts(neighbours, asked)
     assert found == [str(number) for number in range(1, 200_001)]
+
+
+async def test_ports_lead_in_and_the_front_door_leads_out(config: AgentConfig, neighbours: Neighbours) -> None:
+    neighbours.objects.objects["/hello"] = b"from outside"
+    ask = "import os, urllib.request as u; print(u.urlopen(os.environ['NABLA_API_URL'] + '/hello').read().decode())"
+    asked = order(f'python -c "{ask}"; cd /tmp; echo inside > index.html; python -m http.server 3000', ports=(3000,))
+    async with running(config) as agent:
+        await agent.start(asked)
+        address = await until(lambda: _address(agent, asked))
+        body = await until(lambda: asyncio.to_thread(_fetch, f"http://{address}/"))
+        await agent.stop(asked.attempt_id, 0.0, "enough")
+        await ended(agent, asked.attempt_id)
+    assert body == b"inside\n"
+    assert (await texts(neighbours, asked))[0] == "from outside"
+
+
+async def _address(agent: NodeAgent, asked: StartOrder) -> str:
+    news = (await agent.look({asked.attempt_id: "asked"})).news
+    return next((each.addresses.get("3000", "") for each in news if each.attempt_id == asked.attempt_id), "")
+
+
+def _fetch(url: str) -> bytes:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            body: bytes = answer.read()
+            return body
+    except OSError:
+        return b""
+
+
+async def test_without_walls_the_same_job_runs_in_its_own_folders(
+    config: AgentConfig, neighbours: Neighbours, node_dir: Path
+) -> None:
+    node_dir.chmod(0o711)
+    workspace = neighbours.put_workspace({"a.txt": b"a\n"})
+    command = "cat a.txt; echo kept > $NABLA_ARTIFACTS/x; echo $NABLA_ISOLATION; python -c 'import nabla'"
+    asked = order(command, workspace_id=workspace)
+    async with running(replace(config, isolation="process", default_environment=str(ROOT / ".venv-serving"))) as agent:
+        await agent.start(asked)
+        end = await ended(agent, asked.attempt_id)
+    assert (await texts(neighbours, asked))[:2] == ["a", "process"]
+    assert (end.isolation, end.reason) == ("process", "exited")
+    assert neighbours.sealed("artifacts", asked.job_id) == {"x": b"kept\n"}

@@ -289,6 +289,8 @@ async def test_following_events_survives_a_restart_of_nats(
         first = await take(source, 1)
         server.kill()
         server.start()
+        # The old connection is noticed to be dead first, and a new one made then.
+        await asyncio.sleep(1)
         await until(lambda: owners.client.is_connected)
         await owners.emit(JobQueued(job=JOB.model_copy(update={"id": "after"})), "after")
         second = await take(source, 1)

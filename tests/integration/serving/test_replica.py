@@ -119,9 +119,13 @@ def _wait_until_ready(replica: Replica, process: subprocess.Popen[bytes], log: P
 
 @pytest.fixture(scope="module")
 def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
-    """The example, trained outside of Nabla, built and served once for this module. The bento lies where an input of all artifacts puts it."""
+    """The example, trained outside of Nabla, built and served once for this module.
+
+    The bento lies where an input that holds all artifacts puts it.
+    """
     folder = tmp_path_factory.mktemp("replica")
-    trained = run_python(str(ROOT / "examples" / "digits" / "train.py"), NABLA_ARTIFACTS=str(folder / "trained"))
+    example = str(ROOT / "examples" / "digits" / "train.py")
+    trained = run_python(example, NABLA_ARTIFACTS=str(folder / "trained"))
     assert trained.returncode == 0, trained.stderr
     assert "test accuracy 9" in trained.stdout
     assert "rows: truth" in (folder / "trained" / "report.txt").read_text()

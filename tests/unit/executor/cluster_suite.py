@@ -32,7 +32,9 @@ def order(*command: str) -> StartOrder:
 
 async def eventually(condition: Callable[[], Awaitable[bool]], timeout_s: float = 20.0) -> None:
     async with asyncio.timeout(timeout_s):
-        while not await condition():
+        while True:
+            if await condition():
+                return
             await asyncio.sleep(0.05)
 
 

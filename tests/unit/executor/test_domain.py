@@ -38,7 +38,7 @@ LAWFUL = {
 }
 
 
-@pytest.mark.parametrize(("state", "trigger"), product(STATES, TRIGGERS))
+@pytest.mark.parametrize(("state", "trigger"), list(product(STATES, TRIGGERS)))
 def test_every_state_answers_every_trigger(state: str, trigger: str) -> None:
     if state == "ended":
         assert TABLE.next_state("at1", state, trigger) == "ended"

@@ -258,6 +258,13 @@ def test_thinned_series_keeps_first_last_and_extremes_in_order(numbers: list[flo
     assert set(kept) <= set(line)
 
 
+@pytest.mark.parametrize("spike", [-1.0, 1.0])
+def test_spike_at_any_step_survives_thinning(spike: float) -> None:
+    for position in range(200):
+        line = [Measured(1, step, spike if step == position else 0.0, 0) for step in range(200)]
+        assert line[position] in rules.thinned(line, 10)
+
+
 @given(st.integers(5, 2000), st.integers(8, 100))
 def test_thinned_series_is_even(count: int, most: int) -> None:
     line = [Measured(1, step, float(step), 0) for step in range(count)]

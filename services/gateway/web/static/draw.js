@@ -19,7 +19,7 @@ function at(event) {
 function stroke(event) {
   if (!last) return;
   const [x, y] = at(event);
-  pen.strokeStyle = ink; pen.lineWidth = 2.6 * scale; pen.lineCap = pen.lineJoin = "round";
+  pen.strokeStyle = ink; pen.lineWidth = 2.9 * scale; pen.lineCap = pen.lineJoin = "round";
   pen.beginPath(); pen.moveTo(...last); pen.lineTo(x + 0.01, y); pen.stroke();
   last = [x, y];
 }
