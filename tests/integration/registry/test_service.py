@@ -80,7 +80,7 @@ async def signed_in(asker: Bus, settings: RegistrySettings) -> m.Principal:
 
 async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 20.0) -> None:
     async with asyncio.timeout(timeout_s):
-        while not await condition():  # noqa: ASYNC110 - it happens in the service
+        while not await condition():
             await asyncio.sleep(0.02)
 
 

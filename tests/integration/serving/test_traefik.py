@@ -51,7 +51,7 @@ async def echo(name: str) -> AsyncIterator[str]:
     app = Starlette(routes=[Route("/{rest:path}", answer, methods=methods)])
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, lifespan="off"))
     task = asyncio.create_task(server.serve())
-    while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
+    while not server.started:
         await asyncio.sleep(0.01)
     yield f"127.0.0.1:{port}"
     server.should_exit = True
