@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from libs.common.runner import SERVICES, run
+from services import SERVICES
 
 
 def main() -> int:
@@ -15,6 +15,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="up, down: answer in JSON, for programs")
     arguments = parser.parse_args()
     if arguments.what in SERVICES:
+        from libs.common.runner import run
+
         run(arguments.what)
         return 0
     from infra.local import console

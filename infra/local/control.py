@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import fcntl
 import json
@@ -16,22 +15,18 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TextIO
 
-import nats
-
-from infra.local import nats as local_nats
-from infra.local import servers
-from infra.local.credentials import api_token, nats_public_key, s3_keys, write_private
+from infra.local import leftovers, servers
+from infra.local.credentials import api_token, s3_keys, write_private
 from infra.local.installation import Installation, claim_ports, open_installation
 from infra.local.settings import CHECKOUT, LocalSettings
-from infra.local.supervisor import Supervisor, share_memory
-from libs.common.provision import provision_streams
-from libs.common.runner import SERVICES, run
+from infra.local.supervisor import Supervisor
 
 UP_TIMEOUT_S = 120.0
 DOWN_TIMEOUT_S = 60.0
+# Children of a killed supervisor were told to end by the kernel; services close their databases in this time.
+LEFTOVER_PATIENCE_S = 5.0
 
 log = logging.getLogger("nabla.supervisor")
 
@@ -52,6 +47,8 @@ def up(settings: LocalSettings, say: Callable[[str], None]) -> Installation:
     if supervisor_pid(installation):
         say(f"Nabla is already running at {installation.ui}")
         return installation
+    # What a killed supervisor left would hold our ports.
+    leftovers.end_processes(installation.home, LEFTOVER_PATIENCE_S)
     installation, moved = claim_ports(installation)
     for line in moved:
         say(line)
@@ -68,7 +65,7 @@ def _start_in_background(installation: Installation) -> None:
             stdout=output,
             stderr=output,
             cwd=CHECKOUT,
-            env=os.environ | {"NABLA_HOME": str(installation.home)},
+            env=os.environ | {"NABLA_HOME": str(installation.home)} | leftovers.marked(installation.home),
             start_new_session=True,
         )
 
@@ -112,27 +109,10 @@ def down(settings: LocalSettings, say: Callable[[str], None]) -> None:
             if time.monotonic() > deadline:
                 raise InstallationError(f"The supervisor (process {pid}) does not end. Look at {installation.logs}.")
             time.sleep(0.1)
-    stop_attempts(installation)
+    leftovers.end_processes(installation.home, LEFTOVER_PATIENCE_S)
+    leftovers.end_attempts(installation.home / "node" / "attempts")
     shutil.rmtree(installation.ray_folder, ignore_errors=True)
     say("Nabla is stopped; all data are kept" if pid else "Nabla was not running")
-
-
-def stop_attempts(installation: Installation) -> None:
-    """Ends the shims that are left on this machine, and with each its sandbox."""
-    shims = [pid for pid in map(_shim_pid, (installation.home / "node" / "attempts").glob("*/shim.json")) if pid]
-    for pid in shims:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def _shim_pid(file: Path) -> int:
-    """The pid of a live shim, or 0; a pid that now belongs to another program does not count."""
-    try:
-        shim = json.loads(file.read_text())
-        fields = Path(f"/proc/{shim['pid']}/stat").read_text().rsplit(")", 1)[1].split()
-    except (OSError, ValueError, KeyError):
-        return 0
-    return int(shim["pid"]) if int(fields[19]) == int(shim["start_ticks"]) else 0
 
 
 def supervisor_pid(installation: Installation) -> int:
@@ -155,13 +135,13 @@ def supervise(settings: LocalSettings) -> None:
     installation = open_installation(settings)
     with _lock(installation):
         supervisor = Supervisor(installation.run, installation.logs)
-        env = service_environment(installation)
-        os.environ.update(env)
+        os.environ.update(service_environment(installation) | leftovers.marked(installation.home))
         _start_servers(supervisor, installation)
-        import_services()
-        share_memory()
-        for name in SERVICES:
-            supervisor.add_service(name, run, {})
+        # Imported only now: Ray, which takes longest, is already on its way meanwhile.
+        from infra.local import stack
+
+        stack.start_bus(supervisor, installation)
+        stack.start_services(supervisor)
         supervisor.watch()
 
 
@@ -186,50 +166,6 @@ def _start_servers(supervisor: Supervisor, installation: Installation) -> None:
     if not settings.s3_endpoint:
         supervisor.add_server(servers.seaweed(installation))
     supervisor.add_server(servers.traefik(installation))
-    if not settings.nats_url:
-        server = servers.nats_server(installation, nats_config(installation))
-        supervisor.add_server(server)
-        _wait_for(server)
-        asyncio.run(provision(installation))
-
-
-def _wait_for(server: servers.Server, timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not server.ready():
-        if time.monotonic() > deadline:
-            raise InstallationError(f"{server.name} did not come up in {timeout_s:.0f} s. See its log.")
-        time.sleep(0.01)
-
-
-def nats_config(installation: Installation) -> str:
-    grants = local_nats.all_grants()
-    folder = installation.keys / "nats"
-    return local_nats.config_text(
-        host=installation.settings.host,
-        port=installation.ports["nats"],
-        store=installation.home / "data" / "nats",
-        public_keys={grant.user: nats_public_key(folder, grant.user) for grant in grants},
-        grants=grants,
-        sync=installation.settings.nats_sync,
-    )
-
-
-async def provision(installation: Installation) -> None:
-    """Creates the streams, as the only user who may."""
-    seed = (installation.keys / "nats" / f"{local_nats.PROVISIONER}.nk").read_text().strip()
-    connection = await nats.connect(installation.nats_url, nkeys_seed_str=seed)
-    try:
-        await provision_streams(connection.jetstream())
-    finally:
-        await connection.close()
-
-
-def import_services() -> None:
-    """Imports what the services share and, as far as it is light, what each one needs, before the first fork."""
-    import importlib
-
-    for name in SERVICES:
-        importlib.import_module(f"services.{name}.app")
 
 
 def service_environment(installation: Installation) -> dict[str, str]:

@@ -26,6 +26,7 @@ PREFERRED_PORTS = {
     "master": 23333,
     "master_grpc": 23334,
     "ray": 26399,
+    "ray_agent": 26400,
 }
 
 

@@ -18,7 +18,7 @@ from libs.common.contracts.subjects import (
 )
 from libs.common.provision import consumers
 from libs.common.routing import Routes, routes_of
-from libs.common.runner import SERVICES
+from services import SERVICES
 
 PROVISIONER = "provisioner"
 AGENT = "agent"

@@ -102,6 +102,8 @@ def seaweed(installation: Installation) -> Server:
         f"-volume.port={ports['volume']}",
         f"-volume.port.grpc={ports['volume_grpc']}",
         "-volume.max=100",
+        # It would wait ten seconds for other servers to notice that it leaves.
+        "-volume.preStopSeconds=0",
         "-filer",
         f"-filer.port={ports['filer']}",
         f"-filer.port.grpc={ports['filer_grpc']}",
@@ -151,6 +153,8 @@ def ray_environment(installation: Installation) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(installation.keys / "ray-token"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DISABLE_IMPORT_WARNING": "1",
+        # Workers are started when an agent needs one; by default a driver makes Ray start one for each CPU.
+        "RAY_prestart_worker_first_driver": "0",
     }
 
 
@@ -167,13 +171,18 @@ def ray_head(installation: Installation) -> Server:
         "--node-ip-address=127.0.0.1",
         f"--port={port}",
         f"--temp-dir={installation.ray_folder}",
+        f"--dashboard-agent-listen-port={installation.ports['ray_agent']}",
         "--include-dashboard=false",
         "--include-log-monitor=false",
+        # The autoscaler's: this head has no nodes to add.
+        "--no-monitor",
         "--disable-usage-stats",
         f"--object-store-memory={object_store_bytes()}",
         *_amounts(installation),
     ]
-    return Server("ray", command, lambda: answers(port), env=ray_environment(installation), stop_s=20.0)
+    # Ray would wait half a minute for the node agent, which lives as long as Ray does.
+    env = ray_environment(installation) | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+    return Server("ray", command, lambda: answers(port), env=env, stop_s=20.0)
 
 
 def object_store_bytes() -> int:

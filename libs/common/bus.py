@@ -43,7 +43,7 @@ from libs.common.contracts.subjects import (
     dead_letter_subject,
     subject_for,
 )
-from libs.common.errors import MalformedMessage, Refusal, Unavailable
+from libs.common.errors import DiskFull, MalformedMessage, Refusal, StaleRevision, Unavailable
 from libs.common.ids import new_id
 from libs.common.inbox import Inbox
 from libs.common.routing import Routes
@@ -52,6 +52,9 @@ from libs.common.telemetry import current_traceparent, meter, redact, span
 
 WORKERS = 64
 MAX_DELIVERIES = 20
+LONGEST_DELAY_S = 60.0
+# An outage ends for all at once, and nobody wants to wait a minute after it.
+OUTAGE_DELAY_S = 5.0
 NANOSECONDS = 1_000_000_000
 STREAM_OF_KIND = {Kind.EVENT: EVENTS, Kind.COMMAND: COMMANDS, Kind.FRAME: LOGS}
 
@@ -247,10 +250,12 @@ class _Receiver:
         """Later for what may pass, at once to the dead letters for what will not."""
         deliveries = raw.metadata.num_delivered
         kind = (raw.headers or {}).get("ce-type", raw.subject)
-        if _worth_repeating(error) and deliveries < MAX_DELIVERIES:
+        outage = _is_outage(error)
+        if outage or (_worth_repeating(error) and deliveries < MAX_DELIVERIES):
             log.warning("message put off", extra={"type": kind, "deliveries": deliveries, "reason": repr(error)})
             # Why: a plain nack comes back at once, 1,409 times a second.
-            await raw.nak(delay=min(60.0, 0.05 * 2**deliveries) + random.uniform(0, 0.1))
+            longest_s = OUTAGE_DELAY_S if outage else LONGEST_DELAY_S
+            await raw.nak(delay=min(longest_s, 0.05 * 2 ** min(deliveries, 12)) + random.uniform(0, 0.1))
             return
         log.error("message dead-lettered", extra={"type": kind, "subject": raw.subject}, exc_info=error)
         _handled.add(1, {"type": kind, "outcome": "dead"})
@@ -270,7 +275,7 @@ class _Receiver:
                 envelope = Envelope.parse(raw.headers or {})
                 status, body = await self._decide(raw, envelope)
             except Exception as error:
-                problem = problem_of(error)
+                problem = problem_of(_for_the_caller(error))
                 if problem.status >= 500:
                     log.error("request failed", extra={"subject": raw.subject}, exc_info=error)
                 _handled.add(1, {"type": raw.subject, "outcome": "refused"})
@@ -309,6 +314,24 @@ def _worth_repeating(error: Exception) -> bool:
     if isinstance(error, Refusal | MalformedMessage):
         return False
     return is_transient(error) or isinstance(error, DBAPIError)
+
+
+def _is_outage(error: Exception) -> bool:
+    """Whether this service's own database is away or full: nothing to do with the message, however often it came."""
+    if isinstance(error, StaleRevision):
+        return False
+    return isinstance(error, DiskFull | ConnectionError) or is_transient(error)
+
+
+def _for_the_caller(error: Exception) -> Exception:
+    """Errors that may pass, as what a person can read and a program repeats."""
+    if not isinstance(error, ConnectionError) and not is_transient(error):
+        return error
+    return Unavailable(
+        "database_busy",
+        "The service could not finish this: its database is busy or away.",
+        "Repeat it with the same Idempotency-Key; if it stays, see `nabla doctor`.",
+    )
 
 
 def _silent(owner: str, name: str) -> Unavailable:

@@ -9,12 +9,14 @@ NablaError
 │   ├── TooLarge           413
 │   ├── Invalid            422
 │   └── Unavailable        503, worth repeating
+│       └── DiskFull       the database has no room; repeated until it has
 ├── MalformedMessage       a body that is not the message its subject promises
 ├── IllegalTransition      a move the transition table does not have
 └── StaleRevision          somebody else saved first
 
 Transient or permanent is decided once, at the bus: only Unavailable, StaleRevision and errors of the database
-or the network are repeated; everything else goes to the dead letters.
+or the network are repeated; everything else goes to the dead letters. What is not the message's fault, such as a
+full disk or a database that is away, is repeated without an end.
 """
 
 from __future__ import annotations
@@ -80,6 +82,21 @@ class Invalid(Refusal):
 class Unavailable(Refusal):
     status = 503
     title = "Not available right now"
+
+
+class DiskFull(Unavailable):
+    """The database could not grow. The transaction was rolled back, so the same message can be repeated.
+
+    Args:
+        where: the folder or server that needs space.
+    """
+
+    def __init__(self, where: str) -> None:
+        super().__init__(
+            "disk_full",
+            f"The disk that holds the database at {where} is full. This was not done, and nothing that was is lost.",
+            f"Free space at {where}, then repeat it with the same Idempotency-Key.",
+        )
 
 
 class MalformedMessage(NablaError):

@@ -1,8 +1,8 @@
 """Exactly one effect per message, and one commit for many: the only way into a service's state from the bus.
 
 Messages that wait together are applied in one transaction, each with its inbox row or idempotency key, and are
-acknowledged after the commit. A crash at any point either repeats a message that the
-inbox then recognises, or loses an answer that the sender asks for again under the same key.
+acknowledged after the commit. A crash at any point either repeats a message that the inbox then recognises, or
+loses an answer that the sender asks for again under the same key.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from libs.common.contracts.message import Kind, Message
 from libs.common.errors import Conflict, NablaError
 from libs.common.faults import crash_point
 from libs.common.routing import Route
-from libs.common.store import Store, U, UnitOfWork, is_transient
+from libs.common.store import Store, U, UnitOfWork, is_disk_full, is_transient
 from libs.common.telemetry import span
 
 BATCH = 100
@@ -96,7 +96,7 @@ class Inbox(Generic[U]):
         try:
             return await self._store.run(lambda unit: self._apply_bare(unit, batch))
         except Exception as error:
-            if is_transient(error):
+            if _fails_all(error):
                 raise
             if len(batch) == 1:
                 return [error]
@@ -116,10 +116,11 @@ class Inbox(Generic[U]):
                 async with unit.session.begin_nested():
                     outcomes.append(await self._apply_one(unit, waiting))
             except Exception as error:
-                if is_transient(error):
+                if _fails_all(error):
                     # A stale read cannot be mended inside the transaction that has it: all is repeated.
                     raise
                 del unit.outgoing[emitted:]
+                unit.session.expunge_all()
                 outcomes.append(error)
         return outcomes
 
@@ -141,6 +142,18 @@ class Inbox(Generic[U]):
             return Answer(ANSWER_DUPLICATE, b"")
         await route.handler(waiting.message, unit, envelope)
         return Answer(ANSWER_CREATED, b"")
+
+
+def _fails_all(error: BaseException) -> bool:
+    """Whether the transaction is gone, and with it every message in it.
+
+    The cause counts, too: SQLite ends the transaction on a full disk, and what is heard is that the savepoint is
+    not there.
+    """
+    cause: BaseException | None = error
+    while cause and not (is_transient(cause) or is_disk_full(cause)):
+        cause = cause.__context__
+    return cause is not None
 
 
 async def _answer_once(unit: UnitOfWork, waiting: _Waiting) -> Answer:

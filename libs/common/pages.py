@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-import binascii
+import contextlib
 
 from libs.common.errors import Invalid
 
@@ -25,7 +25,9 @@ def decode_cursor(cursor: str) -> str:
     Raises:
         Invalid: the cursor was not made by `encode_cursor`.
     """
-    try:
-        return base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
-    except (binascii.Error, UnicodeDecodeError, ValueError):
-        raise Invalid("bad_cursor", "The cursor is not one that this API gave.", "Start without a cursor.") from None
+    with contextlib.suppress(ValueError):
+        last_id = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
+        # Why: the decoder leaves out what is not of its alphabet, and a wrong cursor would be the first page.
+        if encode_cursor(last_id) == cursor:
+            return last_id
+    raise Invalid("bad_cursor", "The cursor is not one that this API gave.", "Start without a cursor.")

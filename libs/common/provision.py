@@ -27,6 +27,7 @@ from libs.common.contracts.subjects import (
     DEAD_LETTERS,
     EVENTS,
     LOGS,
+    MAX_MESSAGE_BYTES,
     SHARD,
     delivery_subject,
     filter_for,
@@ -34,7 +35,8 @@ from libs.common.contracts.subjects import (
 from libs.common.routing import Routes
 
 DAY_S = 86_400.0
-MAX_MESSAGE_BYTES = 262_144
+# What a dead letter says more than its message: where it came from and what was wrong with it.
+EPITAPH_BYTES = 8_192
 
 
 def streams(replicas: int = 1) -> tuple[StreamConfig, ...]:
@@ -62,7 +64,12 @@ def streams(replicas: int = 1) -> tuple[StreamConfig, ...]:
             max_bytes=4 << 30,
             **(shared | {"discard": DiscardPolicy.OLD}),
         ),
-        StreamConfig(name=DEAD_LETTERS, subjects=["nabla.dlq.*"], max_bytes=1 << 30, **shared),
+        StreamConfig(
+            name=DEAD_LETTERS,
+            subjects=["nabla.dlq.*"],
+            max_bytes=1 << 30,
+            **(shared | {"max_msg_size": MAX_MESSAGE_BYTES + EPITAPH_BYTES}),
+        ),
     )
 
 

@@ -56,6 +56,8 @@ class Relay:
                     await self._unmark_recent()
                     read_table = True
                 if read_table:
+                    # The table has it all; while the bus is away, memory would only grow.
+                    self._store.committed.clear()
                     await self._publish_table()
                 await self._publish_committed()
             except _AWAY as error:
@@ -88,18 +90,21 @@ class Relay:
     async def _publish(self, rows: list[dict[str, Any]]) -> None:
         if not rows:
             return
-        await asyncio.gather(*map(self._publish_row, rows))
+        outcomes = await asyncio.gather(*map(self._publish_row, rows), return_exceptions=True)
         crash_point(f"{self._store.source}.after_publish")
-        self._unmarked += [row["id"] for row in rows]
+        self._unmarked += [row["id"] for row, failure in zip(rows, outcomes, strict=True) if failure is None]
+        for failure in outcomes:
+            if failure is not None:
+                raise failure
 
     async def _publish_row(self, row: dict[str, Any]) -> None:
         await self._bus.publish_stored(row["stream"], row["subject"], json.loads(row["headers"]), row["body"])
 
     async def mark(self) -> None:
         """Notes in the table what has been published."""
-        ids, self._unmarked = self._unmarked, []
-        for start in range(0, len(ids), BATCH):
-            await self._set_published(ids[start : start + BATCH])
+        while ids := self._unmarked[:BATCH]:
+            await self._set_published(ids)
+            del self._unmarked[: len(ids)]
 
     async def _set_published(self, ids: Iterable[str]) -> None:
         outbox = self._store.skeleton.outbox
@@ -109,11 +114,17 @@ class Relay:
 
     async def _unmark_recent(self) -> None:
         """Publishes the last minutes again: a NATS that stopped uncleanly may have forgotten them."""
+        # What was published and is not marked yet is as doubtful, and the table has it as unpublished.
+        self._unmarked.clear()
         self._distrust = False
         outbox = self._store.skeleton.outbox
-        async with self._store.begin() as unit:
-            recent = update(outbox).where(outbox.c.published_us > to_us(self._clock()) - DISTRUST_US)
-            await unit.execute(recent.values(published_us=None))
+        try:
+            async with self._store.begin() as unit:
+                recent = update(outbox).where(outbox.c.published_us > to_us(self._clock()) - DISTRUST_US)
+                await unit.execute(recent.values(published_us=None))
+        except BaseException:
+            self._distrust = True
+            raise
 
     async def _wait_for_more(self) -> bool:
         """Whether something was committed; False when it is time to look at the table."""

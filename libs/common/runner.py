@@ -14,8 +14,6 @@ from libs.common import telemetry
 from libs.common.migrations import migrate
 from libs.common.settings import Settings
 
-SERVICES = ("registry", "scheduler", "storage", "executor", "serving", "gateway")
-
 
 def run(name: str) -> None:
     """Builds `services.<name>.app`, migrates its database, and serves until told to stop."""

@@ -22,6 +22,7 @@ from libs.common.contracts.envelope import Envelope
 from libs.common.contracts.message import Message
 from libs.common.contracts.messages import GetService, ServiceStatus
 from libs.common.contracts.subjects import DEAD_LETTERS, dead_letter_subject
+from libs.common.errors import DiskFull
 from libs.common.inbox import Inbox
 from libs.common.migrations import migrate
 from libs.common.probes import Probes
@@ -36,6 +37,7 @@ from libs.common.watchdog import Watchdog
 
 STATUS_RULE = Rule(role="viewer", scope="read", services=frozenset({"gateway"}))
 CONSUMER_CHECK_S = 10.0
+DISK_FULL_PAUSE_S = 5.0
 
 log = logging.getLogger(__name__)
 Loop = Callable[[], Awaitable[None]]
@@ -46,7 +48,8 @@ class Service:
     """What `app.build` wires together.
 
     Args:
-        loops: endless coroutines of the service's own, such as reconciliation; one that raises ends the process.
+        loops: endless coroutines of the service's own, such as reconciliation; one that raises ends the process,
+            but for DiskFull, after which it begins again.
         describe: ready or not, and why, for people.
         further: inboxes of databases beside the first, by the name that routes give. Their writers never wait for
             each other. Name `runs` has its tables in `store/runs.py` and its chain in `migrations/runs/`.
@@ -151,7 +154,15 @@ def with_status(routes: Routes, status: Any) -> Routes:
 
 
 async def _coroutine(loop: Loop) -> None:
-    await loop()
+    while True:
+        try:
+            await loop()
+        except DiskFull as error:
+            # A process that starts again would not get further, and this one can still read and answer.
+            log.warning("a loop waits for space on the disk", extra={"reason": str(error)})
+            await asyncio.sleep(DISK_FULL_PAUSE_S)
+        else:
+            return
 
 
 def _end_on_error(task: asyncio.Task[None]) -> None:

@@ -29,7 +29,7 @@ class Settings(BaseSettings):
     nats_url: str = "nats://127.0.0.1:4222"
     # Folder of `<service>.nk` seeds, mode 0600.
     nats_keys: Path | None = None
-    # Where /metrics and /healthz of this process listen; port 0 picks a free one, written to `home/run/`.
+    # Where /metrics, /livez and /readyz of this process listen; port 0 picks a free one, written to `home/run/`.
     metrics_host: str = "127.0.0.1"
     metrics_port: int = 0
     log_level: str = "INFO"

@@ -10,9 +10,10 @@ import asyncio
 import json
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from sqlalchemy import (
@@ -40,13 +41,19 @@ from libs.common.clock import Clock, to_us, utc_now
 from libs.common.contracts.envelope import Envelope
 from libs.common.contracts.message import Message
 from libs.common.contracts.messages import Principal
-from libs.common.contracts.subjects import stream_of, subject_for
-from libs.common.errors import StaleRevision
+from libs.common.contracts.subjects import MAX_MESSAGE_BYTES, stream_of, subject_for
+from libs.common.errors import DiskFull, StaleRevision, TooLarge
 from libs.common.faults import crash_point
 from libs.common.ids import new_id
 from libs.common.telemetry import current_traceparent
 
 MAX_TRIES = 5
+# What NATS and its client add to the headers of a stored message.
+PUBLISHING_BYTES = 256
+DISK_FULL = "53100"
+_SQLITE_PASSING = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR")
+# Connection lost, serialization failure, out of resources, operator's intervention, lock not to be had in time.
+_POSTGRES_PASSING = ("08", "40", "53", "57", "55P03")
 
 
 class Skeleton:
@@ -110,7 +117,11 @@ class UnitOfWork:
         attempt: int = 0,
         sender: Principal | None = None,
     ) -> None:
-        """Puts an event or a command into the outbox; it leaves when this unit of work has committed."""
+        """Puts an event or a command into the outbox; it leaves when this unit of work has committed.
+
+        Raises:
+            TooLarge: no stream takes it, so it would stay in the outbox and hold up all that come after it.
+        """
         envelope = Envelope(
             id=new_id("event"),
             type=message.ROUTE.type,
@@ -124,12 +135,16 @@ class UnitOfWork:
             traceparent=current_traceparent(),
             sender=sender,
         )
+        headers, body = json.dumps(envelope.headers()), message.to_wire()
+        if len(headers) + len(body) > MAX_MESSAGE_BYTES - PUBLISHING_BYTES:
+            detail = f"What {object_id} would tell others with {message.ROUTE.name} is {len(body):,} bytes long."
+            raise TooLarge("message_too_large", detail, f"The most is about {MAX_MESSAGE_BYTES:,} bytes.")
         row = {
             "id": envelope.id,
             "stream": stream_of(message.ROUTE),
             "subject": subject_for(type(message), team=team_id, object_id=object_id),
-            "headers": json.dumps(envelope.headers()),
-            "body": message.to_wire(),
+            "headers": headers,
+            "body": body,
             "created_us": to_us(self.now),
             "published_us": None,
         }
@@ -228,27 +243,34 @@ class Store(Generic[U]):
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[U]:
-        """A writing transaction: commits at the end, rolls back on any error. Do no network call inside."""
-        async with AsyncSession(self._writer, expire_on_commit=False) as session:
-            async with session.begin():
-                unit = self._unit(session, self.skeleton, self.source, self._clock())
-                yield unit
-                await session.flush()
-                await unit.fill_outbox()
-                crash_point(f"{self.source}.before_commit")
-            crash_point(f"{self.source}.after_commit")
-        if unit.outgoing:
-            self.committed.extend(unit.outgoing)
-            self.outbox_filled.set()
+        """A writing transaction: commits at the end, rolls back on any error. Do no network call inside.
+
+        Raises:
+            DiskFull: there was no room for it.
+        """
+        with self._naming_a_full_disk():
+            async with AsyncSession(self._writer, expire_on_commit=False) as session:
+                async with session.begin():
+                    unit = self._unit(session, self.skeleton, self.source, self._clock())
+                    yield unit
+                    await session.flush()
+                    await unit.fill_outbox()
+                    crash_point(f"{self.source}.before_commit")
+                crash_point(f"{self.source}.after_commit")
+                # Before anything is awaited: a later commit's rows must not come first.
+                if unit.outgoing:
+                    self.committed.extend(unit.outgoing)
+                    self.outbox_filled.set()
 
     @asynccontextmanager
     async def view(self) -> AsyncIterator[U]:
         """A reading transaction; what it writes is never committed."""
-        async with AsyncSession(self._reader, expire_on_commit=False) as session:
-            yield self._unit(session, self.skeleton, self.source, self._clock())
-            # Rows stay readable after the view: rolling back would expire them.
-            session.expunge_all()
-            await session.rollback()
+        with self._naming_a_full_disk():
+            async with AsyncSession(self._reader, expire_on_commit=False) as session:
+                yield self._unit(session, self.skeleton, self.source, self._clock())
+                # Rows stay readable after the view: rolling back would expire them.
+                session.expunge_all()
+                await session.rollback()
 
     async def run(self, work: Callable[[U], Awaitable[T]]) -> T:
         """Runs `work` in a writing transaction, again from the start when the database or another writer says so."""
@@ -262,6 +284,21 @@ class Store(Generic[U]):
                 await asyncio.sleep(random.uniform(0.005, 0.02) * 2**attempt)
         raise AssertionError("unreachable")
 
+    @contextmanager
+    def _naming_a_full_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except DBAPIError as error:
+            if is_disk_full(error):
+                raise DiskFull(self._place) from error
+            raise
+
+    @property
+    def _place(self) -> str:
+        if self.url.get_backend_name() == "sqlite":
+            return str(Path(self.url.database or "").parent)
+        return f"the PostgreSQL server {self.url.host}"
+
     async def close(self) -> None:
         await self._writer.dispose()
         await self._reader.dispose()
@@ -273,9 +310,25 @@ def is_transient(error: BaseException) -> bool:
         return True
     if not isinstance(error, DBAPIError):
         return False
-    text = str(error.orig)
-    state = getattr(error.orig, "sqlstate", "") or ""
-    return error.connection_invalidated or "locked" in text or state[:2] in {"08", "40", "53", "57"}
+    if _sqlite_error(error).startswith(_SQLITE_PASSING):
+        return True
+    state = _sqlstate(error)
+    return error.connection_invalidated or (state != DISK_FULL and state.startswith(_POSTGRES_PASSING))
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the database could not grow; repeating helps once somebody has made room."""
+    if isinstance(error, DBAPIError):
+        return _sqlite_error(error) == "SQLITE_FULL" or _sqlstate(error) == DISK_FULL
+    return isinstance(error, DiskFull)
+
+
+def _sqlite_error(error: DBAPIError) -> str:
+    return str(getattr(error.orig, "sqlite_errorname", ""))
+
+
+def _sqlstate(error: DBAPIError) -> str:
+    return str(getattr(error.orig, "sqlstate", "") or "")
 
 
 def async_url(url: str) -> URL:

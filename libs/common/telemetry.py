@@ -22,7 +22,15 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter
 
-_SECRET = re.compile(r"(nbl[a-z]*_)[A-Za-z0-9_-]{8,}|(Bearer\s+)\S+")
+# Each keeps its first group. What is blanked holds no quote, so that a JSON line stays one.
+_SECRETS = (
+    re.compile(r"(nbl[a-z]*_)[A-Za-z0-9_-]{8,}"),
+    re.compile(r"(\bBearer\s+)[A-Za-z0-9._~+/=-]+", re.IGNORECASE),
+    # The password of a URL, the signature of a presigned one, the seed of an nkey.
+    re.compile(r"(\w://[^\s:/@\"]*:)[^\s/@\"]+(?=@)"),
+    re.compile(r"(X-Amz-Signature=)[0-9a-f]+", re.IGNORECASE),
+    re.compile(r"\b(S[A-Z])[A-Z2-7]{56}\b"),
+)
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -107,8 +115,10 @@ class JsonFormatter(logging.Formatter):
 
 
 def redact(text: str) -> str:
-    """Blanks our tokens and bearer credentials."""
-    return _SECRET.sub(lambda match: (match[1] or match[2]) + "***", text)
+    """Blanks our tokens, bearer credentials, passwords and signatures in URLs, and NATS seeds."""
+    for secret in _SECRETS:
+        text = secret.sub(r"\1***", text)
+    return text
 
 
 def _set_up_logging(service: str, level: str) -> None:

@@ -21,10 +21,26 @@ log = logging.getLogger(__name__)
 
 
 class Watchdog:
-    """Watches the running loop, and whether `connected` stays false for too long."""
+    """Watches the running loop, and whether `connected` stays false for too long.
 
-    def __init__(self, connected: Callable[[], bool]) -> None:
+    Args:
+        lag_s: how long the loop may go without a turn.
+        away_s: how long NATS may be away.
+        look_s: the pause between two looks.
+    """
+
+    def __init__(
+        self,
+        connected: Callable[[], bool],
+        *,
+        lag_s: float = LOOP_LAG_S,
+        away_s: float = DISCONNECTED_S,
+        look_s: float = 1.0,
+    ) -> None:
         self._connected = connected
+        self._lag_s = lag_s
+        self._away_s = away_s
+        self._look_s = look_s
         self._beat = time.monotonic()
         self._seen_connected = time.monotonic()
         self._stopped = threading.Event()
@@ -38,17 +54,17 @@ class Watchdog:
                 self._beat = time.monotonic()
                 if self._connected():
                     self._seen_connected = self._beat
-                await asyncio.sleep(1)
+                await asyncio.sleep(self._look_s)
         finally:
             self._stopped.set()
 
     def _watch(self) -> None:
-        while not self._stopped.wait(1):
+        while not self._stopped.wait(self._look_s):
             now = time.monotonic()
-            if now - self._beat > LOOP_LAG_S:
-                self._end("the event loop has not run for 30 s")
-            if now - self._seen_connected > DISCONNECTED_S:
-                self._end("no connection to NATS for 60 s")
+            if now - self._beat > self._lag_s:
+                self._end(f"the event loop has not run for {self._lag_s:g} s")
+            if now - self._seen_connected > self._away_s:
+                self._end(f"no connection to NATS for {self._away_s:g} s")
 
     @staticmethod
     def _end(reason: str) -> None:

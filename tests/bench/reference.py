@@ -36,6 +36,7 @@ def ray_jobs() -> RayJobs:
     environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
     command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={gcs}", "--node-ip-address=127.0.0.1"]
     command += [f"--dashboard-port={dashboard}", f"--temp-dir={folder}", "--object-store-memory=80000000"]
+    command += [f"--dashboard-agent-listen-port={free_port()}"]
     began = time.monotonic()
     head = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True

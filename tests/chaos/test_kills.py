@@ -7,9 +7,9 @@ import time
 import pytest
 
 from infra.local import demo
-from libs.common.runner import SERVICES
 from nabla import Client
 from nabla.objects import Job, JobTemplate, LogLine
+from services import SERVICES
 from tests.support.platform import Platform
 
 pytestmark = pytest.mark.chaos

@@ -9,7 +9,7 @@ from libs.common.contracts.message import Kind, Message
 from libs.common.contracts.messages import MESSAGES
 from libs.common.contracts.subjects import filter_for
 from libs.common.routing import INTERNAL, routes_of
-from libs.common.runner import SERVICES
+from services import SERVICES
 
 pytestmark = pytest.mark.contract
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import TypeVar
 
 from libs.common.contracts.messages import Principal
 from libs.common.errors import MalformedMessage, Unauthenticated
@@ -14,6 +15,8 @@ ANSWER_CREATED = "created"
 ANSWER_DUPLICATE = "duplicate"
 ANSWER_REFUSED = "refused"
 STATUS_HEADER = "nabla-status"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,23 +79,40 @@ class Envelope:
         """Reads the headers.
 
         Raises:
-            MalformedMessage: a required header is missing or not of its form.
+            MalformedMessage: naming the header that is missing or not of its form, never its content.
         """
-        try:
-            sender = headers.get("nabla-principal")
-            return cls(
-                id=headers["ce-id"],
-                type=headers["ce-type"],
-                source=headers["ce-source"].removeprefix("nabla/"),
-                time=datetime.fromisoformat(headers["ce-time"]),
-                object_id=headers.get("ce-subject", ""),
-                team_id=headers.get("ce-team", ""),
-                project_id=headers.get("ce-project", ""),
-                revision=int(headers.get("ce-revision", 0)),
-                attempt=int(headers.get("ce-attempt", 0)),
-                idempotency_key=headers.get("nabla-idempotency-key", ""),
-                traceparent=headers.get("traceparent", ""),
-                sender=Principal.from_wire(sender.encode()) if sender else None,
-            )
-        except (KeyError, ValueError) as error:
-            raise MalformedMessage("Envelope", (str(error).strip("'"),)) from None
+        sender = headers.get("nabla-principal")
+        return cls(
+            id=_read(headers, "ce-id", _text),
+            type=_read(headers, "ce-type", _text),
+            source=_read(headers, "ce-source", _text).removeprefix("nabla/"),
+            time=_read(headers, "ce-time", _moment),
+            object_id=headers.get("ce-subject", ""),
+            team_id=headers.get("ce-team", ""),
+            project_id=headers.get("ce-project", ""),
+            revision=_read(headers, "ce-revision", int) if "ce-revision" in headers else 0,
+            attempt=_read(headers, "ce-attempt", int) if "ce-attempt" in headers else 0,
+            idempotency_key=headers.get("nabla-idempotency-key", ""),
+            traceparent=headers.get("traceparent", ""),
+            sender=Principal.from_wire(sender.encode()) if sender else None,
+        )
+
+
+def _read(headers: Mapping[str, str], name: str, form: Callable[[str], T]) -> T:
+    try:
+        return form(headers[name])
+    except (KeyError, ValueError):
+        raise MalformedMessage("Envelope", (name,)) from None
+
+
+def _text(value: str) -> str:
+    if not value:
+        raise ValueError
+    return value
+
+
+def _moment(value: str) -> datetime:
+    moment = datetime.fromisoformat(value)
+    if moment.tzinfo is None:
+        raise ValueError
+    return moment

@@ -9,6 +9,8 @@ COMMANDS = "CMD"
 LOGS = "LOG"
 DEAD_LETTERS = "DEADLETTER"
 SHARD = "0"
+# The most that a stored message may have, headers and body together; above it are S3 and presigned URLs.
+MAX_MESSAGE_BYTES = 262_144
 
 
 def subject_for(message: type[Message], *, team: str = "", object_id: str = "", service: str = "") -> str:
@@ -65,6 +67,7 @@ __all__ = [
     "DEAD_LETTERS",
     "EVENTS",
     "LOGS",
+    "MAX_MESSAGE_BYTES",
     "SHARD",
     "VERSION",
     "dead_letter_subject",

@@ -45,7 +45,7 @@ class Cgroup:
                 group = cls(folders)
                 group._set(limits)
             except OSError:
-                _remove(folders.values())
+                remove_folders(folders.values())
                 continue
             return group
         return None
@@ -74,7 +74,7 @@ class Cgroup:
     def remove(self) -> None:
         """Needs every process of the group gone; a killed one leaves it a moment after it was reaped."""
         deadline = time.monotonic() + 1.0
-        while not _remove(self._folders.values()) and time.monotonic() < deadline:
+        while not remove_folders(self._folders.values()) and time.monotonic() < deadline:
             time.sleep(0.005)
 
     def _set(self, limits: Limits) -> None:
@@ -117,13 +117,31 @@ class Cgroup:
 
 def remove_leftover(attempt_id: str) -> None:
     """Remove the group of an attempt whose shim was killed, once its processes are gone."""
-    for parents in _possible_parents(prepare=False):
-        _remove([parent / f"nabla-{attempt_id}" for parent in parents.values()])
+    remove_folders(folders_of(attempt_id))
 
 
-def _possible_parents(prepare: bool = True) -> Iterator[Mapping[str, Path]]:
+def folders_of(attempt_id: str, beside: int | str = "self") -> tuple[Path, ...]:
+    """Where the group of an attempt may be, made by a shim in the same groups as process `beside`."""
+    places = _possible_parents(prepare=False, process=beside)
+    return tuple(parent / f"nabla-{attempt_id}" for parents in places for parent in parents.values())
+
+
+def remove_folders(folders: Iterable[Path]) -> bool:
+    """Remove groups; False while one of them still holds processes."""
+    removed = True
+    for folder in set(folders):
+        try:
+            folder.rmdir()
+        except FileNotFoundError:
+            continue
+        except OSError:
+            removed = False
+    return removed
+
+
+def _possible_parents(prepare: bool = True, process: int | str = "self") -> Iterator[Mapping[str, Path]]:
     """Folders to make the group in, for each controller; the best first."""
-    own = {name: path for names, path in _own_paths() for name in names.split(",")}
+    own = {name: path for names, path in _groups_of(process) for name in names.split(",")}
     mounts = dict(_mounts())
     if all(name in mounts and name in own for name in _CONTROLLERS):
         yield {name: mounts[name] / own[name].lstrip("/") for name in _CONTROLLERS}
@@ -144,9 +162,9 @@ def _delegate(parent: Path) -> bool:
     return True
 
 
-def _own_paths() -> Iterator[tuple[str, str]]:
-    """(controllers, path in their tree) of this process; controllers is "" for version 2."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+def _groups_of(process: int | str) -> Iterator[tuple[str, str]]:
+    """(controllers, path in their tree) of a process; controllers is "" for version 2."""
+    for line in Path(f"/proc/{process}/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         yield controllers, path
 
@@ -159,15 +177,3 @@ def _mounts() -> Iterator[tuple[str, Path]]:
             yield "", Path(target)
         elif kind == "cgroup":
             yield from ((name, Path(target)) for name in options.split(",") if name in _CONTROLLERS)
-
-
-def _remove(folders: Iterable[Path]) -> bool:
-    removed = True
-    for folder in set(folders):
-        try:
-            folder.rmdir()
-        except FileNotFoundError:
-            continue
-        except OSError:
-            removed = False
-    return removed

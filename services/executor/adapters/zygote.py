@@ -17,6 +17,7 @@ import contextlib
 import gc
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -75,8 +76,13 @@ def serve(socket_path: str, parent: int) -> None:
     """Answer requests until the parent is gone, or was before this process could look."""
     listener = _listen(socket_path)
     gc.freeze()  # a collection in a fork would copy every page it touches
+    events = select.poll()
+    events.register(listener, select.POLLIN)
+    with contextlib.suppress(OSError):  # gone already, or a kernel before 5.3: then the look once a second says so
+        events.register(os.pidfd_open(parent), select.POLLIN)
     while os.getppid() == parent:
-        with contextlib.suppress(TimeoutError), listener.accept()[0] as connection:
+        events.poll(_LOOK_FOR_PARENT_S * 1000)
+        with contextlib.suppress(BlockingIOError), listener.accept()[0] as connection:
             connection.settimeout(_ANSWER_LIMIT_S)
             _answer(connection)
 
@@ -120,7 +126,7 @@ def _listen(socket_path: str) -> socket.socket:
     listener.bind(socket_path)
     os.umask(0o077)
     listener.listen(128)
-    listener.settimeout(_LOOK_FOR_PARENT_S)
+    listener.setblocking(False)
     return listener
 
 

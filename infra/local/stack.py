@@ -1,0 +1,72 @@
+"""The heavy half of the supervisor: bus and services, with everything they import."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import time
+
+import nats
+
+from infra.local import nats as local_nats
+from infra.local import servers
+from infra.local.credentials import nats_public_key
+from infra.local.installation import Installation
+from infra.local.supervisor import Supervisor, share_memory
+from libs.common.provision import provision_streams
+from libs.common.runner import run
+from services import SERVICES
+
+
+class BusError(Exception):
+    """The bus does not come up."""
+
+
+def start_bus(supervisor: Supervisor, installation: Installation) -> None:
+    """Starts NATS, unless the settings name one, and creates the streams."""
+    if installation.settings.nats_url:
+        return
+    server = servers.nats_server(installation, nats_config(installation))
+    supervisor.add_server(server)
+    _wait_for(server)
+    asyncio.run(provision(installation))
+
+
+def start_services(supervisor: Supervisor) -> None:
+    """Forks the services, once all that they share has been imported."""
+    for name in SERVICES:
+        importlib.import_module(f"services.{name}.app")
+    share_memory()
+    for name in SERVICES:
+        supervisor.add_service(name, run, {})
+
+
+def nats_config(installation: Installation) -> str:
+    grants = local_nats.all_grants()
+    folder = installation.keys / "nats"
+    return local_nats.config_text(
+        host="127.0.0.1",
+        port=installation.ports["nats"],
+        store=installation.home / "data" / "nats",
+        public_keys={grant.user: nats_public_key(folder, grant.user) for grant in grants},
+        grants=grants,
+        sync=installation.settings.nats_sync,
+    )
+
+
+async def provision(installation: Installation) -> None:
+    """Creates the streams, as the only user who may."""
+    seed = (installation.keys / "nats" / f"{local_nats.PROVISIONER}.nk").read_text().strip()
+    connection = await nats.connect(installation.nats_url, nkeys_seed_str=seed)
+    try:
+        await provision_streams(connection.jetstream())
+    finally:
+        await connection.close()
+
+
+def _wait_for(server: servers.Server, timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not server.ready():
+        if time.monotonic() > deadline:
+            raise BusError(f"{server.name} did not come up in {timeout_s:.0f} s. See its log.")
+        time.sleep(0.01)
