@@ -114,8 +114,5 @@ def routes_of(service: str) -> Routes:
     Handlers that need a built service are the unbound functions of their classes here.
     """
     module = importlib.import_module(f"services.{service}.routes")
-    if hasattr(module, "ROUTES"):
-        found: Routes = module.ROUTES
-        return found
-    built: Routes = module.routes()
-    return built
+    found: Routes = module.routes()
+    return found

@@ -10,7 +10,7 @@ import asyncio
 import json
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -153,13 +153,14 @@ class UnitOfWork:
     async def fill_outbox(self) -> None:
         """Writes what was emitted; called once, by the store, before it commits."""
         if self.outgoing:
-            connection = await self.session.connection()
-            await connection.execute(self._skeleton.outbox.insert(), self.outgoing)
+            await self.execute(self._skeleton.outbox.insert(), self.outgoing)
 
-    async def execute(self, statement: Executable) -> CursorResult[Any]:
-        """Runs a Core statement in this transaction; models go through `session`."""
+    async def execute(
+        self, statement: Executable, rows: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None
+    ) -> CursorResult[Any]:
+        """Runs a Core statement in this transaction, once or for each of `rows`; models go through `session`."""
         connection = await self.session.connection()
-        return await connection.execute(statement)
+        return await connection.execute(statement, rows)
 
     async def swap(self, table: type[SQLModel], object_id: str, revision: int, values: Mapping[str, Any]) -> None:
         """Saves `values` and the next revision if the row still has `revision`.

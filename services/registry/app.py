@@ -11,7 +11,7 @@ from services.registry.adapters.jobs import BusJobs
 from services.registry.domain.accounts import first_token
 from services.registry.handlers.accounts import bootstrap
 from services.registry.loops import RunCheck, Upkeep
-from services.registry.routes import ROUTES, RUNS
+from services.registry.routes import RUNS, routes
 from services.registry.settings import RegistrySettings
 from services.registry.store import SKELETON, RegistryUnit
 from services.registry.store.runs import SKELETON as RUNS_SKELETON
@@ -39,7 +39,7 @@ def build(settings: RegistrySettings | None = None) -> Service:
         store=store,
         bus=bus,
         inbox=Inbox(store, NAME),
-        routes=ROUTES,
+        routes=routes(),
         loops=(Upkeep(store, runs, settings).run, RunCheck(runs, BusJobs(bus), settings.reconcile_s).run),
         further={RUNS: Inbox(runs, NAME)},
         before_start=make_first_account,

@@ -9,7 +9,7 @@ from libs.common.service import Service
 from services.scheduler.adapters.executor import BusExecutor
 from services.scheduler.loops.placer import Placer
 from services.scheduler.loops.reconciler import Patience, Reconciler
-from services.scheduler.routes import ROUTES
+from services.scheduler.routes import routes
 from services.scheduler.settings import SchedulerSettings
 from services.scheduler.store import SchedulerStore
 
@@ -37,7 +37,7 @@ def build(settings: SchedulerSettings | None = None) -> Service:
         store=store,
         bus=bus,
         inbox=Inbox(store, "scheduler"),
-        routes=ROUTES,
+        routes=routes(),
         loops=(lock.run, place, reconcile),
         describe=lambda: (lock.held.is_set(), "" if lock.held.is_set() else "waits for the database's lock"),
     )

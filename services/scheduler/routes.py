@@ -40,28 +40,30 @@ READ_JOB = Rule(
     services=frozenset({"gateway", "executor", "registry", "serving", "storage"}),
 )
 
-ROUTES = Routes(
-    "scheduler",
-    (
-        Route(SubmitJob, handlers.submit_job, WRITE),
-        Route(StopJob, handlers.stop_job, WRITE),
-        Route(StartExperiment, handlers.start_experiment, WRITE),
-        Route(GetJob, handlers.get_job, READ_JOB),
-        Route(ListJobs, handlers.list_jobs, READ),
-        Route(GetExperiment, handlers.get_experiment, READ),
-        Route(ListExperiments, handlers.list_experiments, READ),
-        Route(OrderJob, handlers.order_job, INTERNAL),
-        Route(HaltJob, handlers.halt_job, INTERNAL),
-        Route(NodesReported, handlers.learn_nodes, INTERNAL),
-        Route(ExecutionRunning, handlers.follow_report, INTERNAL),
-        Route(ExecutionFinishing, handlers.follow_report, INTERNAL),
-        Route(ExecutionEnded, handlers.follow_report, INTERNAL),
-        Route(ProjectCreated, handlers.learn_project, INTERNAL),
-        Route(ProjectUpdated, handlers.learn_project, INTERNAL),
-        Route(ProjectArchived, handlers.learn_project, INTERNAL),
-        Route(ProjectDeleted, handlers.learn_project, INTERNAL),
-        Route(ProjectRestored, handlers.learn_project, INTERNAL),
-        Route(ProjectMoved, handlers.learn_project, INTERNAL),
-    ),
-    sends=(StartExecution, StopExecution, ListExecutions, ListNodes),
-)
+
+def routes() -> Routes:
+    return Routes(
+        "scheduler",
+        (
+            Route(SubmitJob, handlers.submit_job, WRITE),
+            Route(StopJob, handlers.stop_job, WRITE),
+            Route(StartExperiment, handlers.start_experiment, WRITE),
+            Route(GetJob, handlers.get_job, READ_JOB),
+            Route(ListJobs, handlers.list_jobs, READ),
+            Route(GetExperiment, handlers.get_experiment, READ),
+            Route(ListExperiments, handlers.list_experiments, READ),
+            Route(OrderJob, handlers.order_job, INTERNAL),
+            Route(HaltJob, handlers.halt_job, INTERNAL),
+            Route(NodesReported, handlers.learn_nodes, INTERNAL),
+            Route(ExecutionRunning, handlers.follow_report, INTERNAL),
+            Route(ExecutionFinishing, handlers.follow_report, INTERNAL),
+            Route(ExecutionEnded, handlers.follow_report, INTERNAL),
+            Route(ProjectCreated, handlers.learn_project, INTERNAL),
+            Route(ProjectUpdated, handlers.learn_project, INTERNAL),
+            Route(ProjectArchived, handlers.learn_project, INTERNAL),
+            Route(ProjectDeleted, handlers.learn_project, INTERNAL),
+            Route(ProjectRestored, handlers.learn_project, INTERNAL),
+            Route(ProjectMoved, handlers.learn_project, INTERNAL),
+        ),
+        sends=(StartExecution, StopExecution, ListExecutions, ListNodes),
+    )

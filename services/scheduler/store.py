@@ -89,15 +89,15 @@ class SchedulerUnit(UnitOfWork):
 
     async def cases(self, *wanted: ColumnElement[bool], order: Any = None, limit: int | None = None) -> list[Case]:
         query = _CASES.where(*wanted).order_by(JOBS.c.id if order is None else order).limit(limit)
-        return [_case(row) for row in (await self.session.execute(query)).all()]
+        return [_case(row) for row in (await self.execute(query)).all()]
 
     async def add(self, case: Case, first_detail: str) -> Case:
         """Stores a new job, already in the queue. Its timeline begins with the submission."""
         job = replace(case.job, revision=1)
         row = {"id": job.id, **_identity(job), **_changing(job), "attempt_id": None, "checked_us": 0, "revision": 1}
-        await self.session.execute(insert(JOBS), row)
+        await self.execute(insert(JOBS), row)
         submitted = _entry(replace(job, state="submitted", detail=first_detail, revision=0), self.now_us)
-        await self.session.execute(insert(TIMELINE), [submitted, _entry(job, self.now_us)])
+        await self.execute(insert(TIMELINE), [submitted, _entry(job, self.now_us)])
         added = replace(case, job=job)
         await self._announce(added)
         return added
@@ -125,7 +125,7 @@ class SchedulerUnit(UnitOfWork):
         if attempt and attempt != before.attempt:
             await self._write_attempt(job, attempt, is_new=before.attempt is None or before.attempt.id != attempt.id)
         if (job.state, job.desired_state) != (before.job.state, before.job.desired_state):
-            await self.session.execute(insert(TIMELINE), _entry(job, self.now_us))
+            await self.execute(insert(TIMELINE), _entry(job, self.now_us))
         written = replace(after, job=job)
         await self._announce(written)
         return written
@@ -133,9 +133,9 @@ class SchedulerUnit(UnitOfWork):
     async def _write_attempt(self, job: Job, attempt: Attempt, *, is_new: bool) -> None:
         values = _columns(attempt) | {"job_id": job.id, "checked_us": self.now_us}
         if is_new:
-            await self.session.execute(insert(ATTEMPTS), values)
+            await self.execute(insert(ATTEMPTS), values)
         else:
-            await self.session.execute(update(ATTEMPTS).where(ATTEMPTS.c.id == attempt.id).values(**values))
+            await self.execute(update(ATTEMPTS).where(ATTEMPTS.c.id == attempt.id).values(**values))
 
     async def _announce(self, case: Case) -> None:
         job = case.job
@@ -162,46 +162,46 @@ class SchedulerUnit(UnitOfWork):
 
     async def attempts(self, job_id: str) -> list[Attempt]:
         query = select(ATTEMPTS).where(ATTEMPTS.c.job_id == job_id).order_by(ATTEMPTS.c.number)
-        return [_attempt(row, "") for row in (await self.session.execute(query)).all()]
+        return [_attempt(row, "") for row in (await self.execute(query)).all()]
 
     async def timeline(self, job_id: str) -> Sequence[Row[Any]]:
         query = select(TIMELINE).where(TIMELINE.c.job_id == job_id).order_by(TIMELINE.c.revision)
-        return (await self.session.execute(query)).all()
+        return (await self.execute(query)).all()
 
     async def demands(self, wanted: ColumnElement[bool], limit: int | None = None) -> dict[str, Demand | None]:
         """What each of these jobs asks of the policy, in the order of ids; None for one that asks nothing."""
-        rows = (await self.session.execute(_DEMANDS.where(wanted).order_by(JOBS.c.id).limit(limit))).all()
+        rows = (await self.execute(_DEMANDS.where(wanted).order_by(JOBS.c.id).limit(limit))).all()
         return {row.id: _demand(row, self.now_us) for row in rows}
 
     async def mark_checked(self, table: Table, ids: Collection[str]) -> None:
         """Puts rows at the end of the line of those to be looked at again."""
         if ids:
-            await self.session.execute(update(table).where(table.c.id.in_(ids)).values(checked_us=self.now_us))
+            await self.execute(update(table).where(table.c.id.in_(ids)).values(checked_us=self.now_us))
 
     async def add_experiment(self, experiment: Experiment) -> None:
-        await self.session.execute(
+        await self.execute(
             insert(EXPERIMENTS).values({item.name: getattr(experiment, item.name) for item in fields(experiment)})
         )
 
     async def experiments(self, *wanted: ColumnElement[bool], limit: int | None = None) -> list[Experiment]:
         query = select(EXPERIMENTS).where(*wanted).order_by(EXPERIMENTS.c.id.desc()).limit(limit)
-        return [Experiment(**row._mapping) for row in (await self.session.execute(query)).all()]
+        return [Experiment(**row._mapping) for row in (await self.execute(query)).all()]
 
     async def project(self, project_id: str) -> Row[Any] | None:
         query = select(PROJECTS).where(PROJECTS.c.id == project_id)
-        return (await self.session.execute(query)).first()
+        return (await self.execute(query)).first()
 
     async def keep_project(self, project_id: str, team_id: str, state: str, revision: int) -> None:
         """Takes in a snapshot, unless a newer one is known."""
         known = await self.project(project_id)
         values = {"id": project_id, "team_id": team_id, "state": state, "revision": revision}
         if known is None:
-            await self.session.execute(insert(PROJECTS), values)
+            await self.execute(insert(PROJECTS), values)
         elif revision > known.revision:
-            await self.session.execute(update(PROJECTS).where(PROJECTS.c.id == project_id).values(**values))
+            await self.execute(update(PROJECTS).where(PROJECTS.c.id == project_id).values(**values))
 
     async def inventories(self) -> list[Inventory]:
-        rows = (await self.session.execute(select(INVENTORIES).order_by(INVENTORIES.c.executor))).all()
+        rows = (await self.execute(select(INVENTORIES).order_by(INVENTORIES.c.executor))).all()
         return [
             Inventory(
                 row.executor,
@@ -222,7 +222,7 @@ class SchedulerUnit(UnitOfWork):
                 question, which is always the newest.
         """
         mine = INVENTORIES.c.executor == executor
-        known = (await self.session.execute(select(INVENTORIES.c.sent_us).where(mine))).scalar()
+        known = (await self.execute(select(INVENTORIES.c.sent_us).where(mine))).scalar()
         if known is not None and sent_us is not None and sent_us <= known:
             return
         values = {
@@ -232,7 +232,7 @@ class SchedulerUnit(UnitOfWork):
             "sent_us": known or 0 if sent_us is None else sent_us,
             "heard_us": self.now_us,
         }
-        await self.session.execute(
+        await self.execute(
             insert(INVENTORIES).values(**values) if known is None else update(INVENTORIES).where(mine).values(**values)
         )
         self.touched_nodes = True

@@ -23,10 +23,12 @@ from libs.common.migrations import migrate
 from libs.common.routing import Routes
 from libs.common.service import Service
 from services.registry.app import build
-from services.registry.routes import ROUTES
+from services.registry.routes import routes
 from services.registry.settings import RegistrySettings
 from tests.support.nats import NatsServer, running_nats
 from tests.unit.registry.harness import attempt_of, gateway, job_in, service, version_of
+
+ROUTES = routes()
 
 pytestmark = pytest.mark.integration
 

@@ -40,11 +40,13 @@ from libs.common.migrations import migrate
 from libs.common.routing import INTERNAL, Route, Routes, Rule
 from libs.common.service import Service
 from services.scheduler.app import build
-from services.scheduler.routes import ROUTES
+from services.scheduler.routes import routes
 from services.scheduler.settings import SchedulerSettings
 from tests.support.nats import NatsServer, running_nats
 from tests.unit.scheduler.cases import PROJECT, TEAM, template
 from tests.unit.scheduler.world import USER, node
+
+ROUTES = routes()
 
 pytestmark = pytest.mark.integration
 

@@ -22,10 +22,12 @@ from libs.common.inbox import Answer, Inbox
 from libs.common.migrations import migrate
 from libs.common.routing import Route
 from libs.common.store import Store
-from services.registry.routes import ROUTES
+from services.registry.routes import routes
 from services.registry.store import SKELETON, RegistryUnit
 from services.registry.store.runs import SKELETON as RUNS_SKELETON
 from services.registry.store.runs import RunsUnit
+
+ROUTES = routes()
 
 M = TypeVar("M", bound=Message)
 

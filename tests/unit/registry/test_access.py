@@ -11,8 +11,10 @@ from libs.common.contracts import messages as m
 from libs.common.contracts.message import Kind, Message
 from libs.common.errors import Forbidden, NotFound
 from libs.common.ids import new_id, secret_hash
-from services.registry.routes import ROUTES
+from services.registry.routes import routes
 from tests.unit.registry.harness import Catalogue, attempt_of, gateway, job_in, service, version_of
+
+ROUTES = routes()
 
 pytestmark = pytest.mark.unit
 

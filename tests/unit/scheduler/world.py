@@ -32,10 +32,12 @@ from libs.common.routing import Route
 from services.scheduler.handlers import get_job
 from services.scheduler.loops.placer import Placer
 from services.scheduler.loops.reconciler import Patience, Reconciler
-from services.scheduler.routes import ROUTES
+from services.scheduler.routes import routes
 from services.scheduler.store import SchedulerStore
 from services.scheduler.tables import SKELETON
 from tests.unit.scheduler.cases import PROJECT, TEAM, template
+
+ROUTES = routes()
 
 USER = Principal(kind="user", id="u1", name="ada", team_id=TEAM, role="member")
 
