@@ -114,7 +114,8 @@ def seaweed(installation: Installation) -> Server:
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
     ]
-    return Server("s3", command, lambda: answers(ports["s3"]))
+    # Its filer waits ten seconds for streams that its own S3 part keeps open. What it has acknowledged is written.
+    return Server("s3", command, lambda: answers(ports["s3"]), stop_s=2.0)
 
 
 def traefik(installation: Installation) -> Server:
@@ -164,7 +165,8 @@ def ray_head(installation: Installation) -> Server:
     installation.ray_folder.mkdir(mode=0o700, exist_ok=True)
     command = [
         sys.executable,
-        str(BIN / "ray"),
+        "-m",
+        "services.executor.adapters.loopback",
         "start",
         "--head",
         "--block",

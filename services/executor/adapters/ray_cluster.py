@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from services.executor.adapters.loopback import keep_loopback
 from services.executor.adapters.ray_agent import RayNodeAgent, fingerprint
 from services.executor.domain.execution import short_reason
 from services.executor.ports import (
@@ -311,6 +312,7 @@ def _living_nodes() -> dict[str, Any]:
 def _init(address: str) -> None:
     import ray
 
+    keep_loopback()
     ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
 
 

@@ -35,7 +35,8 @@ class RayHead:
         return f"127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        command = [str(Path(sys.executable).parent / "ray"), "start", "--head", f"--port={self.port}"]
+        loopback = "services.executor.adapters.loopback"
+        command = [sys.executable, "-m", loopback, "start", "--head", f"--port={self.port}"]
         command += ["--node-ip-address=127.0.0.1", "--num-cpus=4", "--num-gpus=2", "--include-dashboard=false"]
         command += [f"--temp-dir={self.folder}", "--disable-usage-stats"]
         subprocess.run(command, env=self.environment, check=True, capture_output=True, timeout=START_LIMIT_S, cwd="/")
