@@ -10,6 +10,8 @@ from infra.local import control
 from infra.local.installation import Installation
 from infra.local.servers import ServerMissingError
 from infra.local.settings import LocalSettings
+from services.executor.adapters import isolation
+from services.executor.domain.isolation import BWRAP
 
 
 def main(what: str, as_json: bool = False) -> int:
@@ -49,16 +51,16 @@ def show_up(settings: LocalSettings) -> Installation:
     installation = control.up(settings, say)
     say(f"Nabla answers at {installation.ui} ({time.monotonic() - started:.1f} s)")
     say(f"  data       {installation.home}")
-    say(f"  isolation  {isolation_line(installation)}")
+    say(f"  isolation  {isolation_line(settings)}")
     say("  sign in    nabla open")
     return installation
 
 
-def isolation_line(installation: Installation) -> str:
-    """The class of the sandbox that jobs get here, and what restores a lost one."""
-    file = installation.run / "isolation.json"
-    try:
-        known = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return "known when the first node is ready: `nabla status`"
-    return f"{known['isolation']} {known.get('detail', '')}".strip()
+def isolation_line(settings: LocalSettings) -> str:
+    """The class that jobs get on this machine, and what restores a lost one."""
+    found = isolation.probe(settings.isolation)
+    return (
+        "bwrap: each job in a sandbox of its own"
+        if found.isolation == BWRAP and not found.remedy
+        else (f"{found.isolation}: {isolation.in_words(found)}")
+    )

@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,11 +23,13 @@ from infra.local.credentials import api_token, s3_keys, write_private
 from infra.local.installation import Installation, claim_ports, open_installation
 from infra.local.settings import CHECKOUT, LocalSettings
 from infra.local.supervisor import Supervisor
+from services.executor.adapters import isolation
+from services.executor.domain.isolation import is_loopback, refusal
 
 UP_TIMEOUT_S = 120.0
 DOWN_TIMEOUT_S = 60.0
 # Children of a killed supervisor were told to end by the kernel; services close their databases in this time.
-LEFTOVER_PATIENCE_S = 5.0
+LEFTOVER_PATIENCE_S = 3.0
 
 log = logging.getLogger("nabla.supervisor")
 
@@ -47,6 +50,7 @@ def up(settings: LocalSettings, say: Callable[[str], None]) -> Installation:
     if supervisor_pid(installation):
         say(f"Nabla is already running at {installation.ui}")
         return installation
+    _refuse_open_doors(settings)
     # What a killed supervisor left would hold our ports.
     leftovers.end_processes(installation.home, LEFTOVER_PATIENCE_S)
     installation, moved = claim_ports(installation)
@@ -55,6 +59,15 @@ def up(settings: LocalSettings, say: Callable[[str], None]) -> Installation:
     _start_in_background(installation)
     _wait_for_front_door(installation)
     return installation
+
+
+def _refuse_open_doors(settings: LocalSettings) -> None:
+    """Jobs without walls and a door for everybody: not even started."""
+    if is_loopback(settings.host):
+        return
+    found = isolation.probe(settings.isolation)
+    if forbidden := refusal(found.isolation, settings.host, team_number=1):
+        raise InstallationError(f"{forbidden}: {isolation.in_words(found)}")
 
 
 def _start_in_background(installation: Installation) -> None:
@@ -177,25 +190,37 @@ def service_environment(installation: Installation) -> dict[str, str]:
         keys = {"access_key": settings.s3_access_key, "secret_key": settings.s3_secret_key}
         write_private(installation.keys / "s3.json", json.dumps(keys))
     s3_keys(installation.keys)
-    env = servers.ray_environment(installation) | {
-        "NABLA_HOME": str(installation.home),
-        "NABLA_NATS_URL": installation.nats_url,
-        "NABLA_FRONT_DOOR": installation.front_door,
-        "NABLA_S3_ADDRESS": installation.s3_endpoint,
-        "NABLA_S3_ENDPOINT": installation.s3_endpoint,
-        "NABLA_TRAEFIK_DYNAMIC": str(installation.traefik_dynamic),
-        "NABLA_TRAEFIK_API": installation.traefik_api,
-        "NABLA_BOOTSTRAP_TOKEN_FILE": str(token_file),
-        "NABLA_LOG_LEVEL": settings.log_level,
-    }
+    env = (
+        _given()
+        | servers.ray_environment(installation)
+        | {
+            "NABLA_HOME": str(installation.home),
+            "NABLA_NATS_URL": installation.nats_url,
+            "NABLA_FRONT_DOOR": installation.front_door,
+            "NABLA_S3_ADDRESS": installation.s3_endpoint,
+            "NABLA_S3_ENDPOINT": installation.s3_endpoint,
+            "NABLA_TRAEFIK_DYNAMIC": str(installation.traefik_dynamic),
+            "NABLA_TRAEFIK_API": installation.traefik_api,
+            "NABLA_BOOTSTRAP_TOKEN_FILE": str(token_file),
+            "NABLA_LOG_LEVEL": settings.log_level,
+            "NABLA_HOST": settings.host,
+            "NABLA_ISOLATION": settings.isolation,
+        }
+    )
     if settings.database_url:
         env["NABLA_DATABASE_URL"] = settings.database_url
     if settings.ray_address:
         env["NABLA_RAY_ADDRESS"] = settings.ray_address
     if (installation.home / "nabla.toml").exists():
         env["NABLA_SETTINGS"] = str(installation.home / "nabla.toml")
-    lines = [f"export {name}={json.dumps(value)}" for name, value in sorted(env.items())]
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in sorted(env.items())]
     write_private(installation.run / "environment", "\n".join(lines) + "\n")
     context = {"url": installation.front_door, "token": token, "ui": installation.ui}
     write_private(installation.home / "context.json", json.dumps(context, indent=2))
     return env
+
+
+def _given() -> dict[str, str]:
+    """Settings of services that came by the environment of `up`; not what belongs to the client."""
+    own = {name: value for name, value in os.environ.items() if name.startswith("NABLA_")}
+    return {name: value for name, value in own.items() if name not in {leftovers.MARK, "NABLA_TOKEN", "NABLA_URL"}}

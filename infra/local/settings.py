@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
@@ -36,6 +37,8 @@ class LocalSettings(BaseSettings):
     # "always" survives a power cut at a twentieth of the bus's throughput.
     nats_sync: str = ""
     log_level: str = "INFO"
+    # What jobs get; auto takes bwrap where the kernel allows it.
+    isolation: Literal["auto", "bwrap", "process"] = "auto"
 
     @classmethod
     def settings_customise_sources(

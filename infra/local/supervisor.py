@@ -169,15 +169,15 @@ def _become_service(log_file: Path, env: dict[str, str]) -> None:
 
 
 def _stop_group(group: list[Child]) -> None:
+    """All at once; who is not gone after its own time is killed."""
     for child in group:
         _signal(child.pid, signal.SIGTERM)
-    deadline = time.monotonic() + max((child.stop_s for child in group), default=0.0)
-    while group and time.monotonic() < deadline:
-        group = [child for child in group if _reap(child.pid) is None]
+    began = time.monotonic()
+    while group := [child for child in group if _reap(child.pid) is None]:
+        for child in group:
+            if time.monotonic() - began > child.stop_s:
+                _signal(child.pid, signal.SIGKILL)
         time.sleep(0.05)
-    for child in group:
-        _signal(child.pid, signal.SIGKILL)
-        os.waitpid(child.pid, 0)
 
 
 def _signal(pid: int, number: int) -> None:

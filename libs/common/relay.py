@@ -60,13 +60,12 @@ class Relay:
                     self._store.committed.clear()
                     await self._publish_table()
                 await self._publish_committed()
+                read_table = not await self._wait_for_more()
             except _AWAY as error:
-                log.warning("outbox waits for the bus", extra={"reason": repr(error)})
-                # What was taken from memory is still in the table.
+                # The bus is away, or the disk is full. What was taken from memory is still in the table.
+                log.warning("outbox waits", extra={"reason": repr(error)})
                 read_table = True
                 await asyncio.sleep(BACK_OFF_S)
-                continue
-            read_table = not await self._wait_for_more()
 
     async def _publish_table(self) -> None:
         await self.mark()

@@ -37,19 +37,23 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 def set_up(service: str, *, log_level: str = "INFO", traces_folder: Path | None = None) -> None:
     """Installs providers and the log format for this process. Called once, by the process that runs a service."""
     _set_up_logging(service, log_level)
-    resource = Resource.create({"service.name": f"nabla-{service}"})
-    _set_up_traces(service, resource, traces_folder)
-    _set_up_metrics(resource)
+    set_up_traces(service, traces_folder)
+    _set_up_metrics(_resource(service))
 
 
-def _set_up_traces(service: str, resource: Resource, traces_folder: Path | None) -> None:
-    provider = TracerProvider(resource=resource)
+def _resource(service: str) -> Resource:
+    return Resource.create({"service.name": f"nabla-{service}"})
+
+
+def set_up_traces(service: str, traces_folder: Path | None) -> None:
+    """Only the traces, for a process whose logs and metrics are another's."""
+    provider = TracerProvider(resource=_resource(service))
     if os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     if traces_folder:
-        traces_folder.mkdir(parents=True, exist_ok=True)
+        traces_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         out = (traces_folder / f"{service}.jsonl").open("a", buffering=1)
         exporter = ConsoleSpanExporter(out=out, formatter=_span_line)
         provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=1000))

@@ -50,5 +50,6 @@ def agent_config(settings: ExecutorSettings) -> AgentConfig:
         nats_seed=settings.nats_seed("agent"),
         node_fence_s=settings.node_fence_s,
         isolation=settings.isolation,
+        traces=settings.traces,
         version=VERSION,
     )

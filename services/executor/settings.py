@@ -27,6 +27,8 @@ class ExecutorSettings(Settings):
     node_nats_url: str = ""
     # auto takes bwrap where the kernel allows it; process is for an installation with one user.
     isolation: Literal["auto", "bwrap", "process"] = "auto"
+    # Where the front door listens: class `process` is for loopback alone.
+    host: str = "127.0.0.1"
     # A node this long out of contact ends its attempts by itself; LOST_MARGIN_S later they are reported lost.
     node_fence_s: float = 120.0
     # How long Ray may take to reserve what the scheduler believes to be free.

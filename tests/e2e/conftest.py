@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from infra.local import demo
 from nabla import Client
+from nabla.objects import Deployment
 from tests.support.platform import Platform, running_platform
 
 
@@ -15,6 +17,13 @@ from tests.support.platform import Platform, running_platform
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     with running_platform(tmp_path_factory.mktemp("platform") / "home", gpus="2") as platform:
         yield platform
+
+
+@pytest.fixture(scope="session")
+def digits(platform: Platform) -> Deployment:
+    """The demo's way, walked once: examples/digits trained, registered, deployed, and ready."""
+    with platform.client() as client:
+        return demo.deploy(client, demo.registered_model(client, demo.train(client)))
 
 
 @pytest.fixture

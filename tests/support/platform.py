@@ -32,6 +32,8 @@ class Platform:
     environment: dict[str, str]
     front_door_s: float = 0.0
     node_ready_s: float = 0.0
+    # What `up` printed.
+    said: str = ""
 
     @property
     def installation(self) -> Installation:
@@ -80,6 +82,7 @@ class Platform:
             command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
+        self.said = done.stdout
         assert front_door_answers(self.installation)
         self.front_door_s = time.monotonic() - began
         self.wait_for_node()

@@ -34,7 +34,8 @@ class Client:
     """Talks to one server as one principal.
 
     Without arguments it finds its server as the command line does (see nabla.contexts); `context` names a saved
-    one; `url` and `token` say both outright. Not meant to be shared between threads while it is being closed,
+    one; `url` and `token` say both outright. With `traceparent` (W3C) all of its requests
+    belong to one trace. Not meant to be shared between threads while it is being closed,
     otherwise safe to share. `sleep` is a seam for tests.
     """
 
@@ -46,6 +47,7 @@ class Client:
         *,
         patience_s: float = PATIENCE_S,
         on_retry: OnRetry | None = None,
+        traceparent: str = "",
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.context = _context(url, token, context)
@@ -54,6 +56,7 @@ class Client:
             self.context.token,
             patience_s=patience_s,
             on_retry=on_retry,
+            traceparent=traceparent,
             sleep=sleep,
         )
 

@@ -16,6 +16,7 @@ from urllib.parse import urlencode
 from uuid import uuid4
 
 import nabla
+from nabla import tracing
 from nabla.errors import NablaError, Unavailable, Unreachable, from_problem
 from nabla.http import BrokenConnection, Http, Response
 
@@ -32,7 +33,8 @@ OnRetry = Callable[[NablaError], None]
 class Transport:
     """One server, one token. `patience_s` bounds how long a request that gets no answer is repeated.
 
-    `on_retry` is called with the reason each time before waiting. `sleep` is a seam for tests.
+    `on_retry` is called with the reason each time before waiting. With `traceparent` all requests belong to one trace,
+    without it each to its own. `sleep` is a seam for tests.
     """
 
     def __init__(
@@ -42,12 +44,14 @@ class Transport:
         *,
         patience_s: float = PATIENCE_S,
         on_retry: OnRetry | None = None,
+        traceparent: str = "",
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.url = url
         self.patience_s = patience_s
         self.on_retry = on_retry
         self.sleep = sleep
+        self._traceparent = traceparent
         self._headers = {"Authorization": f"Bearer {token}", "User-Agent": f"nabla/{nabla.__version__}"}
         self._http = Http()
 
@@ -119,8 +123,10 @@ class Transport:
     ) -> Response:
         query = urlencode({name: value for name, value in params.items() if value not in (None, "")})
         url = f"{self.url}/api/v1{path}" + (f"?{query}" if query else "")
-        kind = {} if body is None else {"Content-Type": "application/json"}
-        return self._http.send(method, url, {**self._headers, **kind, **headers}, _encoded(body), timeout_s)
+        given = {"traceparent": self._traceparent or tracing.traceparent()}
+        if body is not None:
+            given["Content-Type"] = "application/json"
+        return self._http.send(method, url, {**self._headers, **given, **headers}, _encoded(body), timeout_s)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

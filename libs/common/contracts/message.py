@@ -54,7 +54,8 @@ class Route:
 class Message(BaseModel):
     """A frozen message whose JSON is proto3 JSON; unknown fields are ignored, as a newer sender may add some."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
+    # Infinity and NaN as proto3 JSON writes them; a null would make the whole body malformed.
+    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True, ser_json_inf_nan="strings")
     ROUTE: ClassVar[Route]
 
     def to_wire(self) -> bytes:

@@ -22,6 +22,7 @@ from libs.common.contracts.problem import Problem, refusal_from
 from libs.common.contracts.subjects import stream_of, subject_for
 from libs.common.errors import Unavailable
 from libs.common.ids import new_id
+from libs.common.telemetry import current_traceparent, span
 
 USER = "agent"
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.1, 5.0
@@ -74,13 +75,19 @@ class AgentBus:
         """
         route = message.ROUTE
         sender = Principal(kind="service", id="executor", team_id=team_id)
+        with span(f"ask {route.name}"):
+            return await self._ask(message, reply, sender, key)
+
+    async def _ask(self, message: Message, reply: type[M], sender: Principal, key: str) -> M:
+        route = message.ROUTE
         envelope = Envelope(
             id=new_id("event"),
             type=route.type,
             source="agent",
             time=utc_now(),
-            team_id=team_id,
+            team_id=sender.team_id,
             idempotency_key=key,
+            traceparent=current_traceparent(),
             sender=sender,
         )
         try:

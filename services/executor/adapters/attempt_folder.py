@@ -320,7 +320,8 @@ def _number_problems(spec: AttemptSpec) -> Iterator[str]:
         yield "pids_limit is not a whole number above 0"
     if not _is_whole(spec.max_spool_bytes, _LEAST_SPOOL_BYTES):
         yield f"max_spool_bytes is not a whole number from {_LEAST_SPOOL_BYTES}"
-    if spec.run_as_uid is not None and not _is_whole(spec.run_as_uid, 1):
+    # Without walls root may be the only user who can reach what the job needs.
+    if spec.run_as_uid is not None and not _is_whole(spec.run_as_uid, 0 if spec.isolation == "process" else 1):
         yield "run_as_uid is not the number of an ordinary user"
     if not all(_is_whole(index, 0) for index in spec.gpu_indices):
         yield "gpu_indices are not numbers of GPUs"

@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from typing import Any
 from libs.common.clock import from_us, to_us, utc_now
 from libs.common.contracts.envelope import Envelope
 from libs.common.contracts.messages import Execution, JobTemplate, LogFrame, Principal, ReportExecution
+from libs.common.telemetry import span
 from services.executor.adapters import zygote
 from services.executor.adapters.agent_bus import AgentBus
 from services.executor.adapters.attempt_folder import AttemptFolder, ExitRecord, MalformedSpec, write_durably
 from services.executor.adapters.attempt_log import AttemptLog, Identity
 from services.executor.adapters.environments import EnvironmentRefused, Environments
 from services.executor.adapters.folder_watch import FolderWatch, wait_for_change
-from services.executor.adapters.job_spec import NodeFacts, spec_for
+from services.executor.adapters.job_spec import NodeFacts, job_uid, spec_for, told_isolation
 from services.executor.adapters.sealing import NotKept, Owner, Sealing
 from services.executor.adapters.staging import Staging, StagingFailed
 from services.executor.domain.execution import ENDED, FINISHING, RUNNING, STARTING, short_reason
@@ -90,10 +92,12 @@ class AttemptRun:
         try:
             await self._start()
             await self._until_started()
-            ended = await self._until_ended()
+            with self._span("watch"):
+                ended = await self._until_ended()
             self._log.job_ended()
             await self._report(FINISHING)
-            await self._keep(ended)
+            with self._span("keep"):
+                await self._keep(ended)
             self._log.say("end", end_line(ended, self.order.template), tail=True)
             self._log.close()
             await shipping
@@ -109,8 +113,10 @@ class AttemptRun:
             return
         try:
             if not (self._folder.path / "spec.json").exists():
-                await self._or_stopped(self._prepare())
-            await asyncio.to_thread(self._start_shim)
+                with self._span("prepare"):
+                    await self._or_stopped(self._prepare())
+            with self._span("start"):
+                await asyncio.to_thread(self._start_shim)
         except _Stopped:
             stop = self._folder.read_stop()
             self._never_started("stopped", stop.reason if stop else "")
@@ -118,6 +124,9 @@ class AttemptRun:
             for number, line in enumerate(str(error).splitlines() or [repr(error)]):
                 self._log.say(f"refused-{number}", line)
             self._never_started("refused", str(error))
+
+    def _span(self, step: str) -> AbstractContextManager[object]:
+        return span(f"agent {step}", self.order.traceparent, object=self.order.attempt_id)
 
     async def _or_stopped(self, work: Any) -> None:
         """Does the work, but leaves it when somebody asks for the end."""
@@ -141,7 +150,8 @@ class AttemptRun:
             self._log.say("building", "environment: preparing the requirements")
         environment = await self._means.environments.prepare(template.environment)
         self._log.say("environment", f"environment: {environment.name}")
-        self._log.say("node", f"node: {node.hostname}, isolation: {node.isolation}")
+        uid = job_uid(self.order.team_uid, environment.prefix, node)
+        self._log.say("node", f"node: {node.hostname}, isolation: {told_isolation(uid, node)}")
         await self._means.staging.lay(template, self.order.team_id, self._folder.workspace)
         spec = await asyncio.to_thread(spec_for, self.order, environment.prefix, node)
         await asyncio.to_thread(AttemptFolder.create, node.node_dir, spec)

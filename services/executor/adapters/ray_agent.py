@@ -13,8 +13,10 @@ import logging
 import threading
 from collections.abc import Coroutine, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeVar
 
+from libs.common.telemetry import set_up_traces
 from services.executor.adapters.node_agent import NodeAgent
 from services.executor.ports import AgentConfig, AgentView, StartOrder
 
@@ -35,6 +37,8 @@ class RayNodeAgent:
 
     def __init__(self, node_id: str, config: AgentConfig) -> None:
         self._fingerprint = fingerprint(config)
+        if config.traces:
+            set_up_traces("agent", Path(config.node_dir) / "traces")
         self._agent = NodeAgent(node_id, config, _head_answers)
         self._opened = threading.Event()
         self._loop = asyncio.new_event_loop()

@@ -12,6 +12,7 @@ from libs.common.ids import new_secret, secret_hash
 from libs.common.telemetry import span
 from services.executor.domain.execution import ACCEPTED, ENDED, RESERVED, amounts_for
 from services.executor.domain.inventory import GONE
+from services.executor.domain.isolation import PROCESS, refusal
 from services.executor.handlers import advance
 from services.executor.loops.endings import ExecutorStore, end_execution, load
 from services.executor.ports import Cluster, ClusterAway, NodeAway, NoRoom, Reservation, StartOrder
@@ -91,6 +92,9 @@ class Driver:
             await self._look_again(row, None)
 
     async def _reserve_and_tell(self, row: ExecutionRow) -> None:
+        if forbidden := await self._refusal(row):
+            await self._end(row, "refused", forbidden)
+            return
         amounts = amounts_for(row.read_template().resources)
         try:
             gpus = await self._cluster.reserve(Reservation(row.id, row.node_id, amounts))
@@ -102,6 +106,15 @@ class Driver:
             crash_point("executor.after_reserve")
             reserved, token, uid = await self._store.run(lambda unit: self._note_reserved(unit, row.id, gpus))
             await self._tell(reserved, token, uid)
+
+    async def _refusal(self, row: ExecutionRow) -> str:
+        """Why the job may not run on this node as it is, or nothing."""
+        async with self._store.view() as view:
+            isolation = next((node.isolation for node in await view.nodes() if node.id == row.node_id), "")
+        if isolation != PROCESS:
+            return ""
+        number = await self._store.run(lambda unit: unit.team_number(row.team_id))
+        return refusal(isolation, self._settings.host, number)
 
     async def _note_reserved(
         self, unit: ExecutorUnit, attempt_id: str, gpus: Sequence[int]

@@ -44,6 +44,8 @@ def application(parts: Parts) -> FastAPI:
         separate_input_output_schemas=False,
         generate_unique_id_function=lambda route: route.name,
         redirect_slashes=False,
+        # Our own middleware traces and measures; FastAPI's would do it all a second time.
+        telemetry={"tracing": False, "operation_spans": False, "metrics": False, "logs": False},
     )
     app.state.parts = parts
     errors.install(app)

@@ -41,6 +41,7 @@ class FakeCluster:
     barred: set[str] = field(default_factory=set)
     stops: list[tuple[str, str]] = field(default_factory=list)
     calls: int = 0
+    isolation: str = "bwrap"
 
     async def look(self, believed: Mapping[str, Mapping[str, str]]) -> tuple[NodeView, ...]:
         self._check()
@@ -117,7 +118,7 @@ class FakeCluster:
             for attempt, seen in here.items()
             if (seen.state != believed[attempt] if attempt in believed else seen.state != "ended")
         )
-        agent = None if node_id in self.deaf else AgentView("bwrap", "", frozenset(here), news)
+        agent = None if node_id in self.deaf else AgentView(self.isolation, "", frozenset(here), news)
         counts = self.amounts
         return NodeView(node_id, "host", counts["CPU"], int(counts["memory"]), counts["GPU"], gpu_model="", agent=agent)
 

@@ -424,3 +424,18 @@ async def test_a_start_waits_while_there_is_no_cluster(bench: Bench) -> None:
     bench.cluster.away = ""
     await bench.work()
     assert (await bench.row(asked.attempt_id)).state == "starting"
+
+
+async def test_without_walls_a_job_is_refused_where_others_could_come_in(bench: Bench) -> None:
+    bench.cluster.isolation = "process"
+    await bench.watcher.look()
+    fine, refused = start(), start()
+    await bench.deliver(fine)
+    await bench.work()
+    assert (await bench.row(fine.attempt_id)).state == "starting"
+    bench.driver = Driver(bench.store, bench.cluster, bench.settings.model_copy(update={"host": "0.0.0.0"}))
+    await bench.deliver(refused)
+    await bench.work()
+    row = await bench.row(refused.attempt_id)
+    assert (row.state, row.reason) == ("ended", "refused")
+    assert "listens on 0.0.0.0" in row.detail

@@ -56,3 +56,11 @@ async def test_a_problem_names_the_trace_under_which_the_logs_speak_of_it(
     answer = await client.get("/api/v1/nothing")
     assert answer.json()["trace_id"] == answer.headers["x-trace-id"]
     assert [each.name for each in kept.spans][-1] == "GET unmatched"
+
+
+async def test_a_request_is_one_span_of_ours_and_none_of_the_frameworks(
+    client: httpx.AsyncClient, world: World, kept: Kept
+) -> None:
+    world.owners.answers[GetProject] = lambda _: Project(id="pr1")
+    await client.get("/api/v1/projects/digits", headers=BEARER)
+    assert [each.name for each in kept.spans] == ["GET /api/v1/projects/{project}"]

@@ -31,8 +31,9 @@ class Session:
 
     def _connect(self, patience_s: float) -> Client:
         from nabla.client import Client
+        from nabla.tracing import traceparent
 
-        return Client(context=self.context_name, patience_s=patience_s, on_retry=self._tell)
+        return Client(context=self.context_name, patience_s=patience_s, on_retry=self._tell, traceparent=traceparent())
 
     def _tell(self, error: NablaError) -> None:
         if not self._told:

@@ -13,6 +13,7 @@ from uuid import uuid4
 
 from nabla.errors import ApiError, NablaError, TransferError, Unavailable, Unreachable, from_problem
 from nabla.job.identity import JobIdentity
+from nabla.tracing import traceparent
 
 T = TypeVar("T")
 TIMEOUT_S = 30.0
@@ -26,6 +27,7 @@ def post(identity: JobIdentity, path: str, body: Mapping[str, object], patience_
         "Authorization": f"Bearer {identity.token}",
         "Content-Type": "application/json",
         "Idempotency-Key": str(uuid4()),
+        "traceparent": traceparent(),
     }
     url = f"{identity.api_url}/api/v1{path}"
 
