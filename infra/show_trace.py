@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not found:
         print(f"There is no span of {asked.id} in {asked.home}/traces; spans are written a second late.")
         return 1
-    print("\n".join(table(found if asked.streams else [span for span in found if not is_watching(span)])))
+    print("\n".join(table(found if asked.streams else without_watchers(found))))
     return 0
 
 
@@ -78,9 +78,13 @@ def trace_of(wanted: str, spans: Iterable[Span]) -> list[Span]:
     return [span for span in ordered if span.trace_id == trace_id]
 
 
-def is_watching(span: Span) -> bool:
-    """A client that looks on is no part of the work."""
-    return span.service == "gateway" and span.name.startswith("GET ")
+def without_watchers(spans: list[Span]) -> list[Span]:
+    """Without what a client that looks on asks for: it is no part of the work."""
+    watching: set[str] = set()
+    for span in spans:
+        if span.parent_id in watching or (span.service == "gateway" and span.name.startswith("GET ")):
+            watching.add(span.id)
+    return [span for span in spans if span.id not in watching]
 
 
 def table(spans: list[Span]) -> list[str]:

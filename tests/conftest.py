@@ -10,6 +10,9 @@ import pytest
 
 from tests.support.databases import HINT, new_database, postgres_binaries, running_postgres
 
+ROOT = Path(__file__).resolve().parents[1]
+ONE_PLATFORM = ("e2e", "chaos")
+
 
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
@@ -29,3 +32,12 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/test.db"
     return new_database(request.getfixturevalue("postgres_url"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers, a file stays in one, and so does a suite that shares one platform."""
+    for item in items:
+        path = item.path.relative_to(ROOT)
+        whole = path.parts[1] in ONE_PLATFORM
+        item.add_marker(pytest.mark.xdist_group(path.parts[1] if whole else str(path)))

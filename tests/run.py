@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITES = ("unit", "contract", "integration", "e2e", "chaos")
-# Each test of these has its own servers or none; the others share one platform.
-PARALLEL = ("unit", "contract", "integration")
+# Run one after the other. The second stage is ordered so that what takes longest starts first: two platforms, each
+# in one worker, and the integration suites beside them.
+STAGES = (("unit", "contract"), ("chaos", "e2e", "integration"))
 # Program (a glob) -> the package that has it.
 SYSTEM = {
     "/usr/lib/postgresql/*/bin/initdb": "postgresql",
@@ -33,13 +33,13 @@ SYSTEM = {
 
 @dataclass
 class Outcome:
-    """What one suite came to."""
+    """What one stage came to: for each suite its counts and the seconds of its tests, and why tests were skipped."""
 
-    suite: str
     exit_code: int
     seconds: float
-    counts: Counter[str] = field(default_factory=Counter)
-    skips: Counter[str] = field(default_factory=Counter)
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    times: dict[str, float] = field(default_factory=dict)
+    skips: dict[str, int] = field(default_factory=dict)
 
 
 def main() -> int:
@@ -47,8 +47,7 @@ def main() -> int:
     if not arguments.gpu:
         install_system_packages()
     marks = "gpu" if arguments.gpu else "not gpu" if arguments.full else "not gpu and not full"
-    suites = [suite for suite in SUITES if (ROOT / "tests" / suite).is_dir()]
-    outcomes = [run_suite(suite, marks, arguments.rest) for suite in suites]
+    outcomes = [run_stage(stage, marks, arguments.rest) for stage in STAGES]
     return close(outcomes)
 
 
@@ -74,50 +73,39 @@ def install_system_packages() -> None:
             return
 
 
-def run_suite(suite: str, marks: str, rest: Sequence[str]) -> Outcome:
-    print(f"\n══ {suite}", flush=True)
+def run_stage(suites: Sequence[str], marks: str, rest: Sequence[str]) -> Outcome:
+    print(f"\n══ {', '.join(suites)}", flush=True)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            f"tests/{suite}",
-            "-m",
-            marks,
-            "-p",
-            "tests.support.report",
-            f"--report-file={report}",
-            "--no-header",
-            "--tb=short",
-            "-q",
-            *(["-n", "2", "--dist", "loadfile"] if suite in PARALLEL else []),
-            *rest,
-        ]
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+        command = [sys.executable, "-m", "pytest", *(f"tests/{suite}" for suite in suites), "-m", marks]
+        command += ["-n", "2", "--dist", "loadgroup", "-p", "tests.support.report", f"--report-file={report}"]
+        command += ["--no-header", "--tb=short", "-q", *rest]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
-        found = json.loads(report.read_text()) if report.exists() else {"counts": {}, "skips": {}}
-    # pytest's exit code 5: nothing was collected, as all of the suite is left to `make test-full`.
-    code = 0 if code == 5 else code
-    return Outcome(suite, code, time.monotonic() - began, Counter(found["counts"]), Counter(found["skips"]))
+        found = json.loads(report.read_text()) if report.exists() else {}
+    # pytest's exit code 5: nothing of this stage was chosen.
+    return Outcome(0 if code == 5 else code, time.monotonic() - began, **found)
 
 
 def close(outcomes: Sequence[Outcome]) -> int:
     """The table, the skips with the line that enables each, and the one line that machines read."""
     print("\n══ summary")
-    for each in outcomes:
-        state = "ok" if each.exit_code == 0 else "FAILED"
-        numbers = ", ".join(f"{count} {name}" for name, count in sorted(each.counts.items())) or "none"
-        print(f"  {each.suite:<12} {state:<7} {each.seconds:6.1f} s   {numbers}")
-    skips: Counter[str] = sum((each.skips for each in outcomes), Counter())
+    total: Counter[str] = Counter()
+    skips: Counter[str] = Counter()
+    for stage in outcomes:
+        for suite, counts in sorted(stage.counts.items(), key=lambda item: stage.times[item[0]]):
+            numbers = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+            print(f"  {suite:<12} {stage.times[suite]:6.0f} s of tests   {numbers}")
+            total.update(counts)
+        skips.update(stage.skips)
+        print(f"  {'':<12} {stage.seconds:6.0f} s with two workers")
     print("\n  skipped: nothing" if not skips else "\n  skipped:")
     for reason, count in skips.most_common():
         print(f"  {count:4}  {reason}")
-    total: Counter[str] = sum((each.counts for each in outcomes), Counter())
     failed = total["failed"] + total["error"]
     print(f"\n{total['passed']} passed, {failed} failed, {total['skipped']} skipped")
-    return 0 if all(each.exit_code == 0 for each in outcomes) else 1
+    return 0 if all(stage.exit_code == 0 for stage in outcomes) else 1
 
 
 if __name__ == "__main__":

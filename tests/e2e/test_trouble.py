@@ -46,11 +46,12 @@ def test_a_wrong_token_is_refused_with_what_to_do(platform: Platform) -> None:
 
 def test_an_oversized_body_is_refused_as_a_problem(platform: Platform) -> None:
     headers = {"Authorization": f"Bearer {platform.token}"}
-    body = b'{"name": "' + b"x" * 9_000_000 + b'"}'
-    answer = httpx.post(f"{platform.url}/api/v1/projects", content=body, headers=headers, timeout=30)
-    assert answer.status_code == 413
-    assert answer.headers["content-type"] == "application/problem+json"
-    assert answer.json()["remedy"]
+    for size in (2_000_000, 9_000_000, 30_000_000):
+        body = b'{"name": "' + b"x" * size + b'"}'
+        answer = httpx.post(f"{platform.url}/api/v1/projects", content=body, headers=headers, timeout=30)
+        assert answer.status_code == 413, size
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert answer.json()["remedy"]
 
 
 def test_a_command_that_does_not_exist_ends_with_127_and_a_hint(platform: Platform, folder: Path) -> None:

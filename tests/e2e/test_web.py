@@ -146,7 +146,8 @@ def test_the_deployed_model_answers_to_what_is_drawn(view: Watched, digits: Depl
     assert [request.url for request in asked] == [f"http://{digits.name}.apps.localhost{ui[16:]}/predict"]
 
 
-def test_the_session_goes_to_the_interface_alone(view: Watched, digits: Deployment, ui: str) -> None:
+def test_the_session_goes_to_the_interface_alone(signed_in: BrowserContext, digits: Deployment, ui: str) -> None:
+    view = watched(signed_in)
     port = ui.rpartition(":")[2]
     view.page.goto(f"{ui}/projects")
     view.page.goto(f"http://{digits.name}.apps.localhost:{port}/livez")

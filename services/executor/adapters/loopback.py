@@ -7,6 +7,7 @@ interfaces. Given 127.0.0.1 as it is, its servers listen on loopback alone. Ther
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 
 def keep_loopback() -> None:
@@ -21,7 +22,8 @@ def main() -> int:
     keep_loopback()
     from ray.scripts import scripts
 
-    scripts.main()
+    run: Callable[[], None] = scripts.main
+    run()
     return 0
 
 

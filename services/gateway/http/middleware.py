@@ -6,6 +6,7 @@ Plain ASGI, as Starlette's wrapper class would buffer and delay streams.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -23,6 +24,7 @@ from services.gateway.http.errors import problem_response, trace_id
 from services.gateway.settings import GatewaySettings
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+DROPPED_BYTES = 64 << 20
 WITH_BODY = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
@@ -138,6 +140,8 @@ class BoundedBodies:
         try:
             body = await self._read(scope, receive)
         except Refusal as refusal:
+            if isinstance(refusal, TooLarge):
+                await self._let_finish(receive)
             await problem_response(problem_of(refusal), {"Connection": "close"})(scope, receive, send)
             return
         if problem := _json_problem(scope, body):
@@ -155,6 +159,12 @@ class BoundedBodies:
                 return await _collect(receive, limit)
         except TimeoutError:
             raise SlowBody("body_too_slow", "The body did not arrive in time.", "Send it again.") from None
+
+    async def _let_finish(self, receive: Receive) -> None:
+        """Drops the rest, within bounds: a proxy that is still sending when we close tells its client 502, not why."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.body_timeout_s):
+                await _drop(receive, DROPPED_BYTES)
 
     def _limit(self, path: str) -> int:
         filesets = path.rstrip("/") == "/api/v1/filesets"
@@ -179,6 +189,14 @@ async def _collect(receive: Receive, limit: int) -> bytes:
             raise _too_large(limit)
         if not message.get("more_body", False):
             return b"".join(parts)
+
+
+async def _drop(receive: Receive, limit: int) -> None:
+    """Reads up to `limit` bytes and keeps none."""
+    message: Message = {"more_body": True}
+    while limit > 0 and message.get("more_body", False):
+        message = await receive()
+        limit -= len(message.get("body", b""))
 
 
 def _too_large(limit: int) -> TooLarge:

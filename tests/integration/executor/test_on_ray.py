@@ -297,6 +297,7 @@ class TestRayCluster(ClusterSuite):
         await newer.close()
 
 
+@pytest.mark.full
 async def test_a_job_outlives_ray_itself(
     settings: ExecutorSettings, neighbours: Neighbours, onlooker: Onlooker, ray_head: RayHead
 ) -> None:
