@@ -93,21 +93,21 @@ def test_signing_out_ends_it(platform: Platform, client: Client, browser: Browse
 
 
 def test_from_the_projects_to_a_run_whose_log_comes_live(view: Watched, client: Client, project: str, ui: str) -> None:
-    script = "for n in 1 2 3 4 5 6; do echo line $n; sleep 0.4; done; echo kept > $NABLA_ARTIFACTS/kept.txt"
-    job = client.jobs.submit(project, JobTemplate(name="slow-printer", command=(script,)))
+    script = "for n in $(seq 1 9); do echo line $n; sleep 0.5; done; echo kept > $NABLA_ARTIFACTS/kept.txt"
     page = view.page
     page.goto(ui)
     expect(page).to_have_title("Projects · Nabla")
     page.get_by_role("link", name="end-to-end").first.click()
     expect(page).to_have_title("end-to-end · Nabla")
+    job = client.jobs.submit(project, JobTemplate(name="slow-printer", command=(script,)))
     page.get_by_role("link", name="slow-printer").first.click()
     expect(page).to_have_title("slow-printer · Nabla")
     page.evaluate("window.sameDocument = true")
     lines, headline = page.locator("#lines"), page.locator("[data-live=headline] .state")
     expect(lines).to_contain_text("line 1")
     expect(headline).to_have_text("running")
-    assert "line 6" not in (lines.text_content() or "")
-    expect(lines).to_contain_text("line 6")
+    assert "line 9" not in (lines.text_content() or "")
+    expect(lines).to_contain_text("line 9")
     expect(headline).to_have_text("succeeded")
     expect(page.get_by_role("link", name="kept.txt")).to_be_visible()
     assert page.evaluate("window.sameDocument") is True
