@@ -34,10 +34,8 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return new_database(request.getfixturevalue("postgres_url"))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """With several workers, a file stays in one, and so does a suite that shares one platform."""
-    for item in items:
-        path = item.path.relative_to(ROOT)
-        whole = path.parts[1] in ONE_PLATFORM
-        item.add_marker(pytest.mark.xdist_group(path.parts[1] if whole else str(path)))
+    path = item.path.relative_to(ROOT)
+    group = path.parts[1] if path.parts[1] in ONE_PLATFORM else str(path)
+    item.add_marker(pytest.mark.xdist_group(group))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -100,19 +103,40 @@ def remembered_ports(home: Path) -> dict[str, int]:
 def claim_ports(installation: Installation) -> tuple[Installation, list[str]]:
     """The installation with ports that are free now, remembered, and what moved, in words for people.
 
-    Call only while nothing of this installation runs.
+    Installations of one user never share a port, also when they start at the same moment. Call only while nothing
+    of this installation runs.
     """
-    taken: set[int] = set()
     ports: dict[str, int] = {}
     moved: list[str] = []
-    for name, wanted in installation.ports.items():
-        port = next_free(installation.settings.host, wanted, taken)
-        if port != wanted and name == "front_door":
-            moved.append(f"port {wanted} is taken by another program: using {port}, and from now on")
-        taken.add(port)
-        ports[name] = port
-    (installation.home / "ports.json").write_text(json.dumps(ports, indent=2))
+    with neighbours(installation.home) as taken:
+        for name, wanted in installation.ports.items():
+            port = next_free(installation.settings.host, wanted, taken)
+            if port != wanted and name == "front_door":
+                moved.append(f"port {wanted} is taken by another program: using {port}, and from now on")
+            taken.add(port)
+            ports[name] = port
+        (installation.home / "ports.json").write_text(json.dumps(ports, indent=2))
     return Installation(installation.settings, ports), moved
+
+
+@contextlib.contextmanager
+def neighbours(home: Path) -> Iterator[set[int]]:
+    """The ports of this user's other installations; nobody else claims any meanwhile."""
+    folder = Path(f"/tmp/nabla-homes-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise OSError(f"{folder} belongs to somebody else: remove it")
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        taken: set[int] = set()
+        for known in folder.glob("*.home"):
+            other = Path(known.read_text())
+            if not other.is_dir():
+                known.unlink()
+            elif other != home:
+                taken |= set(remembered_ports(other).values())
+        (folder / f"{hashlib.sha256(str(home).encode()).hexdigest()[:16]}.home").write_text(str(home))
+        yield taken
 
 
 def next_free(host: str, wanted: int, taken: set[int]) -> int:

@@ -77,7 +77,7 @@ async def signed_in(asker: Bus, settings: RegistrySettings) -> m.Principal:
     assert settings.bootstrap_token_file
     token = settings.bootstrap_token_file.read_text().strip()
     asked = m.AuthenticateToken(token_hash=secret_hash(token))
-    return await asker.ask(asked, m.Principal, gateway())
+    return await asker.ask(asked, m.Principal, gateway(), timeout_s=30)
 
 
 async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 20.0) -> None:
