@@ -7,7 +7,7 @@ import sys
 import time
 
 from infra.local import control
-from infra.local.installation import Installation
+from infra.local.installation import Installation, InstallationError
 from infra.local.servers import ServerMissingError
 from infra.local.settings import LocalSettings
 from services.executor.adapters import isolation
@@ -35,7 +35,7 @@ def main(what: str, as_json: bool = False) -> int:
                 import infra.local.demo
 
                 return infra.local.demo.main(settings)
-    except (control.InstallationError, ServerMissingError, OSError) as error:
+    except (InstallationError, ServerMissingError, OSError) as error:
         print(f"nabla: {error}", file=sys.stderr)
         return 1
     return 0

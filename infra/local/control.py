@@ -20,7 +20,7 @@ from typing import TextIO
 
 from infra.local import leftovers, servers
 from infra.local.credentials import api_token, s3_keys, write_private
-from infra.local.installation import Installation, claim_ports, open_installation
+from infra.local.installation import Installation, InstallationError, claim_ports, open_installation
 from infra.local.settings import CHECKOUT, LocalSettings
 from infra.local.supervisor import Supervisor
 from services.executor.adapters import isolation
@@ -32,10 +32,6 @@ DOWN_TIMEOUT_S = 60.0
 LEFTOVER_PATIENCE_S = 3.0
 
 log = logging.getLogger("nabla.supervisor")
-
-
-class InstallationError(Exception):
-    """The installation cannot be started or stopped: what happened, why, and what to do."""
 
 
 def up(settings: LocalSettings, say: Callable[[str], None]) -> Installation:

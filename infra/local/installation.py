@@ -33,6 +33,10 @@ PREFERRED_PORTS = {
 }
 
 
+class InstallationError(Exception):
+    """The installation cannot be started or stopped: what happened, why, and what to do."""
+
+
 @dataclass(frozen=True)
 class Installation:
     """Where everything of one installation lives. Nothing is written outside of `home` but Ray's sockets."""
@@ -112,7 +116,7 @@ def claim_ports(installation: Installation) -> tuple[Installation, list[str]]:
         for name, wanted in installation.ports.items():
             port = next_free(installation.settings.host, wanted, taken)
             if port != wanted and name == "front_door":
-                moved.append(f"port {wanted} is taken by another program: using {port}, and from now on")
+                moved.append(f"port {wanted} is taken: using {port}, from now on")
             taken.add(port)
             ports[name] = port
         (installation.home / "ports.json").write_text(json.dumps(ports, indent=2))

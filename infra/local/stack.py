@@ -4,32 +4,51 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import json
 import time
 
 import nats
+import nats.errors
 
 from infra.local import nats as local_nats
 from infra.local import servers
 from infra.local.credentials import nats_public_key
-from infra.local.installation import Installation
+from infra.local.installation import Installation, InstallationError
 from infra.local.supervisor import Supervisor, share_memory
 from libs.common.provision import provision_streams
 from libs.common.runner import run
 from services import SERVICES
 
-
-class BusError(Exception):
-    """The bus does not come up."""
+PROVISION_S = 20.0
 
 
 def start_bus(supervisor: Supervisor, installation: Installation) -> None:
-    """Starts NATS, unless the settings name one, and creates the streams."""
+    """Starts NATS, unless the settings name one, and creates the streams.
+
+    Raises:
+        InstallationError: it does not come up, or the one in the settings does not know our users.
+    """
+    config = nats_config(installation)
     if installation.settings.nats_url:
+        provision_theirs(installation, config)
         return
-    server = servers.nats_server(installation, nats_config(installation))
+    server = servers.nats_server(installation, config)
     supervisor.add_server(server)
     _wait_for(server)
     asyncio.run(provision(installation))
+
+
+def provision_theirs(installation: Installation, config: str) -> None:
+    """Creates the streams on a server that others run, whose configuration must have our users."""
+    users = installation.run / "nats-users.json"
+    users.write_text(json.dumps({"authorization": json.loads(config)["authorization"]}, indent=2))
+    try:
+        asyncio.run(asyncio.wait_for(provision(installation), PROVISION_S))
+    except (nats.errors.Error, OSError, TimeoutError) as error:
+        raise InstallationError(
+            f"{installation.nats_url} does not let us in: {str(error) or type(error).__name__}. "
+            f"Its configuration needs the users in {users} (public keys and subjects, no secrets), and JetStream."
+        ) from None
 
 
 def start_services(supervisor: Supervisor) -> None:
@@ -57,7 +76,7 @@ def nats_config(installation: Installation) -> str:
 async def provision(installation: Installation) -> None:
     """Creates the streams, as the only user who may."""
     seed = (installation.keys / "nats" / f"{local_nats.PROVISIONER}.nk").read_text().strip()
-    connection = await nats.connect(installation.nats_url, nkeys_seed_str=seed)
+    connection = await nats.connect(installation.nats_url, nkeys_seed_str=seed, allow_reconnect=False)
     try:
         await provision_streams(connection.jetstream())
     finally:
@@ -68,5 +87,5 @@ def _wait_for(server: servers.Server, timeout_s: float = 20.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not server.ready():
         if time.monotonic() > deadline:
-            raise BusError(f"{server.name} did not come up in {timeout_s:.0f} s. See its log.")
+            raise InstallationError(f"{server.name} did not come up in {timeout_s:.0f} s. See its log.")
         time.sleep(0.01)

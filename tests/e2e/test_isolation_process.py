@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from infra.local import control, demo
+from infra.local.installation import InstallationError
 from infra.local.settings import LocalSettings
 from nabla import Client
 from nabla.objects import JobTemplate
@@ -74,7 +75,7 @@ def test_a_job_has_an_environment_from_nothing_a_session_and_its_folders(client:
 
 def test_it_does_not_start_with_a_door_for_everybody(tmp_path: Path) -> None:
     settings = LocalSettings(home=tmp_path / "home", host="0.0.0.0", isolation="process")
-    with pytest.raises(control.InstallationError, match=r"listens on 0\.0\.0\.0") as refused:
+    with pytest.raises(InstallationError, match=r"listens on 0\.0\.0\.0") as refused:
         control.up(settings, lambda _line: None)
     assert REMEDY in str(refused.value)
     assert not (tmp_path / "home" / "run" / "supervisor.json").exists()
