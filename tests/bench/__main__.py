@@ -9,6 +9,7 @@ import json
 import platform
 import sys
 import tempfile
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,6 +23,8 @@ RESULTS = Path(__file__).parent / "results.json"
 def main() -> int:
     with tempfile.TemporaryDirectory(prefix="nabla-bench-") as folder:
         reference = ray_jobs()
+        # What the reference leaves behind is still being cleaned up by the kernel.
+        time.sleep(5)
         with running_platform(Path(folder) / "home") as platform_under_test:
             found = {
                 "up": measures.up(platform_under_test, reference.start_s),
