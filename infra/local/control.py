@@ -20,7 +20,7 @@ from typing import TextIO
 
 from infra.local import leftovers, servers
 from infra.local.credentials import api_token, s3_keys, write_private
-from infra.local.installation import Installation, InstallationError, claim_ports, open_installation
+from infra.local.installation import Installation, InstallationError, claim_ports, open_installation, seaweed_sockets
 from infra.local.settings import CHECKOUT, LocalSettings
 from infra.local.supervisor import Supervisor
 from services.executor.adapters import isolation
@@ -121,6 +121,10 @@ def down(settings: LocalSettings, say: Callable[[str], None]) -> None:
     leftovers.end_processes(installation.home, LEFTOVER_PATIENCE_S)
     leftovers.end_attempts(installation.home / "node" / "attempts")
     shutil.rmtree(installation.ray_folder, ignore_errors=True)
+    for port in installation.ports.values():
+        for socket_file in seaweed_sockets(port):
+            with contextlib.suppress(OSError):
+                socket_file.unlink()
     say("Nabla is stopped; all data are kept" if pid else "Nabla was not running")
 
 

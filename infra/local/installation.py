@@ -150,7 +150,7 @@ def next_free(host: str, wanted: int, taken: set[int]) -> int:
         OSError: none of the next 200 is free.
     """
     for port in range(wanted, wanted + 200):
-        if port not in taken and is_free(host, port):
+        if port not in taken and is_free(host, port) and not strangers_socket(port):
             return port
     raise OSError(f"none of the ports {wanted} to {wanted + 199} is free on {host}")
 
@@ -163,6 +163,16 @@ def is_free(host: str, port: int) -> bool:
         except OSError:
             return False
         return True
+
+
+def seaweed_sockets(port: int) -> list[Path]:
+    """SeaweedFS also listens on sockets in /tmp named by its ports, and leaves them when it is killed."""
+    return list(Path("/tmp").glob(f"seaweedfs-*-{port}.sock"))
+
+
+def strangers_socket(port: int) -> bool:
+    """Whether another user's SeaweedFS has left its socket for this port, which we could not replace."""
+    return any(socket_file.stat().st_uid != os.getuid() for socket_file in seaweed_sockets(port))
 
 
 def answers(port: int, host: str = "127.0.0.1") -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
 import httpx
 import pytest
 
+from infra.local.installation import next_free
 from nabla import Client
 from nabla.errors import Forbidden, Invalid, NotFound
 from nabla.objects import JobTemplate, Resources
@@ -113,3 +115,18 @@ def test_a_taken_port_moves_to_the_next_and_is_said(tmp_path: Path) -> None:
     assert installation.ports["front_door"] > port
     assert str(port) in moved[0]
     assert open_installation(LocalSettings(home=tmp_path / "home", port=port)).ports == installation.ports
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a file of another user")
+def test_the_socket_of_another_users_object_store_is_gone_around(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    strangers = Path(f"/tmp/seaweedfs-master-grpc-{port}.sock")
+    strangers.touch()
+    try:
+        os.chown(strangers, 65534, 65534)
+        assert next_free("127.0.0.1", port, set()) > port
+    finally:
+        strangers.unlink()
+    assert next_free("127.0.0.1", port, set()) == port
