@@ -94,11 +94,21 @@ def build(source: Path, target: Path, wanted: dict[str, Any]) -> None:
 
     # The environment is the job's own: nothing is resolved or downloaded for it.
     python = {"lock_packages": False, "packages": []}
+    pretend_uv(Path(os.environ["HOME"]) / "bin")
     labels = {"model": wanted["name"], "version": str(wanted["version"])}
     bento = bentoml.build(
         "service:Endpoint", name="nabla-endpoint", labels=labels, build_ctx=str(source), python=python
     )
     shutil.copytree(bento.path, target, dirs_exist_ok=True)
+
+
+def pretend_uv(folder: Path) -> None:
+    """BentoML looks for uv even when it has nothing to lock, and would download it: let it find one it never calls."""
+    folder.mkdir(parents=True, exist_ok=True)
+    program = folder / "uv"
+    program.write_text("#!/bin/sh\necho 'packages are not locked here' >&2\nexit 1\n")
+    program.chmod(0o755)
+    os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
 
 
 def say(line: str) -> None:
