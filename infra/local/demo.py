@@ -63,17 +63,19 @@ def step(title: str) -> Iterator[None]:
 
 def wait_for_node(client: Client) -> None:
     """Jobs may be submitted before Ray is up; waiting here only makes the log easier to read."""
-    with step("Ray and its first node"):
+    with step("Ray, its first node, and the object store"):
         deadline, told = time.monotonic() + NODE_TIMEOUT_S, ""
         while time.monotonic() < deadline:
             status = client.status()
             ready = [node for node in status.nodes if node.state == "ready"]
-            if ready:
+            if ready and all(service.ready for service in status.services):
                 node = ready[0]
                 say(f"   {node.hostname}: {node.cpu_count:g} CPUs, {node.gpu_count:g} GPUs, isolation {node.isolation}")
                 return
-            if status.nodes_detail != told:
-                told = status.nodes_detail
+            waiting = [f"{service.name}: {service.detail}" for service in status.services if not service.ready]
+            why = waiting[0] if ready and waiting else status.nodes_detail
+            if why != told:
+                told = why
                 say(f"   waiting: {told}")
             time.sleep(0.25)
         raise DemoError(f"No node came up in {NODE_TIMEOUT_S:.0f} s: {told}. Look at `nabla doctor`.")

@@ -104,6 +104,7 @@ def test_a_bad_model_file_fails_with_the_reason_and_the_log(platform: Platform, 
         assert any("cannot be loaded" in line for line in log)
 
 
+@pytest.mark.full
 def test_a_killed_replica_is_replaced_by_itself(platform: Platform, client: Client, digits: Deployment) -> None:
     before = client.deployments.get(digits.name)
     assert before.revision
@@ -130,6 +131,7 @@ def test_no_service_ever_loads_a_model(platform: Platform, digits: Deployment) -
         assert FORBIDDEN_MODULES.findall(mapped) == [], name
 
 
+@pytest.mark.full
 def test_deleting_takes_the_route_away_and_ends_the_replica(platform: Platform, client: Client) -> None:
     version = client.models.version(demo.PROJECT)
     client.deployments.create("short-lived", project=version.project_id, model=f"{demo.PROJECT}:{version.version}")

@@ -203,6 +203,7 @@ async def test_a_request_reaches_its_owner_under_the_gateways_own_permissions(
     assert "python_info" in metrics
 
 
+@pytest.mark.full
 async def test_a_silent_owner_is_asked_once_more_with_the_same_key(client: httpx.AsyncClient, owners: Owners) -> None:
     answer = await client.post("/api/v1/projects", json={"name": "a"}, headers={"Idempotency-Key": "k"}, timeout=20)
     assert (answer.status_code, answer.json()["code"]) == (503, "service_silent")
