@@ -5,13 +5,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.databases import HINT, new_database, postgres_binaries, running_postgres
-
-ROOT = Path(__file__).resolve().parents[1]
-ONE_PLATFORM = ("e2e", "chaos")
+from tests.support.distribution import PlatformScheduling
 
 
 @pytest.fixture(scope="session")
@@ -34,8 +33,5 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return new_database(request.getfixturevalue("postgres_url"))
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """With several workers, a file stays in one, and so does a suite that shares one platform."""
-    path = item.path.relative_to(ROOT)
-    group = path.parts[1] if path.parts[1] in ONE_PLATFORM else str(path)
-    item.add_marker(pytest.mark.xdist_group(group))
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> PlatformScheduling:
+    return PlatformScheduling(config, log)

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Run one after the other. The second stage is ordered so that what takes longest starts first: two platforms, each
-# in one worker, and the integration suites beside them.
+# Run one after the other. Within a stage what takes longest starts first: two platforms, each in one worker, and
+# the integration suites beside and after them.
 STAGES = (("unit", "contract"), ("chaos", "e2e", "integration"))
 # Program (a glob) -> the package that has it.
 SYSTEM = {
@@ -43,6 +44,8 @@ class Outcome:
 
 
 def main() -> int:
+    # Started in the background of a script, this is deaf to SIGINT, and so would be all that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     arguments = parse()
     if not arguments.gpu:
         install_system_packages()
@@ -79,7 +82,7 @@ def run_stage(suites: Sequence[str], marks: str, rest: Sequence[str]) -> Outcome
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pytest", *(f"tests/{suite}" for suite in suites), "-m", marks]
-        command += ["-n", "2", "--dist", "loadgroup", "-p", "tests.support.report", f"--report-file={report}"]
+        command += ["-n", "2", "--no-loadscope-reorder", "-p", "tests.support.report", f"--report-file={report}"]
         command += ["--no-header", "--tb=short", "-q", *rest]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode

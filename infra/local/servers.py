@@ -148,15 +148,25 @@ def traefik(installation: Installation) -> Server:
 
 def ray_environment(installation: Installation) -> dict[str, str]:
     """What Ray and everyone who talks to it need: the token, and no phoning home."""
-    ray_token(installation.keys)
     return {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(installation.keys / "ray-token"),
+        **_ray_token_environment(installation),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DISABLE_IMPORT_WARNING": "1",
         # Workers are started when an agent needs one; by default a driver makes Ray start one for each CPU.
         "RAY_prestart_worker_first_driver": "0",
     }
+
+
+def _ray_token_environment(installation: Installation) -> dict[str, str]:
+    settings, file = installation.settings, installation.keys / "ray-token"
+    if settings.ray_token:
+        file = installation.keys / "their-ray-token"
+        write_private(file, settings.ray_token)
+    elif settings.ray_address:
+        return {}
+    else:
+        ray_token(installation.keys)
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file)}
 
 
 def ray_head(installation: Installation) -> Server:

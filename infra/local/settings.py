@@ -27,6 +27,8 @@ class LocalSettings(BaseSettings):
     s3_access_key: str = ""
     s3_secret_key: str = ""
     ray_address: str = ""
+    # That cluster's token; empty: what Ray itself finds, in its own variables or in ~/.ray/auth_token.
+    ray_token: str = ""
     # Programs: a path, else what PATH has, else the wheel's.
     nats_server: str = ""
     weed: str = ""

@@ -32,9 +32,9 @@ from services.executor.adapters.ray_cluster import RayCluster
 from services.executor.app import agent_config, build
 from services.executor.routes import routes
 from services.executor.settings import ExecutorSettings
-from tests.integration.executor.ray_head import RayHead, running_ray
 from tests.integration.executor.world import TEAM, Neighbours, ObjectStore, grants, meet_neighbours, until
 from tests.support.nats import NatsServer, running_nats
+from tests.support.ray import RayHead, running_ray
 from tests.unit.executor.cluster_suite import ClusterSuite
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
