@@ -36,7 +36,7 @@ def main(what: str, as_json: bool = False) -> int:
 
                 return infra.local.demo.main(settings)
     except (InstallationError, ServerMissingError, OSError) as error:
-        print(f"nabla: {error}", file=sys.stderr)
+        print(f"{control.SAID}{error}", file=sys.stderr)
         return 1
     return 0
 

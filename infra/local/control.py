@@ -30,6 +30,8 @@ UP_TIMEOUT_S = 120.0
 DOWN_TIMEOUT_S = 60.0
 # Children of a killed supervisor were told to end by the kernel; services close their databases in this time.
 LEFTOVER_PATIENCE_S = 3.0
+# How a supervisor's last words to people begin, in its log.
+SAID = "nabla: "
 
 log = logging.getLogger("nabla.supervisor")
 
@@ -89,6 +91,8 @@ def _wait_for_front_door(installation: Installation) -> None:
             break
         time.sleep(0.05)
     tail = (installation.logs / "supervisor.log").read_text(errors="replace").splitlines()[-8:]
+    if tail and tail[-1].startswith(SAID):
+        raise InstallationError(tail[-1].removeprefix(SAID))
     raise InstallationError(
         "Nabla did not come up. The end of its log:\n  " + "\n  ".join(tail) + f"\nAll logs are in {installation.logs}"
     )
@@ -145,6 +149,7 @@ def supervisor_pid(installation: Installation) -> int:
 def supervise(settings: LocalSettings) -> None:
     """Runs the installation in this process until SIGTERM."""
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("alembic").setLevel("WARNING")
     installation = open_installation(settings)
     with _lock(installation):
         supervisor = Supervisor(installation.run, installation.logs)
@@ -154,7 +159,7 @@ def supervise(settings: LocalSettings) -> None:
         from infra.local import stack
 
         stack.start_bus(supervisor, installation)
-        stack.start_services(supervisor)
+        stack.start_services(supervisor, installation)
         supervisor.watch()
 
 

@@ -10,8 +10,8 @@ import time
 import nats
 import nats.errors
 
+from infra.local import databases, servers
 from infra.local import nats as local_nats
-from infra.local import servers
 from infra.local.credentials import nats_public_key
 from infra.local.installation import Installation, InstallationError
 from infra.local.supervisor import Supervisor, share_memory
@@ -51,8 +51,14 @@ def provision_theirs(installation: Installation, config: str) -> None:
         ) from None
 
 
-def start_services(supervisor: Supervisor) -> None:
-    """Forks the services, once all that they share has been imported."""
+def start_services(supervisor: Supervisor, installation: Installation) -> None:
+    """Forks the services, once all that they share has been imported.
+
+    Raises:
+        InstallationError: a database that others run cannot be used.
+    """
+    if installation.settings.database_url:
+        asyncio.run(databases.meet_all(installation.settings.database_url))
     for name in SERVICES:
         importlib.import_module(f"services.{name}.app")
     share_memory()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from infra.local import demo
+from infra.local.databases import DATABASES
 from infra.local.installation import open_installation
 from infra.local.settings import LocalSettings
 from infra.local.stack import nats_config
@@ -24,8 +25,6 @@ from tests.support.ray import running_ray
 from tests.support.seaweed import ACCESS_KEY, SECRET_KEY, running_seaweed
 
 pytestmark = [pytest.mark.e2e, pytest.mark.postgres, pytest.mark.full]
-
-DATABASES = ("registry", "registry_runs", "scheduler", "executor", "storage", "serving")
 
 
 @pytest.fixture
