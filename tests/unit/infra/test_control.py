@@ -1,0 +1,71 @@
+"""Who runs an installation, and who is told to end."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from infra.local.control import _lock, supervisor_pid
+from infra.local.installation import Installation, InstallationError, open_installation
+from infra.local.settings import LocalSettings
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def installation(tmp_path: Path) -> Installation:
+    return open_installation(LocalSettings(home=tmp_path / "home"))
+
+
+def holder_with_a_service(installation: Installation) -> tuple[int, int]:
+    """A process that holds the lock as the supervisor does, and one that it has forked since; their pids."""
+    told, tell = os.pipe()
+    holder = os.fork()
+    if not holder:
+        with _lock(installation):
+            service = os.fork()
+            if service:
+                os.write(tell, b"%d\n" % service)
+            signal.pause()
+        os._exit(0)
+    with os.fdopen(told) as pipe:
+        return holder, int(pipe.readline())
+
+
+def test_a_killed_supervisor_is_not_taken_for_running_because_of_its_services(installation: Installation) -> None:
+    assert supervisor_pid(installation) == 0
+    holder, service = holder_with_a_service(installation)
+    try:
+        assert supervisor_pid(installation) == holder
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+        assert supervisor_pid(installation) == 0
+    finally:
+        os.kill(service, signal.SIGKILL)
+
+
+def test_the_pid_is_that_of_the_lock_and_not_what_the_file_says(installation: Installation) -> None:
+    """`down` signals this pid: with the file's, a strange process; with -1, every process of this user."""
+    holder, service = holder_with_a_service(installation)
+    try:
+        for text in ("", "1", "nonsense"):
+            (installation.run / "supervisor.lock").write_text(text)
+            assert supervisor_pid(installation) == holder
+    finally:
+        for pid in (holder, service):
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(holder, 0)
+
+
+def test_a_second_supervisor_is_refused(installation: Installation) -> None:
+    holder, service = holder_with_a_service(installation)
+    try:
+        with pytest.raises(InstallationError, match="already running"), _lock(installation):
+            pass
+    finally:
+        for pid in (holder, service):
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(holder, 0)
