@@ -114,6 +114,8 @@ class Reconciler:
         self.wake = asyncio.Event()
 
     async def run(self) -> None:
+        """Looks whenever something is due, beginning with what a killed process was just looking at."""
+        await self._store.run(lambda unit: unit.forget_leases())
         while True:
             self.wake.clear()
             pause_s = await self.run_pass()
@@ -223,6 +225,9 @@ class Reconciler:
             if not whole and job and job.ended_us and now - ended_at < timedelta(seconds=5):
                 return 0.3
         await self._steps.fail(deployment, step.reason, lines)
+        if deployment.target:
+            # Its address may soon be another replica's.
+            await self._front.publish()
         return 0.0
 
     async def _lines(self, job_id: str, team_id: str) -> tuple[list[str], bool]:
