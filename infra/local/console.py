@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
+import tomllib
+
+from pydantic import ValidationError
 
 from infra.local import control
 from infra.local.installation import Installation, InstallationError
@@ -15,8 +18,8 @@ from services.executor.domain.isolation import BWRAP
 
 
 def main(what: str, as_json: bool = False) -> int:
-    settings = LocalSettings()
     try:
+        settings = LocalSettings()
         match what:
             case "up" if as_json:
                 installation = control.up(settings, lambda line: print(line, file=sys.stderr))
@@ -35,6 +38,15 @@ def main(what: str, as_json: bool = False) -> int:
                 import infra.local.demo
 
                 return infra.local.demo.main(settings)
+    except ValidationError as error:
+        for wrong in error.errors():
+            name = ".".join(map(str, wrong["loc"]))
+            print(f"nabla: {name} {wrong['msg'].removeprefix('Value error, ')}".replace("  ", " "), file=sys.stderr)
+        print("These settings are in nabla.toml, or in the environment as NABLA_...", file=sys.stderr)
+        return 1
+    except tomllib.TOMLDecodeError as error:
+        print(f"nabla: nabla.toml cannot be read: {error}", file=sys.stderr)
+        return 1
     except (InstallationError, ServerMissingError, OSError) as error:
         print(f"nabla: {error}", file=sys.stderr)
         return 1
