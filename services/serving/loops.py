@@ -165,14 +165,22 @@ class Reconciler:
         return await self._take(step, deployment, now)
 
     async def _follow(self, deployment: DeploymentRow, job: OrderedJobRow, *, wanted: bool) -> None:
-        """Asks about a job that has been silent, and repeats the order or the halt that did not take."""
+        """Asks about a job that has been silent, and repeats the order or the halt that did not take.
+
+        A scheduler that does not answer keeps nothing else from being done: it is asked again later.
+        """
         wanted = wanted and deployment.state not in ("deleting", "failed")
         rarely = 6 if deployment.state == "ready" else 3 if job.state == "ordered" else 1
         every_s = self._ask_every_s * rarely
         silent = (to_us(self._clock()) - job.asked_us) / 1e6 >= every_s
         if silent:
-            told = await self._peers.job(job.id, deployment.team_id)
-            await self._steps.asked(deployment, job, told, wanted=wanted)
+            try:
+                told = await self._peers.job(job.id, deployment.team_id)
+            except Unavailable as error:
+                log.info("a job's owner is silent", extra={"job": job.id, "reason": error.detail})
+                await self._steps.asked_in_vain(job.id)
+            else:
+                await self._steps.asked(deployment, job, told, wanted=wanted)
         elif not wanted and not job.halted:
             await self._steps.halt(deployment, job.id)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from infra.local import leftovers
 from infra.local.control import _lock, supervisor_pid
 from infra.local.installation import Installation, InstallationError, open_installation
 from infra.local.settings import LocalSettings
@@ -69,3 +71,19 @@ def test_a_second_supervisor_is_refused(installation: Installation) -> None:
         for pid in (holder, service):
             os.kill(pid, signal.SIGKILL)
         os.waitpid(holder, 0)
+
+
+def test_a_process_that_cannot_be_ended_is_named_and_not_waited_for_for_ever(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "600"], env=leftovers.marked(tmp_path) | {"PATH": os.environ["PATH"]}) as process:
+        try:
+            with pytest.raises(InstallationError, match=str(process.pid)):
+                leftovers.end_processes(tmp_path, patience_s=600, limit_s=-600)
+            assert process.poll() is None
+        finally:
+            process.kill()
+
+
+def test_a_process_that_does_not_end_by_itself_is_killed(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "600"], env=leftovers.marked(tmp_path) | {"PATH": os.environ["PATH"]}) as process:
+        leftovers.end_processes(tmp_path, patience_s=0.0)
+        assert process.wait() == -signal.SIGKILL

@@ -284,6 +284,20 @@ async def test_nothing_is_lost_while_the_scheduler_is_silent(serving: Serving) -
     await built_after_silence(serving)
 
 
+async def test_a_silent_scheduler_keeps_no_replica_from_serving_and_no_route_from_going(serving: Serving) -> None:
+    await built(serving)
+    await serving.replica_runs(ADDRESS)
+    serving.health.healthy.add(ADDRESS)
+    serving.peers.silent = True
+    serving.pass_time(60)
+    await serving.look(2)
+    assert (await serving.deployment()).state == "ready"
+    await serving.send(DeleteDeployment(deployment_id="digits"))
+    serving.pass_time(60)
+    await serving.look()
+    assert serving.proxy.servers("digits") is None
+
+
 async def built_after_silence(serving: Serving) -> None:
     job_id = (await serving.deployment()).revision.build_job_id
     serving.peers.bentos[job_id] = "fs-bento"
