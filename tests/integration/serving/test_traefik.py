@@ -32,7 +32,7 @@ def traefik(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traefik]:
 
 @pytest.fixture
 async def files(traefik: Traefik) -> AsyncIterator[TraefikFiles]:
-    adapter = TraefikFiles(traefik.dynamic, traefik.api)
+    adapter = TraefikFiles(traefik.dynamic, traefik.api, timeout_s=60)
     yield adapter
     await adapter.close()
 
@@ -143,7 +143,7 @@ async def test_a_body_that_is_too_large_is_refused_before_it_reaches_the_replica
         reader, writer = await asyncio.open_connection("127.0.0.1", traefik.port)
         head = f"POST /d/digits/predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {MAX_BODY_BYTES + 1}\r\n\r\n"
         writer.write(head.encode())
-        assert b" 413 " in await asyncio.wait_for(reader.readline(), 10)
+        assert b" 413 " in await asyncio.wait_for(reader.readline(), 60)
         writer.close()
         assert (await client.post("/d/digits/predict", content=b"x" * 1_000_000)).json()["body"] == 1_000_000
 

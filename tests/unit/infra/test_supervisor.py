@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -61,6 +63,24 @@ def test_a_program_that_has_gone_is_tried_again_later(supervisor: Supervisor, tm
         supervisor.tend()
         time.sleep(0.01)
     assert server.pid == 0
+
+
+IGNORES_BEING_ASKED = """
+import pathlib, signal, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+pathlib.Path(sys.argv[1]).touch()
+signal.pause()
+"""
+
+
+def test_who_does_not_end_when_asked_is_killed(supervisor: Supervisor, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", IGNORES_BEING_ASKED, str(tmp_path / "deaf")]
+    supervisor.add_server(Server("deaf", command, ready=lambda: True, stop_s=0.1))
+    while not (tmp_path / "deaf").exists():
+        time.sleep(0.01)
+    supervisor.stop_all()
+    with pytest.raises(ProcessLookupError):
+        os.kill(supervisor.children["deaf"].pid, 0)
 
 
 def test_a_state_that_could_not_be_written_is_written_later(supervisor: Supervisor) -> None:
