@@ -45,7 +45,7 @@ def up(settings: LocalSettings, say: Callable[[str], None]) -> Installation:
     Raises:
         InstallationError: it did not come up in time, or its supervisor ended.
     """
-    with _turn(open_installation(settings)):
+    with _turn(open_installation(settings), say):
         # A first `up` may have claimed the ports meanwhile, and its processes are no leftovers.
         installation = open_installation(settings)
         if supervisor_pid(installation):
@@ -62,10 +62,14 @@ def up(settings: LocalSettings, say: Callable[[str], None]) -> Installation:
 
 
 @contextlib.contextmanager
-def _turn(installation: Installation) -> Iterator[None]:
+def _turn(installation: Installation, say: Callable[[str], None]) -> Iterator[None]:
     """One `up` after the other."""
     with (installation.run / "up.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("Another `up` is starting Nabla here: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -121,7 +125,8 @@ def down(settings: LocalSettings, say: Callable[[str], None]) -> None:
     installation = open_installation(settings)
     pid = supervisor_pid(installation)
     if pid:
-        os.kill(pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + DOWN_TIMEOUT_S
         while supervisor_pid(installation):
             if time.monotonic() > deadline:

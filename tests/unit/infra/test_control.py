@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from infra.local import leftovers
-from infra.local.control import _lock, supervisor_pid
+from infra.local.control import _lock, _turn, supervisor_pid
 from infra.local.installation import Installation, InstallationError, open_installation
 from infra.local.settings import LocalSettings
 
@@ -71,6 +71,19 @@ def test_a_second_supervisor_is_refused(installation: Installation) -> None:
         for pid in (holder, service):
             os.kill(pid, signal.SIGKILL)
         os.waitpid(holder, 0)
+
+
+def test_a_second_up_waits_for_the_first_and_says_so(installation: Installation) -> None:
+    first = _turn(installation, pytest.fail)
+    first.__enter__()
+    said: list[str] = []
+
+    def told(line: str) -> None:
+        said.append(line)
+        first.__exit__(None, None, None)
+
+    with _turn(installation, told):
+        assert said == ["Another `up` is starting Nabla here: waiting for it"]
 
 
 def test_a_process_that_cannot_be_ended_is_named_and_not_waited_for_for_ever(tmp_path: Path) -> None:
