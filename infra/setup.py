@@ -238,7 +238,7 @@ def install(*names: str) -> None:
 def install_one(name: str, installer: Installer) -> None:
     venv = venv_of(name)
     drop_stamps(venv, name)
-    if not is_usable(venv):
+    if not is_usable(venv) or not installer.can_fill(venv):
         shutil.rmtree(venv, ignore_errors=True)
         installer.make(venv)
     lock_file, *sources = files_of(name)
@@ -321,6 +321,10 @@ class Installer:
     def make(self, venv: Path) -> None:
         raise NotImplementedError
 
+    def can_fill(self, venv: Path) -> bool:
+        """Whether an environment that another installer has made will do."""
+        return True
+
     def fill(self, venv: Path, lock_file: Path, title: str) -> None:
         raise NotImplementedError
 
@@ -359,6 +363,10 @@ class Pip(Installer):
     def make(self, venv: Path) -> None:
         bare = ["--without-pip"] if self.host_pip else []
         run_logged([sys.executable, "-m", "venv", *bare, str(venv)], venv.name)
+
+    def can_fill(self, venv: Path) -> bool:
+        """uv makes environments without pip, and is what was tried before when somebody is told to use pip."""
+        return self.host_pip or any(venv.glob("lib/python3*/site-packages/pip"))
 
     def fill(self, venv: Path, lock_file: Path, title: str) -> None:
         self._pip(venv, ["--only-binary", ":all:", "--no-compile", "-r", str(lock_file)], title)
@@ -424,7 +432,7 @@ def no_installer_message(major: int, minor: int) -> str:
     return (
         f"Python {major}.{minor} is here, but neither uv, nor pip, nor its own ensurepip, so nothing can be "
         "installed. Debian and Ubuntu pack it apart: "
-        f"run `apt-get install python{major}.{minor}-venv` as root, and call this again."
+        f"run `apt-get update && apt-get install python{major}.{minor}-venv` as root, and call this again."
     )
 
 
@@ -550,7 +558,7 @@ def run_logged(command: list[str], title: str) -> None:
 
 
 def progress_of(output: list[str]) -> str:
-    """The last thing the installer named, and how many MB it has named so far."""
+    """The last thing the installer named, which with uv is a file and its size."""
     named = [text.strip() for text in output if text.strip().startswith(INTERESTING)]
     return named[-1][:70] if named else ""
 
@@ -793,6 +801,7 @@ def fetch_python() -> str | None:
     uv = find_uv()
     if uv is None:
         return None
+    say("There is no Python 3.11, 3.12 or 3.13 on the PATH: asking uv for one, which may download it.")
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         subprocess.run([*uv, "python", "install", "3.13"], capture_output=True, timeout=300, check=False)
         asked = subprocess.run([*uv, "python", "find", "3.13"], capture_output=True, text=True, timeout=60, check=False)
@@ -815,7 +824,7 @@ def no_python_message(major: int, minor: int) -> str:
     return (
         f"This is Python {major}.{minor}; Nabla needs 3.11, 3.12 or 3.13 (Ray has no build for others), and "
         "none of them is on the PATH. On Debian 12 and 13 and on Ubuntu 24.04 run "
-        "`apt-get install python3 python3-venv` as root; elsewhere install uv, which brings one with "
+        "`apt-get update && apt-get install python3 python3-venv` as root; elsewhere install uv, which brings one with "
         "`uv python install 3.13`."
     )
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
+import tomllib
+
+from pydantic import ValidationError
 
 from infra.local import control
 from infra.local.installation import Installation, InstallationError
@@ -15,30 +18,43 @@ from services.executor.domain.isolation import BWRAP
 
 
 def main(what: str, as_json: bool = False) -> int:
-    settings = LocalSettings()
+    """Does `what` and answers the exit code; whatever is wrong is told in sentences."""
     try:
-        match what:
-            case "up" if as_json:
-                installation = control.up(settings, lambda line: print(line, file=sys.stderr))
-                print(
-                    json.dumps({"url": installation.front_door, "ui": installation.ui, "home": str(installation.home)})
-                )
-            case "up":
-                show_up(settings)
-            case "down":
-                control.down(settings, (lambda _line: None) if as_json else say)
-                if as_json:
-                    print(json.dumps({"state": "stopped"}))
-            case "supervise":
-                control.supervise(settings)
-            case "demo":
-                import infra.local.demo
-
-                return infra.local.demo.main(settings)
+        return _do(what, LocalSettings(), as_json)
+    except ValidationError as error:
+        for wrong in error.errors():
+            name, reason = ".".join(map(str, wrong["loc"])), wrong["msg"].removeprefix("Value error, ")
+            refuse(f"{name} {reason}".strip())
+        print("These settings are in nabla.toml, or in the environment as NABLA_...", file=sys.stderr)
+    except tomllib.TOMLDecodeError as error:
+        refuse(f"nabla.toml cannot be read: {error}")
     except (InstallationError, ServerMissingError, OSError) as error:
-        print(f"{control.SAID}{error}", file=sys.stderr)
-        return 1
+        refuse(error)
+    return 1
+
+
+def _do(what: str, settings: LocalSettings, as_json: bool) -> int:
+    match what:
+        case "up" if as_json:
+            installation = control.up(settings, lambda line: print(line, file=sys.stderr))
+            print(json.dumps({"url": installation.front_door, "ui": installation.ui, "home": str(installation.home)}))
+        case "up":
+            show_up(settings)
+        case "down":
+            control.down(settings, (lambda _line: None) if as_json else say)
+            if as_json:
+                print(json.dumps({"state": "stopped"}))
+        case "supervise":
+            control.supervise(settings)
+        case "demo":
+            import infra.local.demo
+
+            return infra.local.demo.main(settings)
     return 0
+
+
+def refuse(reason: object) -> None:
+    print(f"{control.SAID}{reason}", file=sys.stderr)
 
 
 def say(line: str) -> None:

@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -32,6 +33,8 @@ DOWN_TIMEOUT_S = 60.0
 LEFTOVER_PATIENCE_S = 3.0
 # How a supervisor's last words to people begin, in its log.
 SAID = "nabla: "
+# Linux's struct flock: type, whence, start, length, pid.
+FLOCK = "hhqqi4x"
 
 log = logging.getLogger("nabla.supervisor")
 
@@ -44,19 +47,32 @@ def up(settings: LocalSettings, say: Callable[[str], None]) -> Installation:
     Raises:
         InstallationError: it did not come up in time, or its supervisor ended.
     """
-    installation = open_installation(settings)
-    if supervisor_pid(installation):
-        say(f"Nabla is already running at {installation.ui}")
+    with _turn(open_installation(settings), say):
+        # A first `up` may have claimed the ports meanwhile, and its processes are no leftovers.
+        installation = open_installation(settings)
+        if supervisor_pid(installation):
+            say(f"Nabla is already running at {installation.ui}")
+            return installation
+        _refuse_open_doors(settings)
+        # What a killed supervisor left would hold our ports.
+        leftovers.end_processes(installation.home, LEFTOVER_PATIENCE_S)
+        installation, moved = claim_ports(installation)
+        for line in moved:
+            say(line)
+        _wait_for_front_door(installation, _start_in_background(installation))
         return installation
-    _refuse_open_doors(settings)
-    # What a killed supervisor left would hold our ports.
-    leftovers.end_processes(installation.home, LEFTOVER_PATIENCE_S)
-    installation, moved = claim_ports(installation)
-    for line in moved:
-        say(line)
-    _start_in_background(installation)
-    _wait_for_front_door(installation)
-    return installation
+
+
+@contextlib.contextmanager
+def _turn(installation: Installation, say: Callable[[str], None]) -> Iterator[None]:
+    """One `up` after the other."""
+    with (installation.run / "up.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("Another `up` is starting Nabla here: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _refuse_open_doors(settings: LocalSettings) -> None:
@@ -68,9 +84,9 @@ def _refuse_open_doors(settings: LocalSettings) -> None:
         raise InstallationError(f"{forbidden}: {isolation.in_words(found)}")
 
 
-def _start_in_background(installation: Installation) -> None:
+def _start_in_background(installation: Installation) -> subprocess.Popen[bytes]:
     with (installation.logs / "supervisor.log").open("ab") as output:
-        subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "services", "supervise"],
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -81,14 +97,11 @@ def _start_in_background(installation: Installation) -> None:
         )
 
 
-def _wait_for_front_door(installation: Installation) -> None:
+def _wait_for_front_door(installation: Installation, supervisor: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + UP_TIMEOUT_S
-    started = time.monotonic()
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and supervisor.poll() is None:
         if front_door_answers(installation):
             return
-        if time.monotonic() - started > 3 and not supervisor_pid(installation):
-            break
         time.sleep(0.05)
     tail = (installation.logs / "supervisor.log").read_text(errors="replace").splitlines()[-8:]
     if tail and tail[-1].startswith(SAID):
@@ -116,7 +129,8 @@ def down(settings: LocalSettings, say: Callable[[str], None]) -> None:
     installation = open_installation(settings)
     pid = supervisor_pid(installation)
     if pid:
-        os.kill(pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + DOWN_TIMEOUT_S
         while supervisor_pid(installation):
             if time.monotonic() > deadline:
@@ -133,17 +147,17 @@ def down(settings: LocalSettings, say: Callable[[str], None]) -> None:
 
 
 def supervisor_pid(installation: Installation) -> int:
-    """The running supervisor's pid, or 0. The lock decides, not the file: a killed supervisor holds none."""
+    """The running supervisor's pid, or 0.
+
+    The kernel tells who holds the lock, not the file: a pid in a file may be somebody else's by now.
+    """
     try:
-        with (installation.run / "supervisor.lock").open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return 0
+        with (installation.run / "supervisor.lock").open("r+") as file:
+            asked = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            kind, *_, pid = struct.unpack(FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))
     except FileNotFoundError:
         return 0
-    except BlockingIOError:
-        with contextlib.suppress(ValueError):
-            return int((installation.run / "supervisor.lock").read_text())
-        return -1
+    return 0 if kind == fcntl.F_UNLCK else int(pid)
 
 
 def supervise(settings: LocalSettings) -> None:
@@ -165,10 +179,11 @@ def supervise(settings: LocalSettings) -> None:
 
 @contextlib.contextmanager
 def _lock(installation: Installation) -> Iterator[TextIO]:
+    """Held by this process alone. One of `flock` would also be held by every forked service, after our own end."""
     with (installation.run / "supervisor.lock").open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             raise InstallationError("Nabla is already running here.") from None
         file.truncate(0)
         file.write(str(os.getpid()))

@@ -25,11 +25,6 @@ async def meet_all(template: str, patience_s: float = 20.0) -> None:
     Raises:
         InstallationError: one is not there, does not let us in, or does not answer in time.
     """
-    if "{service}" not in template:
-        raise InstallationError(
-            f"database_url names one database for all: {_public(template)}. Each service has its own: "
-            f"put {{service}} into the name, and create one for each of {', '.join(DATABASES)}."
-        )
     deadline = time.monotonic() + patience_s
     await asyncio.gather(*(_meet(template.format(service=name), deadline) for name in DATABASES))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
-import os
+import json
 import shlex
 import sys
 import time
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from infra.local.console import say, show_up
+from infra.local.console import refuse, say, show_up
 from infra.local.installation import Installation
 from infra.local.settings import CHECKOUT, LocalSettings
 from nabla import Client
@@ -43,7 +43,7 @@ def main(settings: LocalSettings) -> int:
             right = predict(client, deployment)
             close(client, installation, deployment, job=job, right=right, seconds=time.monotonic() - started)
     except (NablaError, DemoError) as error:
-        print(f"nabla: {error}", file=sys.stderr)
+        refuse(error)
         return 1
     return 0
 
@@ -179,21 +179,23 @@ def close(
     client: Client, installation: Installation, deployment: Deployment, *, job: Job, right: int, seconds: float
 ) -> None:
     link = client.sign_in_link()
-    nabla = command_name()
     say(f"\n{right} of {SHOWN} right. The whole way took {seconds:.0f} s.\n")
     say(f"  Web interface  {link.url}   (signs in once)")
     say(f"  Draw a digit   {installation.ui}/deployments/{deployment.name}/draw")
     say(f"  API            {installation.ui}/api/docs")
     say(f"  Endpoint       {installation.front_door}{deployment.path}/predict\n")
     say("Three commands to go on with:")
-    say(f"  {nabla} jobs logs {job.id}")
-    say(f"  {nabla} run --project {PROJECT} --no-workspace -- python -c 'print(6 * 7)'")
-    say(f"  {nabla} predict {deployment.name} --json-data '{real_digits(1)[0]}'".replace(".0", ""))
+    for command in commands(Path(sys.executable).parent / "nabla", job.id, deployment.name, real_digits(1)[0]):
+        say(f"  {command}")
     say("\n`make down` stops everything and keeps it; `make up` starts it again.")
 
 
-def command_name() -> str:
-    """How to call the command from here: relative where that is shorter."""
-    path = Path(sys.executable).parent / "nabla"
-    relative = os.path.relpath(path)
-    return shlex.quote(relative if len(relative) < len(str(path)) else str(path))
+def commands(nabla: Path, job_id: str, deployment: str, rows: list[list[float]]) -> list[str]:
+    """Command lines that work when pasted, from whatever folder: nobody knows here where the person's shell is."""
+    whole = json.dumps([[int(value) for value in row] for row in rows])
+    arguments = (
+        ["jobs", "logs", job_id],
+        ["run", "--project", PROJECT, "--no-workspace", "--", "python", "-c", "print(6 * 7)"],
+        ["predict", deployment, "--json-data", whole],
+    )
+    return [shlex.join([str(nabla), *each]) for each in arguments]

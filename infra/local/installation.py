@@ -8,11 +8,13 @@ import hashlib
 import json
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from infra.local.credentials import write_private
 from infra.local.settings import LocalSettings
 
 # Below Ray's workers (10002-19999) and beside the usual defaults, so that strangers are rarely met.
@@ -100,8 +102,15 @@ def open_installation(settings: LocalSettings) -> Installation:
 
 
 def remembered_ports(home: Path) -> dict[str, int]:
-    file = home / "ports.json"
-    return dict(json.loads(file.read_text())) if file.exists() else {}
+    return {name: port for name, port in _port_file(home).items() if name in PREFERRED_PORTS}
+
+
+def _port_file(home: Path) -> dict[str, int]:
+    """Ports by name, and as `asked` the front door's in the settings they were claimed for. Unreadable is forgotten."""
+    try:
+        return dict(json.loads((home / "ports.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def claim_ports(installation: Installation) -> tuple[Installation, list[str]]:
@@ -110,26 +119,40 @@ def claim_ports(installation: Installation) -> tuple[Installation, list[str]]:
     Installations of one user never share a port, also when they start at the same moment. Call only while nothing
     of this installation runs.
     """
+    settings = installation.settings
+    wishes = installation.ports
+    if _port_file(installation.home).get("asked", settings.port) != settings.port:
+        wishes = wishes | {"front_door": settings.port}
     ports: dict[str, int] = {}
     moved: list[str] = []
     with neighbours(installation.home) as taken:
-        for name, wanted in installation.ports.items():
-            port = next_free(installation.settings.host, wanted, taken)
+        for name, wanted in wishes.items():
+            port = next_free(settings.host if name == "front_door" else "127.0.0.1", wanted, taken)
             if port != wanted and name == "front_door":
                 moved.append(f"port {wanted} is taken: using {port}, from now on")
             taken.add(port)
             ports[name] = port
-        (installation.home / "ports.json").write_text(json.dumps(ports, indent=2))
-    return Installation(installation.settings, ports), moved
+        write_private(installation.home / "ports.json", json.dumps(ports | {"asked": settings.port}, indent=2))
+    return Installation(settings, ports), moved
+
+
+def private_folder(path: Path) -> None:
+    """Makes a folder below /tmp, where others could have put one of the same name, or a link, before us.
+
+    Raises:
+        InstallationError: somebody did.
+    """
+    path.mkdir(mode=0o700, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise InstallationError(f"{path} is not a folder of yours: remove it, or have its owner do so")
 
 
 @contextlib.contextmanager
 def neighbours(home: Path) -> Iterator[set[int]]:
     """The ports of this user's other installations; nobody else claims any meanwhile."""
     folder = Path(f"/tmp/nabla-homes-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise OSError(f"{folder} belongs to somebody else: remove it")
+    private_folder(folder)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         taken: set[int] = set()

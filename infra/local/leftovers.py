@@ -12,6 +12,7 @@ import signal
 import time
 from pathlib import Path
 
+from infra.local.installation import InstallationError
 from services.executor.adapters import cgroup
 from services.executor.adapters.attempt_folder import AttemptFolder
 
@@ -37,13 +38,23 @@ def processes_of(home: Path) -> list[int]:
     return found
 
 
-def end_processes(home: Path, patience_s: float) -> None:
+def end_processes(home: Path, patience_s: float, limit_s: float = 30.0) -> None:
     """Ends the processes, not the jobs, which outlive them on purpose.
 
-    Returns when none is left: those that do not end by themselves within `patience_s` are killed."""
-    deadline = time.monotonic() + patience_s
+    Returns when none is left: those that do not end by themselves within `patience_s` are killed.
+
+    Raises:
+        InstallationError: the kernel has not let go of them for `limit_s` since.
+    """
+    began = time.monotonic()
     while found := processes_of(home):
-        if time.monotonic() > deadline:
+        passed_s = time.monotonic() - began
+        if passed_s > patience_s + limit_s:
+            raise InstallationError(
+                f"These processes do not end, although they were killed: {' '.join(map(str, found))}. "
+                f"`ps -o pid,stat,wchan,cmd {' '.join(map(str, found))}` shows what in the kernel holds them."
+            )
+        if passed_s > patience_s:
             for pid in found:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)

@@ -22,6 +22,8 @@ from services import SERVICES
 
 PROVISIONER = "provisioner"
 AGENT = "agent"
+# The manifest of a large folder is one message.
+MAX_PAYLOAD_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +142,7 @@ def config_text(
     return json.dumps(
         {
             "listen": f"{host}:{port}",
-            "max_payload": 8 << 20,
+            "max_payload": MAX_PAYLOAD_BYTES,
             "max_connections": 512,
             "ping_interval": "20s",
             "write_deadline": "10s",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from infra.local.credentials import ray_token, s3_keys, write_private
-from infra.local.installation import Installation, answers
+from infra.local.installation import Installation, answers, private_folder
 
 BIN = Path(sys.executable).parent
 # The oldest versions that have what we rely on, and the fixes that the security catalogue asks for.
@@ -47,22 +47,29 @@ def find_program(name: str, configured: str) -> str:
     Raises:
         ServerMissingError: it is nowhere, or older than OLDEST says.
     """
-    path = configured or shutil.which(name) or str(BIN / name)
-    if not Path(path).exists():
-        raise ServerMissingError(f"{name} is not installed: run `make up`, or name it in nabla.toml")
-    version = program_version(name, path)
-    if version < OLDEST[name]:
-        wanted = ".".join(map(str, OLDEST[name]))
-        if path != str(BIN / name) and not configured and (BIN / name).exists():
-            return str(BIN / name)
-        raise ServerMissingError(f"{path} is version {'.'.join(map(str, version))}; Nabla needs {wanted} or newer")
-    return path
+    found = [configured] if configured else [path for path in (shutil.which(name), str(BIN / name)) if path]
+    there = [path for path in found if Path(path).exists()]
+    if not there:
+        raise ServerMissingError(f"There is no {found[-1]}: run `make up`, or name another {name} in nabla.toml")
+    for path in there:
+        if program_version(name, path) >= OLDEST[name]:
+            return path
+    version = ".".join(map(str, program_version(name, there[0]))) or "unknown"
+    wanted = ".".join(map(str, OLDEST[name]))
+    raise ServerMissingError(
+        f"The version of {there[0]} is {version}; Nabla needs {name} {wanted} or newer: "
+        f"install that, or take the name of this one out of nabla.toml"
+    )
 
 
 def program_version(name: str, path: str) -> tuple[int, ...]:
-    shown = subprocess.run([path, VERSION_ARGUMENT[name]], capture_output=True, text=True, timeout=30, check=False)
+    """What the program says of itself; () when it does not start or says nothing."""
+    try:
+        shown = subprocess.run([path, VERSION_ARGUMENT[name]], capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
     found = re.search(r"(\d+)\.(\d+)(?:\.(\d+))?", shown.stdout + shown.stderr)
-    return tuple(int(part) for part in found.groups(default="0")) if found else (0,)
+    return tuple(int(part) for part in found.groups(default="0")) if found else ()
 
 
 def nats_server(installation: Installation, config: str) -> Server:
@@ -137,9 +144,8 @@ def traefik(installation: Installation) -> Server:
         },
         "log": {"level": "WARN"},
     }
-    file = installation.run / "traefik.json"
     # Traefik reads YAML, of which JSON is a part.
-    file = file.with_suffix(".yml")
+    file = installation.run / "traefik.yml"
     file.write_text(json.dumps(config, indent=2))
     program = find_program("traefik", installation.settings.traefik)
     api = installation.ports["traefik_api"]
@@ -158,12 +164,13 @@ def ray_environment(installation: Installation) -> dict[str, str]:
 
 
 def _ray_token_environment(installation: Installation) -> dict[str, str]:
+    """A cluster of others has a token of its own, or none: from the settings, else as any driver finds it."""
     settings, file = installation.settings, installation.keys / "ray-token"
     if settings.ray_token:
         file = installation.keys / "their-ray-token"
         write_private(file, settings.ray_token)
     elif settings.ray_address:
-        return {}
+        return {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH_")}
     else:
         ray_token(installation.keys)
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file)}
@@ -172,7 +179,7 @@ def _ray_token_environment(installation: Installation) -> dict[str, str]:
 def ray_head(installation: Installation) -> Server:
     """A Ray head that stays in the foreground and ends when one of its processes does."""
     port = installation.ports["ray"]
-    installation.ray_folder.mkdir(mode=0o700, exist_ok=True)
+    private_folder(installation.ray_folder)
     command = [
         sys.executable,
         "-m",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
+from pydantic import field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -17,7 +19,7 @@ class LocalSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="NABLA_", frozen=True, extra="ignore")
 
     home: Path = CHECKOUT / ".nabla"
-    # What listens listens here; anything but loopback needs TLS in front.
+    # The front door listens here; 0.0.0.0 is for everybody, and needs TLS in front.
     host: str = "127.0.0.1"
     port: int = 8080
     # Existing servers to use instead of our own.
@@ -26,6 +28,8 @@ class LocalSettings(BaseSettings):
     s3_endpoint: str = ""
     s3_access_key: str = ""
     s3_secret_key: str = ""
+    # Or a JSON file with both, as storage reads it.
+    s3_keys: Path | None = None
     ray_address: str = ""
     # That cluster's token; empty: what Ray itself finds, in its own variables or in ~/.ray/auth_token.
     ray_token: str = ""
@@ -41,6 +45,33 @@ class LocalSettings(BaseSettings):
     log_level: str = "INFO"
     # What jobs get; auto takes bwrap where the kernel allows it.
     isolation: Literal["auto", "bwrap", "process"] = "auto"
+
+    @field_validator("host")
+    @classmethod
+    def _reached_from_here(cls, host: str) -> str:
+        if host not in ("127.0.0.1", "localhost", "0.0.0.0"):
+            raise ValueError("is 127.0.0.1, or 0.0.0.0 for all addresses: jobs and services use 127.0.0.1")
+        return host
+
+    @field_validator("s3_endpoint", "ray_address")
+    @classmethod
+    def _host_and_port(cls, address: str) -> str:
+        if address and not re.fullmatch(r"[^/\s]+:\d+", address):
+            raise ValueError("is host:port, without http:// or ray://")
+        return address
+
+    @field_validator("database_url")
+    @classmethod
+    def _one_for_each_service(cls, url: str) -> str:
+        if url and "{service}" not in url:
+            raise ValueError("needs {service} where the name of the database goes: each service has its own")
+        return url
+
+    @model_validator(mode="after")
+    def _keys_for_their_store(self) -> LocalSettings:
+        if self.s3_endpoint and not (self.s3_keys or (self.s3_access_key and self.s3_secret_key)):
+            raise ValueError("s3_endpoint needs s3_access_key and s3_secret_key beside it")
+        return self
 
     @classmethod
     def settings_customise_sources(

@@ -80,10 +80,20 @@ def nats_config(installation: Installation) -> str:
 
 
 async def provision(installation: Installation) -> None:
-    """Creates the streams, as the only user who may."""
+    """Creates the streams, as the only user who may.
+
+    Raises:
+        InstallationError: the server takes smaller messages than we send.
+    """
     seed = (installation.keys / "nats" / f"{local_nats.PROVISIONER}.nk").read_text().strip()
     connection = await nats.connect(installation.nats_url, nkeys_seed_str=seed, allow_reconnect=False)
     try:
+        if connection.max_payload < local_nats.MAX_PAYLOAD_BYTES:
+            raise InstallationError(
+                f"{installation.nats_url} takes messages of up to {connection.max_payload} bytes, and the list of "
+                f"files of a large folder is longer. It needs max_payload: {local_nats.MAX_PAYLOAD_BYTES} in its "
+                "configuration."
+            )
         await provision_streams(connection.jetstream())
     finally:
         await connection.close()

@@ -7,6 +7,7 @@ signal); running jobs do not: their shims belong to nobody.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -48,7 +49,8 @@ class Child:
     def ended(self, now: float) -> None:
         self.pid = 0
         self.failures = 0 if now - self.started_at > STABLE_S else self.failures + 1
-        pause = 0.0 if self.failures <= 1 else min(MAX_BACKOFF_S, 2.0 ** (self.failures - 2))
+        # The exponent is bounded too: what fails for a night is beyond what a float can hold.
+        pause = 0.0 if self.failures <= 1 else min(MAX_BACKOFF_S, 2.0 ** min(self.failures - 2, 10))
         self.next_start = now + pause * random.uniform(0.8, 1.2)
 
 
@@ -60,6 +62,7 @@ class Supervisor:
     logs: Path
     children: dict[str, Child] = field(default_factory=dict)
     stopping: bool = False
+    _shown: str = ""
 
     def add_server(self, server: Server) -> None:
         self._add(Child(server.name, lambda: self._spawn(server), server.stop_s, is_service=False))
@@ -88,7 +91,8 @@ class Supervisor:
                 child.ended(now)
                 log.warning("%s ended (%s); starting it again", child.name, _in_words(status))
             if not child.pid and now >= child.next_start:
-                self._start(child)
+                self._start_again(child)
+        self._write_state()
 
     def stop_all(self) -> None:
         """Stops in reverse order of starting: services before the servers they need."""
@@ -96,6 +100,14 @@ class Supervisor:
         for services_first in (True, False):
             _stop_group([child for child in running if child.is_service is services_first])
         self._write_state()
+
+    def _start_again(self, child: Child) -> None:
+        """A full disk or process table is no reason to stop what still runs: it is tried again, later each time."""
+        try:
+            self._start(child)
+        except OSError as error:
+            child.ended(time.monotonic())
+            log.error("%s cannot be started: %s", child.name, error)
 
     def _start(self, child: Child) -> None:
         child.started_at = time.monotonic()
@@ -134,10 +146,16 @@ class Supervisor:
             os._exit(code)
 
     def _write_state(self) -> None:
+        """Shows who runs as which process. Where the disk is full, once it is not any more."""
         state = {"pid": os.getpid(), "children": {child.name: child.pid for child in self.children.values()}}
+        text = json.dumps(state)
+        if text == self._shown:
+            return
         temporary = self.run_folder / ".supervisor.json"
-        temporary.write_text(json.dumps(state))
-        temporary.replace(self.run_folder / "supervisor.json")
+        with contextlib.suppress(OSError):
+            temporary.write_text(text)
+            temporary.replace(self.run_folder / "supervisor.json")
+            self._shown = text
 
     def _ask_to_stop(self, _number: int, _frame: object) -> None:
         self.stopping = True

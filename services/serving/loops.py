@@ -114,6 +114,8 @@ class Reconciler:
         self.wake = asyncio.Event()
 
     async def run(self) -> None:
+        """Looks whenever something is due, beginning with what a killed process was just looking at."""
+        await self._store.run(lambda unit: unit.forget_leases())
         while True:
             self.wake.clear()
             pause_s = await self.run_pass()
@@ -163,14 +165,22 @@ class Reconciler:
         return await self._take(step, deployment, now)
 
     async def _follow(self, deployment: DeploymentRow, job: OrderedJobRow, *, wanted: bool) -> None:
-        """Asks about a job that has been silent, and repeats the order or the halt that did not take."""
+        """Asks about a job that has been silent, and repeats the order or the halt that did not take.
+
+        A scheduler that does not answer keeps nothing else from being done: it is asked again later.
+        """
         wanted = wanted and deployment.state not in ("deleting", "failed")
         rarely = 6 if deployment.state == "ready" else 3 if job.state == "ordered" else 1
         every_s = self._ask_every_s * rarely
         silent = (to_us(self._clock()) - job.asked_us) / 1e6 >= every_s
         if silent:
-            told = await self._peers.job(job.id, deployment.team_id)
-            await self._steps.asked(deployment, job, told, wanted=wanted)
+            try:
+                told = await self._peers.job(job.id, deployment.team_id)
+            except Unavailable as error:
+                log.info("a job's owner is silent", extra={"job": job.id, "reason": error.detail})
+                await self._steps.asked_in_vain(job.id)
+            else:
+                await self._steps.asked(deployment, job, told, wanted=wanted)
         elif not wanted and not job.halted:
             await self._steps.halt(deployment, job.id)
 
@@ -223,6 +233,9 @@ class Reconciler:
             if not whole and job and job.ended_us and now - ended_at < timedelta(seconds=5):
                 return 0.3
         await self._steps.fail(deployment, step.reason, lines)
+        if deployment.target:
+            # Its address may soon be another replica's.
+            await self._front.publish()
         return 0.0
 
     async def _lines(self, job_id: str, team_id: str) -> tuple[list[str], bool]:

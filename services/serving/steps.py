@@ -161,6 +161,9 @@ class Steps:
 
         await self.store.run(work)
 
+    async def asked_in_vain(self, job_id: str) -> None:
+        await self.store.run(lambda unit: unit.set_job(job_id, {"asked_us": to_us(unit.now)}))
+
     async def _on(self, seen: DeploymentRow, work: Callable[[ServingUnit, DeploymentRow], Awaitable[T]]) -> T | None:
         """Runs `work` on the row as it is now, unless its state is no longer the one the step was decided in."""
 

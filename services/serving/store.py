@@ -196,6 +196,11 @@ class ServingUnit(UnitOfWork):
         result = await self.session.exec(query.values(due_us=due_us))
         return result.rowcount == 1
 
+    async def forget_leases(self) -> None:
+        """Makes all due. Only at start: a database has one process, so whoever was looking is gone."""
+        waiting = (col(DeploymentRow.due_us) > 0) & (col(DeploymentRow.state) != "deleted")
+        await self.session.exec(update(DeploymentRow).where(waiting).values(due_us=0))
+
     async def routed(self) -> Sequence[DeploymentRow]:
         """All that have a place in the proxy: with a target, or between two replicas."""
         between = (col(DeploymentRow.state) == "starting") & col(DeploymentRow.served)

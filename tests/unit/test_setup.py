@@ -108,8 +108,22 @@ def test_ensurepip_comes_before_the_pip_beside_python(setup: ModuleType) -> None
 
 
 def test_no_installer_names_the_exact_apt_line(setup: ModuleType) -> None:
-    with pytest.raises(setup.SetupError, match=rf"apt-get install python3\.{sys.version_info[1]}-venv"):
+    """With `update`, as a new machine or container has no package lists."""
+    line = rf"`apt-get update && apt-get install python3\.{sys.version_info[1]}-venv` as root"
+    with pytest.raises(setup.SetupError, match=line):
         setup.choose_pip(has_ensurepip=False, has_pip=False)
+
+
+def test_an_environment_that_uv_made_is_made_again_for_pip(setup: ModuleType, tmp_path: Path) -> None:
+    """Whom uv fails is told to try pip, which uv leaves out of its environments."""
+    venv = environment(tmp_path / "venv")
+    site = venv / "lib" / "python3.12" / "site-packages"
+    site.mkdir(parents=True)
+    assert setup.Uv(["uv"]).can_fill(venv)
+    assert setup.Pip(host_pip=True).can_fill(venv)
+    assert not setup.Pip(host_pip=False).can_fill(venv)
+    (site / "pip").mkdir()
+    assert setup.Pip(host_pip=False).can_fill(venv)
 
 
 def test_the_newest_supported_python_is_taken(setup: ModuleType, tmp_path: Path) -> None:

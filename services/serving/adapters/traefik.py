@@ -27,30 +27,36 @@ class TraefikFiles:
 
     async def publish(self, config: Config) -> None:
         text, stamp = stamped(config)
-        write_whole(self._file, text)
+        try:
+            write_whole(self._file, text)
+        except OSError as error:
+            raise _behind(f"they cannot be written to {self._file} ({error.strerror})") from None
         deadline = time.monotonic() + self._timeout_s
-        reason = "it still shows the configuration before"
         while time.monotonic() < deadline:
-            try:
-                answer = await self._client.get(f"/api/http/middlewares/{stamp}@file")
-            except httpx.HTTPError as error:
-                raise _behind(f"its API does not answer ({type(error).__name__})") from None
-            if answer.status_code == httpx.codes.OK:
+            if (await self._ask(f"middlewares/{stamp}@file")).status_code == httpx.codes.OK:
                 return await self._check_routers(config)
             await asyncio.sleep(POLL_S)
-        raise _behind(reason)
+        raise _behind("it still shows the configuration before")
 
     async def close(self) -> None:
         await self._client.aclose()
 
     async def _check_routers(self, config: Config) -> None:
         """A router that Traefik refuses is left out of service without stopping the rest of the file."""
-        answer = await self._client.get("/api/http/routers", params={"provider": "file", "per_page": 10_000})
+        answer = await self._ask("routers?provider=file&per_page=10000")
+        if answer.status_code != httpx.codes.OK:
+            raise _behind(f"its API answers {answer.status_code}")
         shown = {router["name"]: router for router in answer.json()}
         for name in config["http"]["routers"]:
             router = shown.get(f"{name}@file", {})
             if router.get("status") != "enabled":
                 raise _behind(f"it does not accept the route {name}: {router.get('error', 'not shown')}")
+
+    async def _ask(self, what: str) -> httpx.Response:
+        try:
+            return await self._client.get(f"/api/http/{what}")
+        except httpx.HTTPError as error:
+            raise _behind(f"its API does not answer ({type(error).__name__})") from None
 
 
 def write_whole(file: Path, text: str) -> bool:

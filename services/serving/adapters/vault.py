@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import tempfile
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -46,17 +48,20 @@ class FileKeyVault:
 
 def key_from(file: Path) -> bytes:
     """The key in the file; a new one, written once, when there is no file yet."""
-    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    try:
-        handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        pass
-    else:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(secrets.token_bytes(KEY_BYTES))
-            stream.flush()
-            os.fsync(stream.fileno())
+    if not file.exists():
+        _make_key(file)
     key = file.read_bytes()
     if len(key) != KEY_BYTES:
         raise NablaError(f"{file} holds {len(key)} bytes, and a key has {KEY_BYTES}: restore it from a backup")
     return key
+
+
+def _make_key(file: Path) -> None:
+    """Whole or not at all, and never over another: half a key would be taken for a lost one at every later start."""
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.") as draft:
+        draft.write(secrets.token_bytes(KEY_BYTES))
+        draft.flush()
+        os.fsync(draft.fileno())
+        with contextlib.suppress(FileExistsError):
+            os.link(draft.name, file)

@@ -19,6 +19,8 @@ Config = dict[str, Any]
 ENTRY_POINT = "web"
 MAX_BODY_BYTES = 16 << 20
 STAMP = "nabla-"
+# The object store's own name beside the deployments', which no deployment may have.
+OBJECTS_LABEL = "s3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +134,12 @@ def _add_gateway(http: Config, base: Base) -> None:
 
 
 def _add_objects(http: Config, base: Base) -> None:
-    """By path, with the host kept: the signature of a presigned URL covers it."""
-    rule = f"{_hosts(base.path_hosts)} && PathPrefix(`/{base.bucket}/`)"
+    """By path, with the host kept: the signature of a presigned URL covers it.
+
+    On a domain the UI's host is the front door's, so links to stored files name a host beside the tenants'.
+    """
+    hosts = (*base.path_hosts, endpoint_host(OBJECTS_LABEL, base.apps_domain))
+    rule = f"{_hosts(hosts)} && PathPrefix(`/{base.bucket}/`)"
     http["services"]["objects"] = _service(base.objects)
     http["routers"]["objects"] = _router(rule, "objects", priority=90, middlewares=["objects-cors"])
 

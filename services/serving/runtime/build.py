@@ -8,11 +8,15 @@ line of the log, for the person who deploys it, and ends the job with 1.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,11 +24,38 @@ SKLEARN = ("sklearn", "scikit-learn")
 SUFFIXES = (".joblib", ".pkl", ".pickle")
 
 
-def main() -> None:
-    wanted, endpoint = json.loads(sys.argv[1]), sys.argv[2]
+class Refused(Exception):
+    """What is wrong with the model, for the person who deploys it."""
+
+
+def main() -> NoReturn:
+    signal.signal(signal.SIGTERM, stop)
+    code = 1
+    try:
+        with private_home() as scratch:
+            bento_of_model(scratch, json.loads(sys.argv[1]), sys.argv[2])
+        code = 0
+    except Refused as refused:
+        sys.stdout.flush()
+        print(refused, file=sys.stderr, flush=True)
+    except SystemExit as asked:
+        # A model that calls exit(0) has not been built.
+        code = asked.code if isinstance(asked.code, int) and asked.code else 1
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: threads of a half-loaded model must not keep the job alive.
+    os._exit(code)
+
+
+def stop(number: int, _frame: object) -> NoReturn:
+    sys.exit(128 + number)
+
+
+def bento_of_model(scratch: Path, wanted: dict[str, Any], endpoint: str) -> None:
     if wanted["framework"].lower() not in SKLEARN:
-        fail(f"The framework {wanted['framework']!r} cannot be served yet; what can be is sklearn.")
-    scratch = private_home()
+        raise Refused(f"The framework {wanted['framework']!r} cannot be served yet; what can be is sklearn.")
     source = scratch / "source"
     source.mkdir()
     file = model_file(Path(os.environ["NABLA_WORKSPACE"]) / "model")
@@ -39,13 +70,17 @@ def main() -> None:
     say(f"the bento of {wanted['name']} version {wanted['version']} is built")
 
 
-def private_home() -> Path:
-    """A folder of this run's own for everything that BentoML wants to write."""
+@contextlib.contextmanager
+def private_home() -> Iterator[Path]:
+    """A folder of this run's own for everything that BentoML wants to write; gone with the run, however it ends."""
     scratch = Path(tempfile.mkdtemp(prefix="nabla-build-"))
     os.environ.update(HOME=str(scratch), BENTOML_HOME=str(scratch / "bentoml"), BENTOML_DO_NOT_TRACK="True")
     # One row is predicted here: threads of BLAS would only wait for each other (measured: eight times slower).
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-    return scratch
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def model_file(folder: Path) -> Path:
@@ -55,7 +90,7 @@ def model_file(folder: Path) -> Path:
     if len(fitting) == 1:
         return fitting[0]
     listed = ", ".join(str(path.relative_to(folder)) for path in files) or "nothing"
-    fail(f"A model to serve is one file ({' '.join(SUFFIXES)}); this one holds {listed}.")
+    raise Refused(f"A model to serve is one file ({' '.join(SUFFIXES)}); this one holds {listed}.")
 
 
 def load(file: Path) -> Any:
@@ -64,9 +99,11 @@ def load(file: Path) -> Any:
     try:
         return joblib.load(file)
     except ModuleNotFoundError as error:
-        fail(f"The model file {file.name} needs the module {error.name!r}, which this environment does not have.")
+        raise Refused(
+            f"The model file {file.name} needs the module {error.name!r}, which this environment does not have."
+        ) from error
     except Exception as error:
-        fail(f"The model file {file.name} cannot be loaded: {type(error).__name__}: {error}")
+        raise Refused(f"The model file {file.name} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def describe(model: Any, name: str) -> dict[str, Any]:
@@ -74,7 +111,7 @@ def describe(model: Any, name: str) -> dict[str, Any]:
     import numpy as np
 
     if not callable(getattr(model, "predict", None)):
-        fail(f"The model file {name} holds a {type(model).__name__}, which has no predict().")
+        raise Refused(f"The model file {name} holds a {type(model).__name__}, which has no predict().")
     features = int(getattr(model, "n_features_in_", 0))
     probabilities = callable(getattr(model, "predict_proba", None))
     if features:
@@ -83,9 +120,11 @@ def describe(model: Any, name: str) -> dict[str, Any]:
             # One matrix; models with several outputs give a list of them, which the endpoint leaves out.
             probabilities = probabilities and np.ndim(model.predict_proba([[0.0] * features])) == 2
         except Exception as error:
-            fail(f"The model in {name} fails on a row of {features} zeros: {type(error).__name__}: {error}")
+            raise Refused(
+                f"The model in {name} fails on a row of {features} zeros: {type(error).__name__}: {error}"
+            ) from error
         if answers != 1:
-            fail(f"The model in {name} gave {answers} predictions for one row.")
+            raise Refused(f"The model in {name} gave {answers} predictions for one row.")
     return {"feature_count": features, "probabilities": probabilities, "class": type(model).__name__}
 
 
@@ -113,13 +152,6 @@ def pretend_uv(folder: Path) -> None:
 
 def say(line: str) -> None:
     print(line, flush=True)
-
-
-def fail(reason: str) -> NoReturn:
-    sys.stdout.flush()
-    print(reason, file=sys.stderr, flush=True)
-    # Not sys.exit: threads of a half-loaded model must not keep the job alive.
-    os._exit(1)
 
 
 if __name__ == "__main__":

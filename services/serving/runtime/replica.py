@@ -18,6 +18,7 @@ PORT_TAKEN = 98
 def main() -> None:
     port = int(sys.argv[1])
     claim(port)
+    bento = bento_below(os.path.join(os.environ["NABLA_WORKSPACE"], "bento"))
     scratch = tempfile.mkdtemp(prefix="nabla-replica-")
     os.environ.update(
         HOME=scratch,
@@ -27,7 +28,6 @@ def main() -> None:
         OMP_NUM_THREADS="1",
         OPENBLAS_NUM_THREADS="1",
     )
-    bento = bento_below(os.path.join(os.environ["NABLA_WORKSPACE"], "bento"))
     serve = ["-m", "bentoml", "serve", bento, "--host", "127.0.0.1", "--port", str(port)]
     os.execv(sys.executable, [sys.executable, *serve])
 

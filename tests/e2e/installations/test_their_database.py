@@ -22,11 +22,6 @@ async def test_a_server_that_does_not_answer_is_named_without_its_password() -> 
     assert "Start it" in str(refused.value)
 
 
-async def test_one_database_for_all_is_refused() -> None:
-    with pytest.raises(InstallationError, match=r"\{service\}"):
-        await meet_all("postgresql://nabla:hidden@127.0.0.1:1/nabla", patience_s=0)
-
-
 async def test_a_missing_database_is_named_with_the_command_that_makes_it(postgres_url: str) -> None:
     binaries = postgres_binaries()
     assert binaries

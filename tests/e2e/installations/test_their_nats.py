@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from infra.local import nats as local_nats
-from infra.local.installation import InstallationError, open_installation
+from infra.local.installation import Installation, InstallationError, open_installation
 from infra.local.settings import LocalSettings
 from infra.local.stack import nats_config, provision_theirs
-from tests.support.nats import running_nats
+from tests.support.nats import NatsServer, running_nats
 
 pytestmark = pytest.mark.e2e
 
@@ -29,6 +29,25 @@ def test_a_server_that_does_not_know_our_users_is_answered_with_what_it_needs(tm
     assert not any(secret in (installation.run / "nats-users.json").read_text() for secret in secrets)
 
 
+def test_a_server_that_takes_only_small_messages_is_refused_with_the_setting_it_needs(tmp_path: Path) -> None:
+    with running_nats(tmp_path / "theirs", []) as theirs:
+        theirs.stop()
+        file = theirs.folder / "nats.conf"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"max_payload": 1 << 20}))
+        theirs.start()
+        installation = signed_in(tmp_path / "home", theirs)
+        with pytest.raises(InstallationError, match="max_payload: 8388608"):
+            provision_theirs(installation, nats_config(installation))
+
+
+def signed_in(home: Path, theirs: NatsServer) -> Installation:
+    """An installation with the provisioner's key that this server knows."""
+    keys = home / "keys" / "nats"
+    keys.mkdir(parents=True)
+    (keys / "provisioner.nk").write_text(theirs.seed("provisioner"))
+    return open_installation(LocalSettings(home=home, nats_url=theirs.url))
+
+
 def test_a_server_with_our_users_gets_our_streams(tmp_path: Path) -> None:
     async def stream_names(url: str, seed: str) -> set[str]:
         import nats
@@ -40,9 +59,6 @@ def test_a_server_with_our_users_gets_our_streams(tmp_path: Path) -> None:
             await connection.close()
 
     with running_nats(tmp_path / "theirs", []) as theirs:
-        keys = tmp_path / "home" / "keys" / "nats"
-        keys.mkdir(parents=True)
-        (keys / "provisioner.nk").write_text(theirs.seed("provisioner"))
-        installation = open_installation(LocalSettings(home=tmp_path / "home", nats_url=theirs.url))
+        installation = signed_in(tmp_path / "home", theirs)
         provision_theirs(installation, nats_config(installation))
         assert asyncio.run(stream_names(theirs.url, theirs.seed("provisioner"))) >= {"EVT", "CMD", "LOG", "DEADLETTER"}

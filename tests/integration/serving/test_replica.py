@@ -64,9 +64,23 @@ def build(folder: Path, framework: str = "sklearn") -> subprocess.CompletedProce
     template = build_template(
         programs(), name="digits", framework=framework, model="digits", version=1, fileset_id="fs1"
     )
-    (folder / "artifacts").mkdir(exist_ok=True)
-    folders = {"NABLA_WORKSPACE": str(folder), "NABLA_ARTIFACTS": str(folder / "artifacts")}
-    return run_python(*template.command[1:], **folders)
+    return run_python(*template.command[1:], **build_environment(folder))
+
+
+def build_environment(folder: Path) -> dict[str, str]:
+    """Where a build job of this folder finds its model, leaves its artifacts, and writes what it needs meanwhile."""
+    for name in ("artifacts", "tmp"):
+        (folder / name).mkdir(exist_ok=True)
+    return {
+        "NABLA_WORKSPACE": str(folder),
+        "NABLA_ARTIFACTS": str(folder / "artifacts"),
+        "TMPDIR": str(folder / "tmp"),
+    }
+
+
+def left_in(folder: Path) -> list[str]:
+    """What a build of this folder has left of its scratch files."""
+    return [path.name for path in (folder / "tmp").glob("nabla-*")]
 
 
 @dataclass(frozen=True)
@@ -91,7 +105,7 @@ def running_replica(workspace: Path, log: Path) -> Iterator[Replica]:
         port=port,
         resources=Resources(),
     )
-    environment = job_environment(NABLA_WORKSPACE=str(workspace), **template.env)
+    environment = job_environment(NABLA_WORKSPACE=str(workspace), TMPDIR=str(log.parent), **template.env)
     with log.open("ab") as output:
         command = [str(PYTHON), *template.command[1:]]
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
@@ -133,6 +147,7 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
     (folder / "trained" / "model.joblib").rename(folder / "model" / "model.joblib")
     built = build(folder)
     assert built.returncode == 0, built.stderr
+    assert left_in(folder) == []
     workspace = folder / "workspace"
     workspace.mkdir()
     (folder / "artifacts").rename(workspace / "bento")
@@ -240,6 +255,21 @@ def test_a_model_that_is_no_good_is_refused_with_the_reason_last(
     assert reason in ended.stderr.splitlines()[-1]
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "artifacts" / "bento").exists()
+    assert left_in(tmp_path) == []
+
+
+# Loading it stops the program that loads it, as a job is stopped.
+STOPPED = b"cos\nkill\n(cos\ngetpid\n(tRI15\ntR."
+LEAVES_BY_ITSELF = b"csys\nexit\n(I3\ntR."
+
+
+@pytest.mark.parametrize(("model", "code"), [(STOPPED, 143), (LEAVES_BY_ITSELF, 3)])
+def test_a_build_that_is_broken_off_leaves_nothing_behind(tmp_path: Path, model: bytes, code: int) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.pkl").write_bytes(model)
+    ended = build(tmp_path)
+    assert ended.returncode == code, ended.stderr
+    assert left_in(tmp_path) == []
 
 
 def test_the_programs_fit_into_a_command(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def traefik(tmp_path: Path) -> Any:
 
 
 async def until(bus: Bus, *states: str, name: str = "digits") -> Deployment:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(90):
         while True:
             found = await bus.ask(GetDeployment(deployment_id=name), Deployment, MEMBER)
             if found.state in states:

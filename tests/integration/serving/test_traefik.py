@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
 from libs.common.errors import Unavailable
@@ -32,7 +32,7 @@ def traefik(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traefik]:
 
 @pytest.fixture
 async def files(traefik: Traefik) -> AsyncIterator[TraefikFiles]:
-    adapter = TraefikFiles(traefik.dynamic, traefik.api)
+    adapter = TraefikFiles(traefik.dynamic, traefik.api, timeout_s=60)
     yield adapter
     await adapter.close()
 
@@ -46,9 +46,15 @@ async def echo(name: str) -> AsyncIterator[str]:
         seen = {"server": name, "path": request.url.path, "headers": dict(request.headers), "body": body}
         return JSONResponse(seen, headers={"Set-Cookie": "session=stolen"})
 
-    port = free_port()
     methods = ["GET", "POST", "PUT", "OPTIONS"]
-    app = Starlette(routes=[Route("/{rest:path}", answer, methods=methods)])
+    async with serving(Starlette(routes=[Route("/{rest:path}", answer, methods=methods)])) as address:
+        yield address
+
+
+@asynccontextmanager
+async def serving(app: Starlette) -> AsyncIterator[str]:
+    """Runs the application; yields "host:port"."""
+    port = free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, lifespan="off"))
     task = asyncio.create_task(server.serve())
     while not server.started:
@@ -137,7 +143,7 @@ async def test_a_body_that_is_too_large_is_refused_before_it_reaches_the_replica
         reader, writer = await asyncio.open_connection("127.0.0.1", traefik.port)
         head = f"POST /d/digits/predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {MAX_BODY_BYTES + 1}\r\n\r\n"
         writer.write(head.encode())
-        assert b" 413 " in await asyncio.wait_for(reader.readline(), 10)
+        assert b" 413 " in await asyncio.wait_for(reader.readline(), 60)
         writer.close()
         assert (await client.post("/d/digits/predict", content=b"x" * 1_000_000)).json()["body"] == 1_000_000
 
@@ -159,6 +165,32 @@ async def test_a_proxy_that_shows_nothing_is_said_to_be_behind(traefik: Traefik,
     gone = TraefikFiles(tmp_path / "traefik" / "dynamic", f"http://127.0.0.1:{free_port()}", timeout_s=0.3)
     with pytest.raises(Unavailable, match="does not answer"):
         await gone.publish(front_config(base, []))
+
+
+@asynccontextmanager
+async def going_down() -> AsyncIterator[str]:
+    """An API that still shows the stamp, and by the next question breaks; yields its address."""
+
+    async def answer(request: Request) -> PlainTextResponse:
+        return PlainTextResponse("on my way out", 200 if "middlewares" in request.url.path else 502)
+
+    async with serving(Starlette(routes=[Route("/{rest:path}", answer)])) as address:
+        yield f"http://{address}"
+
+
+async def test_a_proxy_that_goes_down_between_two_answers_is_said_to_be_behind(tmp_path: Path) -> None:
+    """Any other error would end the loop that publishes, and with it the service."""
+    base = Base("http://127.0.0.1:1", "apps.localhost", "", "http://127.0.0.1:1", "nabla")
+    async with going_down() as api:
+        with pytest.raises(Unavailable, match="answers 502"):
+            await TraefikFiles(tmp_path / "dynamic", api).publish(front_config(base, []))
+
+
+async def test_a_file_that_cannot_be_written_is_said_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "dynamic").touch()
+    base = Base("http://127.0.0.1:1", "apps.localhost", "", "http://127.0.0.1:1", "nabla")
+    with pytest.raises(Unavailable, match=r"cannot be written .*Not a directory"):
+        await TraefikFiles(tmp_path / "dynamic", "http://127.0.0.1:1").publish(front_config(base, []))
 
 
 async def test_a_route_that_traefik_refuses_is_not_taken_for_live(traefik: Traefik, files: TraefikFiles) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from libs.common.errors import Invalid
+from services.gateway.domain.origins import origins_of
 from services.serving.domain.front import Base, Endpoint, front_config, stamped
 from services.serving.domain.names import checked_name
 
@@ -65,6 +66,15 @@ def test_a_domain_of_its_own_puts_the_ui_on_the_parent_of_the_applications_domai
     assert routed(config, "digits.apps.nabla.example.com", "/predict") == "d-digits"
 
 
+def test_files_are_linked_to_a_host_that_reaches_the_object_store() -> None:
+    """The gateway signs for this host; here is where it is heard."""
+    domain = "apps.nabla.example.com"
+    host = origins_of("nabla.example.com", (), "", domain).content_address("nabla.example.com")
+    config = front_config(Base("https://nabla.example.com", domain, "http://g:1", "http://s:1", "nabla"), [DIGITS])
+    assert routed(config, host, "/nabla/fs1/file") == "objects"
+    assert routed(config, host, "/predict") is None
+
+
 def test_tenants_content_never_shares_a_name_with_the_ui() -> None:
     config = front_config(BASE, [DIGITS])
     for path in ("/", "/d/digits/predict", "/d/digits", "/nabla/x", "/api/v1", "/predict"):
@@ -114,7 +124,9 @@ def test_a_dns_label_is_a_name(name: str) -> None:
     assert checked_name(name) == name
 
 
-@pytest.mark.parametrize("name", ["", "Digits", "-a", "a-", "a_b", "a.b", "a" * 64, "a`b", "ü", "a\n", "de" + "0" * 26])
+@pytest.mark.parametrize(
+    "name", ["", "Digits", "-a", "a-", "a_b", "a.b", "a" * 64, "a`b", "ü", "a\n", "de" + "0" * 26, "s3"]
+)
 def test_other_names_are_refused_with_a_proposal(name: str) -> None:
     with pytest.raises(Invalid):
         checked_name(name)

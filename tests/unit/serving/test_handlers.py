@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -212,3 +214,21 @@ def test_a_sealed_token_opens_for_its_own_deployment_only(tmp_path: Path) -> Non
         vault.open(sealed[:-1] + bytes([sealed[-1] ^ 1]), "de1")
     with pytest.raises(BrokenSeal):
         FileKeyVault(tmp_path / "other.key").open(sealed, "de1")
+
+
+MAKES_A_KEY = """
+import resource, sys
+from pathlib import Path
+from services.serving.adapters.vault import key_from
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+key_from(Path(sys.argv[1]))
+"""
+
+
+def test_a_first_start_on_a_full_disk_leaves_no_half_key(tmp_path: Path) -> None:
+    file = tmp_path / "keys" / "serving.key"
+    first = subprocess.run([sys.executable, "-c", MAKES_A_KEY, str(file)], capture_output=True, text=True, check=False)
+    assert "File too large" in first.stderr
+    vault = FileKeyVault(file)
+    assert vault.open(vault.seal("nble_secret", "de1"), "de1") == "nble_secret"
+    assert list(file.parent.iterdir()) == [file]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
+from libs.common.clock import to_us
 from libs.common.contracts.messages import (
     Attempt,
     DeleteDeployment,
@@ -159,6 +161,18 @@ async def test_a_replica_that_keeps_dying_fails_after_five_starts(serving: Servi
     assert (now.state, "exit code 98" in now.detail) == ("failed", True)
 
 
+async def test_a_deployment_that_is_given_up_loses_its_route_at_once(serving: Serving) -> None:
+    for death in range(5):
+        job_id = await (again_ready(serving, ADDRESS) if death else ready(serving))
+        await serving.job_is(JobFailed, job_id, "failed", detail="killed")
+        await serving.look()
+        serving.pass_time(31)
+        if death < 4:
+            await serving.look(2)
+    assert (await serving.deployment()).state == "failed"
+    assert serving.proxy.servers("digits") is None
+
+
 async def test_a_replica_started_on_another_node_gets_the_traffic_there(serving: Serving) -> None:
     job_id = await ready(serving)
     await serving.job_is(JobQueued, job_id, "queued", detail="its node is gone")
@@ -225,6 +239,22 @@ async def test_it_converges_with_every_event_lost(serving: Serving) -> None:
     assert (await serving.deployment()).state == "ready"
 
 
+async def test_what_a_killed_process_was_looking_at_is_looked_at_again_at_once(serving: Serving) -> None:
+    created = await serving.send(CREATE)
+    leased_us = to_us(serving.now[0]) + 120_000_000
+    await serving.store.run(lambda unit: unit.set_due(created.id, leased_us))
+    serving.pass_time(16)
+    await serving.look()
+    assert serving.peers.asked == []
+    looking = asyncio.create_task(serving.reconciler.run())
+    try:
+        async with asyncio.timeout(60):
+            while not serving.peers.asked:
+                await asyncio.sleep(0.01)
+    finally:
+        looking.cancel()
+
+
 async def test_an_order_the_scheduler_never_got_is_repeated_under_the_same_id(serving: Serving) -> None:
     created = await serving.send(CREATE)
     serving.pass_time(16)
@@ -252,6 +282,20 @@ async def test_nothing_is_lost_while_the_scheduler_is_silent(serving: Serving) -
     assert (await serving.deployment()).state == "building"
     serving.peers.silent = False
     await built_after_silence(serving)
+
+
+async def test_a_silent_scheduler_keeps_no_replica_from_serving_and_no_route_from_going(serving: Serving) -> None:
+    await built(serving)
+    await serving.replica_runs(ADDRESS)
+    serving.health.healthy.add(ADDRESS)
+    serving.peers.silent = True
+    serving.pass_time(60)
+    await serving.look(2)
+    assert (await serving.deployment()).state == "ready"
+    await serving.send(DeleteDeployment(deployment_id="digits"))
+    serving.pass_time(60)
+    await serving.look()
+    assert serving.proxy.servers("digits") is None
 
 
 async def built_after_silence(serving: Serving) -> None:
