@@ -31,14 +31,14 @@ NOT_OURS = (
 STREAM_TIMEOUT_S = 45.0
 
 Params = Mapping[str, "str | int | None"]
-OnRetry = Callable[[NablaError], None]
+OnRetry = Callable[[NablaError, float], None]
 
 
 class Transport:
     """One server, one token. `patience_s` bounds how long a request that gets no answer is repeated.
 
-    `on_retry` is called with the reason each time before waiting. With `traceparent` all requests belong to one trace,
-    without it each to its own. `sleep` is a seam for tests.
+    `on_retry` is called each time before waiting, with the reason and for how many seconds more it is tried. With
+    `traceparent` all requests belong to one trace, without it each to its own. `sleep` is a seam for tests.
     """
 
     def __init__(
@@ -78,15 +78,16 @@ class Transport:
             except (Unreachable, Unavailable) as error:
                 asked_s = error.retry_after_s if isinstance(error, Unavailable) else 0.0
                 wait_s = max(delay_s, asked_s)
-                if time.monotonic() + wait_s > deadline:
+                left_s = deadline - time.monotonic()
+                if wait_s > left_s:
                     raise
-                self.tell_retry(error)
+                self.tell_retry(error, left_s)
             self.sleep(wait_s)
             delay_s = min(delay_s * 2, LONGEST_DELAY_S)
 
-    def tell_retry(self, error: NablaError) -> None:
+    def tell_retry(self, error: NablaError, left_s: float) -> None:
         if self.on_retry is not None:
-            self.on_retry(error)
+            self.on_retry(error, left_s)
 
     def front_door_post(self, path: str, token: str, body: object) -> object:
         """A POST to a deployment's endpoint: sent once, since a prediction need not be idempotent."""
