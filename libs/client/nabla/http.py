@@ -89,7 +89,7 @@ class Http:
     def __init__(self) -> None:
         self._idle: dict[Origin, list[http.client.HTTPConnection]] = {}
         self._used: set[http.client.HTTPConnection] = set()
-        self._aborted = False
+        self.aborted = False
         self._lock = threading.Lock()
 
     def send(
@@ -125,14 +125,14 @@ class Http:
     def abort(self) -> None:
         """Breaks what is under way in other threads, even where it waits for a peer that has gone silent."""
         with self._lock:
-            self._aborted = True
+            self.aborted = True
             for connection in self._used:
                 _shut(connection)
 
     def _use(self, connection: http.client.HTTPConnection) -> None:
         with self._lock:
             self._used.add(connection)
-            if self._aborted:
+            if self.aborted:
                 _shut(connection)
 
     def close(self) -> None:

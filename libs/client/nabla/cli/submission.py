@@ -147,9 +147,16 @@ def tell_left_out(workspace: Workspace) -> None:
 
 def confirm_place(folder: Path, yes: bool) -> None:
     """A home folder or a whole disk is hardly ever meant."""
-    place = {folder.anchor: "the root of the file system", str(Path.home()): "your home folder"}.get(str(folder))
-    if place:
-        _confirm(f"{folder} is {place}: send all of it along as the workspace?", yes)
+    real, home = folder.resolve(), Path.home().resolve()
+    if real == Path(real.anchor):
+        place = "is the root of the file system"
+    elif real == home:
+        place = "is your home folder"
+    elif real in home.parents:
+        place = "holds your home folder"
+    else:
+        return
+    _confirm(f"{folder} {place}: send all of it along as the workspace?", yes)
 
 
 def confirm_size(workspace: Workspace, yes: bool) -> None:

@@ -20,20 +20,28 @@ TIMEOUT_S = 30.0
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.2, 5.0
 
 
-def post(identity: JobIdentity, path: str, body: Mapping[str, object], patience_s: float = 60.0) -> Dict[str, object]:
-    """One POST, repeated under the same idempotency key until answered: it takes effect once."""
+def post(
+    identity: JobIdentity, path: str, body: Mapping[str, object], patience_s: float = 60.0, key: str = ""
+) -> Dict[str, object]:
+    """One POST, repeated under the same idempotency key until answered: it takes effect once.
+
+    Whoever may call again for the same thing after patience ran out gives the `key`.
+    """
     data = json.dumps(body).encode()
     headers = {
         "Authorization": f"Bearer {identity.token}",
         "Content-Type": "application/json",
-        "Idempotency-Key": str(uuid4()),
+        "Idempotency-Key": key or str(uuid4()),
         "traceparent": traceparent(),
     }
     url = f"{identity.api_url}/api/v1{path}"
 
     def once() -> Dict[str, object]:
         request = urllib.request.Request(url, data=data, headers=headers, method="POST")
-        answer = json.loads(_send(request) or b"{}")
+        try:
+            answer = json.loads(_send(request) or b"{}")
+        except ValueError as error:
+            raise NablaError(f"{request.host} answered something that is not JSON.") from error
         return answer if isinstance(answer, dict) else {}
 
     return repeat(once, patience_s)

@@ -146,7 +146,7 @@ class Jobs(Resource):
         return self._paged(f"/jobs/{segment(job_id)}/artifacts", File, {}, None)
 
     def download_artifacts(self, job_id: str, folder: Path, progress: Progress | None = None) -> Sequence[Path]:
-        return self._filesets().download(self.artifacts(job_id), folder, progress)
+        return self._filesets().download(lambda: self.artifacts(job_id), folder, progress)
 
     def metrics(self, job_id: str, name: str = "", max_points: int | None = None) -> Sequence[Series]:
         params = {"name": name, "max_points": max_points}
