@@ -316,3 +316,56 @@ def test_model_outputs_are_read() -> None:
     assert model_output("digits=out/model").path == "out/model"
     with pytest.raises(click.BadParameter):
         model_output("digits")
+
+
+def test_a_log_is_shown_however_little_the_terminal_can_write(server: StubServer, folder: Path) -> None:
+    serve_run(server, line(1, "Gr\u00fc\u00dfe \u2192 \ud800"))
+    windows = {"PYTHONIOENCODING": "cp1252"}
+    done = process("run", "--", "true", env=windows, stderr=subprocess.PIPE, encoding="cp1252")
+    assert (done.returncode, done.stdout) == (0, "Gr\u00fc\u00dfe \\u2192 \\ud800\n"), done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes a stream as a shell does")
+def test_a_closed_standard_output_is_no_fault(server: StubServer, folder: Path) -> None:
+    serve_run(server, line(1, "hello"))
+    done = process("run", "--", "true", stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
+    assert done.returncode == 0, done.stderr
+    assert "Error" not in done.stderr
+
+
+def test_a_folder_whose_project_cannot_be_remembered_runs_all_the_same(
+    nabla: Nabla, server: StubServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NABLA_CONFIG", str(tmp_path / "file" / "config.json"))
+    serve_run(server, line(1, "hello"))
+    outcome = nabla("run", "--", "true")
+    assert (outcome.code, outcome.out) == (0, "hello\n")
+    assert "not remembered" in outcome.err
+
+
+def test_ctrl_c_while_a_job_is_submitted_says_that_it_may_be_there(
+    nabla: Nabla, server: StubServer, folder: Path
+) -> None:
+    def interrupt(seen: Seen) -> Reply:
+        os.kill(os.getpid(), 2)
+        return Reply(cut=True)
+
+    serve_run(server)
+    server.on("POST", "/experiments", interrupt)
+    outcome = nabla("run", "--", "true")
+    assert outcome.code == 130
+    assert "nabla jobs list" in outcome.err
+
+
+@pytest.mark.parametrize("below", [".", "sub/folder"])
+def test_a_home_folder_behind_a_link_and_one_that_holds_it_are_asked_about(
+    nabla: Nabla, server: StubServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, below: str
+) -> None:
+    (folder / below).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "link").symlink_to(folder / below)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "link")
+    refused = nabla("run", "--", "true")
+    assert refused.code == 2
+    assert "your home folder" in refused.err
+    assert not server.seen

@@ -26,6 +26,8 @@ _LIBRARY = re.compile(r"(?:<urllib3|HTTPS?Connection(?:Pool)?\(|\(?['\"]?Connect
 _REASON = re.compile(
     r"\[Errno -?\d+\] ([\w ]+)|([Rr]ead timed out|timed out)|(too many \d+ error responses)|(Remote end closed)"
 )
+# A name from elsewhere must not move the cursor or colour the terminal.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # A pipe has no width: nothing in it is cut or wrapped.
 PIPE_WIDTH = 10_000
 
@@ -99,7 +101,7 @@ def cell(value: object) -> str:
         return f"{value:g}"
     if isinstance(value, (list, tuple)):
         return ", ".join(cell(item) for item in value)
-    return str(value)
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(value))
 
 
 def ago(moment: datetime, now: datetime) -> str:

@@ -106,7 +106,12 @@ def submit_and_follow(session: Session, options: Options, folder: Path) -> int:
         models=models,
         origin=origin,
     )
-    return _started(session, client, client.experiments.start(project, template.name, template), options.detach)
+    try:
+        experiment = client.experiments.start(project, template.name, template)
+    except KeyboardInterrupt:
+        note("\nThe job may have been submitted already: `nabla jobs list` shows it.")
+        raise
+    return _started(session, client, experiment, options.detach)
 
 
 def _started(session: Session, client: Client, experiment: Experiment, detach: bool) -> int:
