@@ -20,6 +20,8 @@ from types import TracebackType
 from typing import Union
 from urllib.parse import SplitResult, unquote, urlsplit
 
+from nabla.address import is_loopback
+
 CONNECT_TIMEOUT_S = 5.0
 CHUNK_BYTES = 1 << 16
 # Scheme, host, port.
@@ -198,7 +200,7 @@ def _proxy(scheme: str, host: str, port: int) -> SplitResult | None:
 
     A proxy knows nothing of this machine's own addresses, and few people think of naming them in `no_proxy`.
     """
-    if _is_loopback(host) or not any(name.lower() in ("http_proxy", "https_proxy", "all_proxy") for name in os.environ):
+    if is_loopback(host) or not any(name.lower() in ("http_proxy", "https_proxy", "all_proxy") for name in os.environ):
         return None
     from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]
 
@@ -207,10 +209,6 @@ def _proxy(scheme: str, host: str, port: int) -> SplitResult | None:
     if not address or proxy_bypass_environment(f"{host}:{port}"):
         return None
     return split_address(address if "://" in address else f"http://{address}")
-
-
-def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def _credentials(proxy: SplitResult) -> dict[str, str]:

@@ -101,11 +101,10 @@ def process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
     return subprocess.run(
         [sys.executable, "-c", "from nabla.cli import main; main()", *arguments],
         env={**os.environ, "PYTHONPATH": str(client), **options.pop("env", {})},
-        stdout=subprocess.PIPE,
         text=True,
         timeout=60,
         check=False,
-        **options,
+        **{"stdout": subprocess.PIPE, **options},
     )
 
 
@@ -369,3 +368,16 @@ def test_a_home_folder_behind_a_link_and_one_that_holds_it_are_asked_about(
     assert refused.code == 2
     assert "your home folder" in refused.err
     assert not server.seen
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows tells of a broken pipe in another way")
+def test_a_reader_that_leaves_early_is_told_that_the_job_goes_on(server: StubServer, folder: Path) -> None:
+    serve_run(server, line(1, "a"), line(2, "b"))
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = process("run", "--", "true", stdout=write, stderr=subprocess.PIPE)
+    finally:
+        os.close(write)
+    assert "nabla jobs attach js1" in done.stderr
+    assert "Traceback" not in done.stderr

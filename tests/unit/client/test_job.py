@@ -148,6 +148,8 @@ def in_job(stub: StubServer, tmp_path: Path) -> dict[str, str]:
         "NABLA_PROJECT_ID": "pj1",
         "NABLA_ATTEMPT": "2",
         "NABLA_ARTIFACTS": str(tmp_path),
+        "http_proxy": "http://proxy.invalid:3128",  # the job's own, for the world outside
+        "no_proxy": "",
     }
 
 
