@@ -10,13 +10,24 @@ import re
 from datetime import datetime, timedelta, timezone
 from typing import Dict, Mapping, Tuple, Type, TypeVar, Union, get_type_hints
 
+from nabla.errors import NablaError
 from nabla.record import Record, values_of
 
 T = TypeVar("T", bound=Record)
 
 
 def decode(cls: Type[T], data: object) -> T:
-    """A record from the JSON of an answer."""
+    """A record from the JSON of an answer; NablaError when it is none."""
+    try:
+        return _record(cls, data)
+    except (ValueError, TypeError) as error:
+        raise NablaError(
+            f"The server's answer cannot be read: {error}.",
+            "Is the client older or newer than the server? `nabla doctor` compares them.",
+        ) from error
+
+
+def _record(cls: Type[T], data: object) -> T:
     if not isinstance(data, dict):
         raise ValueError(f"expected an object for {cls.__name__}, got {type(data).__name__}")
     hints = _hints(cls)
@@ -57,7 +68,7 @@ def _value(hint: object, data: object) -> object:
     if hint is datetime:
         return parse_time(str(data))
     if isinstance(hint, type) and issubclass(hint, Record):
-        return decode(hint, data)
+        return _record(hint, data)
     return hint(data) if isinstance(hint, type) else data
 
 

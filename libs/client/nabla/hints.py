@@ -83,7 +83,7 @@ def python_out_of_memory(ending: Ending) -> str | None:
 
 
 def missing_module(ending: Ending) -> str | None:
-    match = _found(r"(?:ModuleNotFoundError|ImportError): No module named '?([\w.]+)", ending)
+    match = _found(r"(?:ModuleNotFoundError: |ImportError: |python[\d.]*: )No module named '?([\w.]+)", ending)
     if match is None:
         return None
     package = match.group(1).split(".")[0]

@@ -7,6 +7,8 @@ the environment, and one exception for every way in which a connection fails.
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import http.client
 import json
 import os
@@ -16,7 +18,9 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Union
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
+
+from nabla.address import is_loopback
 
 CONNECT_TIMEOUT_S = 5.0
 CHUNK_BYTES = 1 << 16
@@ -40,7 +44,8 @@ class Response:
 
     @property
     def ok(self) -> bool:
-        return self.status < 400
+        """A redirect is none: nothing here follows one, since a signed address or a token must not go elsewhere."""
+        return 200 <= self.status < 300
 
     def header(self, name: str) -> str:
         return self._raw.headers.get(name) or ""
@@ -69,7 +74,7 @@ class Response:
         if self._raw.isclosed() and not self._raw.will_close:
             self._http.keep(self._origin, self._connection)
         else:
-            self._connection.close()
+            self._http.drop(self._connection)
 
     def __enter__(self) -> Response:
         return self
@@ -85,28 +90,52 @@ class Http:
 
     def __init__(self) -> None:
         self._idle: dict[Origin, list[http.client.HTTPConnection]] = {}
+        self._used: set[http.client.HTTPConnection] = set()
+        self.aborted = False
         self._lock = threading.Lock()
 
     def send(
         self, method: str, url: str, headers: Mapping[str, str], body: Body = None, timeout_s: float = 30.0
     ) -> Response:
         """One request. `timeout_s` bounds each wait for more bytes, not the whole."""
-        parts = urlsplit(url)
+        parts = split_address(url)
         origin = _origin(parts)
         connection = None
         try:
             connection = self._idle_connection(origin) or _connected(origin)
+            self._use(connection)
             connection.sock.settimeout(timeout_s)
-            connection.request(method, _target(parts, connection), body=body, headers=dict(headers))
+            connection.request(method, _target(parts, connection), body=body, headers=_sent(headers, parts, connection))
             return Response(self, origin, connection)
-        except (OSError, http.client.HTTPException) as error:
+        except BaseException as error:
             if connection is not None:
-                connection.close()
-            raise BrokenConnection(_reason(error)) from error
+                self.drop(connection)
+            if isinstance(error, (OSError, http.client.HTTPException)):
+                raise BrokenConnection(_reason(error)) from error
+            raise
 
     def keep(self, origin: Origin, connection: http.client.HTTPConnection) -> None:
         with self._lock:
+            self._used.discard(connection)
             self._idle.setdefault(origin, []).append(connection)
+
+    def drop(self, connection: http.client.HTTPConnection) -> None:
+        with self._lock:
+            self._used.discard(connection)
+        connection.close()
+
+    def abort(self) -> None:
+        """Breaks what is under way in other threads, even where it waits for a peer that has gone silent."""
+        with self._lock:
+            self.aborted = True
+            for connection in self._used:
+                _shut(connection)
+
+    def _use(self, connection: http.client.HTTPConnection) -> None:
+        with self._lock:
+            self._used.add(connection)
+            if self.aborted:
+                _shut(connection)
 
     def close(self) -> None:
         with self._lock:
@@ -133,9 +162,24 @@ def _is_silent(connection: http.client.HTTPConnection) -> bool:
         return False
 
 
+def _shut(connection: http.client.HTTPConnection) -> None:
+    with contextlib.suppress(OSError):
+        connection.sock.shutdown(socket.SHUT_RDWR)
+
+
+def split_address(url: str) -> SplitResult:
+    """The parts of an address that one can connect to, or BrokenConnection."""
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts
+    except ValueError:
+        pass
+    raise BrokenConnection(f"{url!r} is not an http or https address")
+
+
 def _origin(parts: SplitResult) -> Origin:
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise BrokenConnection(f"{parts.geturl()!r} is not an http or https address")
+    assert parts.hostname
     return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
 
 
@@ -146,14 +190,17 @@ def _connected(origin: Origin) -> http.client.HTTPConnection:
     kind = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
     connection = kind(near[0], near[1], timeout=CONNECT_TIMEOUT_S)
     if proxy and scheme == "https":
-        connection.set_tunnel(host, port)
+        connection.set_tunnel(host, port, _credentials(proxy))
     connection.connect()
     return connection
 
 
 def _proxy(scheme: str, host: str, port: int) -> SplitResult | None:
-    """From `http_proxy`, `https_proxy` and `no_proxy`, in either case."""
-    if not any(name.lower() in ("http_proxy", "https_proxy", "all_proxy") for name in os.environ):
+    """From `http_proxy`, `https_proxy` and `no_proxy`, in either case; never for this machine itself.
+
+    A proxy knows nothing of this machine's own addresses, and few people think of naming them in `no_proxy`.
+    """
+    if is_loopback(host) or not any(name.lower() in ("http_proxy", "https_proxy", "all_proxy") for name in os.environ):
         return None
     from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]
 
@@ -161,12 +208,30 @@ def _proxy(scheme: str, host: str, port: int) -> SplitResult | None:
     address = proxies.get(scheme) or proxies.get("all")
     if not address or proxy_bypass_environment(f"{host}:{port}"):
         return None
-    return urlsplit(address if "://" in address else f"http://{address}")
+    return split_address(address if "://" in address else f"http://{address}")
+
+
+def _credentials(proxy: SplitResult) -> dict[str, str]:
+    """What `http://USER:PASSWORD@HOST` in the environment says about them."""
+    if proxy.username is None:
+        return {}
+    said = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": f"Basic {base64.b64encode(said.encode()).decode()}"}
+
+
+def _sent(headers: Mapping[str, str], parts: SplitResult, connection: http.client.HTTPConnection) -> dict[str, str]:
+    """A plain proxy reads its credentials from each request; a tunnel has had them when it was made."""
+    proxy = _proxy(*_origin(parts)) if _is_proxied(parts, connection) else None
+    return {**headers, **(_credentials(proxy) if proxy else {})}
+
+
+def _is_proxied(parts: SplitResult, connection: http.client.HTTPConnection) -> bool:
+    return parts.scheme == "http" and (connection.host, connection.port) != _origin(parts)[1:]
 
 
 def _target(parts: SplitResult, connection: http.client.HTTPConnection) -> str:
     """The path as it stands (signed addresses must not be rewritten); the whole address for a plain proxy."""
-    if parts.scheme == "http" and (connection.host, connection.port) != _origin(parts)[1:]:
+    if _is_proxied(parts, connection):
         return parts._replace(fragment="").geturl()
     return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 

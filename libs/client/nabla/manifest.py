@@ -87,14 +87,25 @@ def _walk(root: Path) -> Iterator[Tuple[str, Path]]:
     if not root.is_dir():
         yield root.name, root
         return
-    for folder, folders, names in os.walk(str(root)):
+    for folder, folders, names in os.walk(str(root), onerror=_refuse):
         folders.sort()
         for name in sorted(names):
             source = Path(folder, name)
             yield source.relative_to(root).as_posix(), source
 
 
+def _refuse(error: OSError) -> None:
+    """A folder that cannot be listed would be missing from the file set without a word."""
+    raise TransferError(
+        f"Cannot read the folder {str(error.filename)!r}: {error.strerror}.", "Make it readable."
+    ) from error
+
+
 def _hashed(path: str, source: Path) -> LocalFile:
+    if source.exists() and not source.is_file():
+        raise TransferError(f"{str(source)!r} is neither a file nor a folder.", "Take it out of the folder.")
+    if "\0" in path or path.encode("utf-8", "replace").decode() != path:
+        raise TransferError(f"The name {path!r} is not UTF-8.", "Rename the file.")
     try:
         size_bytes, md5, sha256 = hash_file(source)
     except OSError as error:

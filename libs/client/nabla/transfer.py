@@ -40,15 +40,20 @@ class Transfers:
     def close(self) -> None:
         self._http.close()
 
+    def abort(self) -> None:
+        """Ends what is under way in other threads at once; nothing more goes through here."""
+        self._http.abort()
+
     def put(self, url: str, file: LocalFile, progress: Progress = silent) -> None:
+        told = _Told(progress)
+
         def once() -> None:
             headers = {"Content-Length": str(file.size_bytes), "Content-Type": "application/octet-stream"}
-            content = _told(_chunks(file.source), progress)
-            with self._http.send("PUT", url, headers, content, TIMEOUT_S) as response:
+            with self._http.send("PUT", url, headers, _content(file, told), TIMEOUT_S) as response:
                 response.read()
                 _check(response, file.path)
 
-        self._repeat(once, file.path, progress)
+        self._repeat(once, file.path, told)
 
     def fetch(self, file: File, folder: Path, progress: Progress = silent) -> Path:
         """Downloads one file of a file set below `folder`; what is there already with the same hash is kept.
@@ -56,13 +61,17 @@ class Transfers:
         The file appears under its name only when it is whole and its SHA-256 is right.
         """
         target = inside(folder, file.path)
-        if _is_there(target, file):
-            progress(file.size_bytes)
-            return target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(target.name + ".part")
-        self._repeat(lambda: self._download(file, part, progress), file.path, progress)
-        os.replace(part, target)
+        try:
+            if _is_there(target, file):
+                progress(file.size_bytes)
+                return target
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part, told = target.with_name(target.name + ".part"), _Told(progress)
+            self._repeat(lambda: self._download(file, part, told), file.path, told)
+            os.replace(part, target)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise TransferError(f"Cannot write {str(target)!r}: {reason}.", "Make room there, or use --to.") from error
         return target
 
     def _download(self, file: File, part: Path, progress: Progress) -> None:
@@ -77,14 +86,15 @@ class Transfers:
             part.unlink()
             raise TransferError(f"{file.path!r} arrived damaged: its SHA-256 differs.", "Try again.")
 
-    def _repeat(self, once: Callable[[], None], path: str, progress: Progress) -> None:
+    def _repeat(self, once: Callable[[], None], path: str, told: _Told) -> None:
         delay_s = 0.2
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 once()
                 return
             except BrokenConnection as error:
-                if attempt == ATTEMPTS:
+                told.take_back()
+                if attempt == ATTEMPTS or self._http.aborted:
                     raise TransferError(f"The transfer of {path!r} broke off: {error}.", "Try again.") from error
             self._sleep(delay_s)
             delay_s *= 2
@@ -105,23 +115,36 @@ def _is_there(target: Path, file: File) -> bool:
     return hash_file(target)[2] == file.sha256
 
 
-def _chunks(source: Path) -> Iterator[bytes]:
-    with source.open("rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES // 4):
-            yield chunk
+class _Told:
+    """Passes progress on, and can take back what it told when a transfer starts again."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._told_bytes = 0
+
+    def __call__(self, size_bytes: int) -> None:
+        self._told_bytes += size_bytes
+        self._progress(size_bytes)
+
+    def take_back(self) -> None:
+        self(-self._told_bytes)
 
 
-def _told(chunks: Iterator[bytes], progress: Progress) -> Iterator[bytes]:
-    """Counts what was sent, and takes it back when the transfer breaks off."""
-    sent = 0
+def _content(file: LocalFile, progress: Progress) -> Iterator[bytes]:
+    """As many bytes as were announced: with fewer the store would wait for the rest until it gives up."""
+    left = file.size_bytes
     try:
-        for chunk in chunks:
-            yield chunk
-            sent += len(chunk)
-            progress(len(chunk))
-    except GeneratorExit:
-        progress(-sent)
-        raise
+        with file.source.open("rb") as stream:
+            while left and (chunk := stream.read(min(left, CHUNK_BYTES // 4))):
+                yield chunk
+                left -= len(chunk)
+                progress(len(chunk))
+    except OSError as error:
+        raise TransferError(f"Cannot read {str(file.source)!r}: {error.strerror or error}.") from error
+    if left:
+        raise TransferError(
+            f"{str(file.source)!r} has become shorter while it was sent.", "Try again when it is whole."
+        )
 
 
 def _check(response: Response, path: str) -> None:

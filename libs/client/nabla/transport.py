@@ -17,24 +17,28 @@ from uuid import uuid4
 
 import nabla
 from nabla import tracing
-from nabla.errors import NablaError, Unavailable, Unreachable, from_problem
-from nabla.http import BrokenConnection, Http, Response
+from nabla.errors import BadConfig, NablaError, Unavailable, Unreachable, from_problem
+from nabla.http import BrokenConnection, Http, Response, split_address
 
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.2, 5.0
 PATIENCE_S = 60.0
 TIMEOUT_S = 30.0
+NOT_OURS = (
+    "That is no answer of Nabla's own: is the address its front door (`nabla contexts list`), and does a proxy "
+    "stand between (NO_PROXY)?"
+)
 # The server sends a comment every 15 s, so a stream that is silent for longer than this is dead.
 STREAM_TIMEOUT_S = 45.0
 
 Params = Mapping[str, "str | int | None"]
-OnRetry = Callable[[NablaError], None]
+OnRetry = Callable[[NablaError, float], None]
 
 
 class Transport:
     """One server, one token. `patience_s` bounds how long a request that gets no answer is repeated.
 
-    `on_retry` is called with the reason each time before waiting. With `traceparent` all requests belong to one trace,
-    without it each to its own. `sleep` is a seam for tests.
+    `on_retry` is called each time before waiting, with the reason and for how many seconds more it is tried. With
+    `traceparent` all requests belong to one trace, without it each to its own. `sleep` is a seam for tests.
     """
 
     def __init__(
@@ -47,12 +51,12 @@ class Transport:
         traceparent: str = "",
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.url = url
+        self.url = _checked_address(url)
         self.patience_s = patience_s
         self.on_retry = on_retry
         self.sleep = sleep
         self._traceparent = traceparent
-        self._headers = {"Authorization": f"Bearer {token}", "User-Agent": f"nabla/{nabla.__version__}"}
+        self._headers = {"Authorization": f"Bearer {_checked_token(token)}", "User-Agent": f"nabla/{nabla.__version__}"}
         self._http = Http()
 
     def close(self) -> None:
@@ -74,15 +78,16 @@ class Transport:
             except (Unreachable, Unavailable) as error:
                 asked_s = error.retry_after_s if isinstance(error, Unavailable) else 0.0
                 wait_s = max(delay_s, asked_s)
-                if time.monotonic() + wait_s > deadline:
+                left_s = deadline - time.monotonic()
+                if wait_s > left_s:
                     raise
-                self.tell_retry(error)
+                self.tell_retry(error, left_s)
             self.sleep(wait_s)
             delay_s = min(delay_s * 2, LONGEST_DELAY_S)
 
-    def tell_retry(self, error: NablaError) -> None:
+    def tell_retry(self, error: NablaError, left_s: float) -> None:
         if self.on_retry is not None:
-            self.on_retry(error)
+            self.on_retry(error, left_s)
 
     def front_door_post(self, path: str, token: str, body: object) -> object:
         """A POST to a deployment's endpoint: sent once, since a prediction need not be idempotent."""
@@ -106,6 +111,8 @@ class Transport:
         with self._errors(), self._send("GET", path, None, params, headers, STREAM_TIMEOUT_S) as response:
             if not response.ok:
                 raise _error(response)
+            if not response.header("Content-Type").startswith("text/event-stream"):
+                raise NablaError("The server answered something that is not a stream of events.", NOT_OURS)
             yield response.chunks()
 
     def _once(self, method: str, path: str, body: object, params: Params | None, headers: Mapping[str, str]) -> object:
@@ -139,6 +146,25 @@ class Transport:
             ) from error
 
 
+def _checked_address(url: str) -> str:
+    try:
+        split_address(url)
+    except BrokenConnection as error:
+        raise BadConfig(f"{error}.", "Write it like http://HOST:PORT: `nabla login URL`, or NABLA_URL.") from error
+    return url
+
+
+def _checked_token(token: str) -> str:
+    """Without the line end that `$(cat FILE)` on Windows or a pasted line brings along. Never shown in an error."""
+    token = token.strip()
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise BadConfig(
+            "The token holds characters that no token has.",
+            "Copy it again, whole and alone: `nabla login URL` asks for it; NABLA_TOKEN may hold it too.",
+        )
+    return token
+
+
 def _encoded(body: object) -> bytes | None:
     return None if body is None else json.dumps(body).encode()
 
@@ -149,9 +175,7 @@ def _decoded(response: Response) -> object:
     try:
         return response.json()
     except ValueError as error:
-        raise NablaError(
-            "The server answered something that is not JSON.", "Is this address a Nabla server's front door?"
-        ) from error
+        raise NablaError("The server answered something that is not JSON.", NOT_OURS) from error
 
 
 def _error(response: Response) -> NablaError:
@@ -160,7 +184,9 @@ def _error(response: Response) -> NablaError:
     except ValueError:
         problem = None
     if not (isinstance(problem, dict) and problem):
-        problem = {"title": f"HTTP {response.status} {response.reason}".strip()}
+        problem = {"title": f"HTTP {response.status} {response.reason}".strip(), "remedy": NOT_OURS}
+        if response.header("Location"):
+            problem["detail"] = f"it sends on to {response.header('Location')}"
     error = from_problem(response.status, problem)
     if isinstance(error, Unavailable):
         error.retry_after_s = _retry_after_s(response.header("Retry-After"))

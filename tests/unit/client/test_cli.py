@@ -224,3 +224,37 @@ def test_a_reader_that_leaves_early_is_no_error(server: StubServer, tmp_path: Pa
         check=False,
     )
     assert (done.stdout, done.stderr) == ("[\n", "")
+
+
+def test_an_answer_of_another_version_is_no_fault_of_the_client(nabla: Nabla, server: StubServer) -> None:
+    server.on("GET", "/projects/x", Reply(200, {"created_at": "yesterday"}))
+    outcome = nabla("projects", "get", "x")
+    assert outcome.code == 1
+    assert "nabla doctor" in outcome.err
+    assert "fault of the client" not in outcome.err
+
+
+def test_rows_that_are_no_text_are_wrong_usage(nabla: Nabla, server: StubServer, tmp_path: Path) -> None:
+    (tmp_path / "rows").write_bytes(b"\xff\xfe")
+    assert nabla("predict", "digits", "--file", str(tmp_path / "rows")).code == 2
+
+
+def test_a_name_cannot_take_over_the_terminal(nabla: Nabla, server: StubServer) -> None:
+    server.on("GET", "/projects", Reply(200, {"items": [{"id": "pj1", "name": "\x1b[2Jevil"}]}))
+    assert "\x1b" not in nabla("projects", "list").out
+
+
+@pytest.mark.parametrize("command", ["up", "down"])
+def test_help_of_the_platforms_own_commands_has_an_example_and_json(command: str) -> None:
+    shell = [sys.executable, "-c", "from nabla.cli import main; main()", command, "--help"]
+    done = subprocess.run(shell, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"nabla {command}" in done.stdout
+    assert "--json" in done.stdout
+
+
+def test_a_deployment_that_fails_says_where_its_log_is(nabla: Nabla, server: StubServer) -> None:
+    made = {"id": "dp1", "name": "digits", "state": "failed", "revision": {"build_job_id": "js8"}}
+    server.on("POST", "/deployments", Reply(201, made))
+    outcome = nabla("deployments", "create", "digits", "--model", "digits", "--project", "p")
+    assert "nabla jobs logs js8" in outcome.err

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
 from nabla.cli import environment
+from nabla.cli.output import one_line
 from nabla.cli.submission import model_output, name_of
 from nabla.cli.values import size, span
 
@@ -60,6 +65,123 @@ def test_a_failed_job_gives_its_exit_code_and_one_hint(nabla: Nabla, server: Stu
     assert outcome.out.splitlines() == [f"line {n}" for n in range(1, 30)]
     assert "Job js1 failed with exit code 3: the command failed" in outcome.err
     assert outcome.err.count("Hint:") == 1
+
+
+FAILING = [line(n, f"line {n}") for n in range(1, 30)] + [line(30, "SystemExit: 3", "stderr")]
+LAST = [f"  line {n}" for n in range(11, 30)] + ["  SystemExit: 3"]
+
+
+def last_lines(err: str) -> list[str]:
+    said = err.splitlines()
+    return said[said.index("The last 20 lines:") + 1 :][:20]
+
+
+def test_the_last_lines_are_said_again_where_the_log_itself_went_elsewhere(
+    nabla: Nabla, server: StubServer, folder: Path
+) -> None:
+    serve_run(server, *FAILING, state="failed", exit_code=3)
+    assert last_lines(nabla("run", "--", "false").err) == LAST
+
+
+@pytest.mark.parametrize(("options", "again"), [((), 0), (("--json",), 1)])
+def test_the_last_lines_are_not_said_twice_in_one_place(
+    server: StubServer, folder: Path, options: tuple[str, ...], again: int
+) -> None:
+    serve_run(server, *FAILING, state="failed", exit_code=3)
+    done = process("run", *options, "--", "false", stderr=subprocess.STDOUT)
+    assert done.returncode == 3
+    assert done.stdout.count("The last 20 lines:") == again
+    assert done.stdout.count("SystemExit: 3") == 1 + again
+    assert done.stdout.splitlines()[-1].startswith("Job js1 failed with exit code 3")
+
+
+def process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The command as a process of its own, with the streams that it has then."""
+    client = Path(__file__).parents[3] / "libs" / "client"
+    return subprocess.run(
+        [sys.executable, "-c", "from nabla.cli import main; main()", *arguments],
+        env={**os.environ, "PYTHONPATH": str(client), **options.pop("env", {})},
+        text=True,
+        timeout=60,
+        check=False,
+        **{"stdout": subprocess.PIPE, **options},
+    )
+
+
+def test_whoever_comes_back_late_gets_the_last_lines_too(nabla: Nabla, server: StubServer) -> None:
+    page = [{"sequence": n, "text": f"line {n}"} for n in range(11, 30)] + [{"sequence": 30, "text": "SystemExit: 3"}]
+    server.on(
+        "GET", "/jobs/js1/logs", Reply(200, {"lines": page[-1:], "last_sequence": 30}), Reply(200, {"lines": page})
+    )
+    serve_run(server, FAILING[-1], state="failed", exit_code=3)
+    outcome = nabla("jobs", "attach", "js1", "--tail", "1")
+    assert outcome.code == 3
+    assert last_lines(outcome.err) == LAST
+
+
+def test_following_only_the_log_of_a_job_that_fails_ends_with_the_reason_and_a_hint(
+    nabla: Nabla, server: StubServer
+) -> None:
+    lines = [{"sequence": n, "text": f"line {n}"} for n in range(11, 30)]
+    server.on("GET", "/jobs/js1/logs", Reply(200, {"lines": lines, "last_sequence": 29}))
+    serve_run(server, line(30, "ModuleNotFoundError: No module named 'x'", "stderr"), state="failed", exit_code=1)
+    outcome = nabla("jobs", "logs", "js1", "--follow")
+    assert outcome.code == 0
+    assert last_lines(outcome.err)[0] == "  line 11"
+    assert "Job js1 failed with exit code 1" in outcome.err
+    assert outcome.err.count("Hint:") == 1
+
+
+def test_no_line_at_all_is_wished_and_none_but_new_ones_come(nabla: Nabla, server: StubServer) -> None:
+    server.on("GET", "/jobs/js1/logs", lambda seen: Reply(200, {"lines": [], "last_sequence": 7}))
+    serve_run(server, line(8, "new"))
+    assert nabla("jobs", "logs", "js1", "--follow", "--tail", "0").out == "new\n"
+    assert server.seen[-1].query["after"] == "7"
+
+
+REFUSED = (
+    "HTTPConnectionPool(host='127.0.0.1', port=8333): Max retries exceeded with url: /nabla (Caused by "
+    "NewConnectionError(\"HTTPConnection(host='127.0.0.1', port=8333): Failed to establish a new connection: "
+    '[Errno 111] Connection refused")).'
+)
+
+
+def test_a_store_that_starts_after_the_rest_is_waited_for_in_one_clean_line(
+    nabla: Nabla, server: StubServer, folder: Path
+) -> None:
+    serve_run(server)
+    detail = f"Nothing can be uploaded now: The object store at 127.0.0.1:8333 does not do its work: {REFUSED}"
+    starting = Reply(503, {"title": "Not available right now", "detail": detail})
+    server.on("POST", "/filesets", starting, starting, Reply(201, {"fileset": {"id": "fs1", "state": "sealed"}}))
+    outcome = nabla("run", "--", "true")
+    assert outcome.code == 0
+    said = [text for text in outcome.err.splitlines() if "object store" in text]
+    assert len(said) == 1
+    assert re.fullmatch(
+        "Nothing can be uploaded now: The object store at 127.0.0.1:8333 does not do its work: Connection refused. "
+        r"Trying again until \d\d:\d\d:\d\d\.",
+        said[0],
+    )
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (f"It is away: {REFUSED}", "It is away: Connection refused."),
+        (f"It is away: {REFUSED[:120]}.", "It is away: it does not answer."),
+        (
+            "It is away: HTTPConnectionPool(host='x', port=1): Read timed out. (read timeout=20).",
+            "It is away: Read timed out.",
+        ),
+        (
+            "It is away: ('Connection aborted.', RemoteDisconnected('Remote end closed connection without response')).",
+            "It is away: Remote end closed.",
+        ),
+        ("It is away:\n  HTTP 500", "It is away: HTTP 500"),
+    ],
+)
+def test_the_insides_of_a_servers_http_library_are_not_shown(raw: str, reason: str) -> None:
+    assert one_line(raw) == reason
 
 
 def test_json_run_has_only_the_job_on_standard_output(nabla: Nabla, server: StubServer, folder: Path) -> None:
@@ -193,3 +315,69 @@ def test_model_outputs_are_read() -> None:
     assert model_output("digits=out/model").path == "out/model"
     with pytest.raises(click.BadParameter):
         model_output("digits")
+
+
+def test_a_log_is_shown_however_little_the_terminal_can_write(server: StubServer, folder: Path) -> None:
+    serve_run(server, line(1, "Gr\u00fc\u00dfe \u2192 \ud800"))
+    windows = {"PYTHONIOENCODING": "cp1252"}
+    done = process("run", "--", "true", env=windows, stderr=subprocess.PIPE, encoding="cp1252")
+    assert (done.returncode, done.stdout) == (0, "Gr\u00fc\u00dfe \\u2192 \\ud800\n"), done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes a stream as a shell does")
+def test_a_closed_standard_output_is_no_fault(server: StubServer, folder: Path) -> None:
+    serve_run(server, line(1, "hello"))
+    done = process("run", "--", "true", stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
+    assert done.returncode == 0, done.stderr
+    assert "Error" not in done.stderr
+
+
+def test_a_folder_whose_project_cannot_be_remembered_runs_all_the_same(
+    nabla: Nabla, server: StubServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NABLA_CONFIG", str(tmp_path / "file" / "config.json"))
+    serve_run(server, line(1, "hello"))
+    outcome = nabla("run", "--", "true")
+    assert (outcome.code, outcome.out) == (0, "hello\n")
+    assert "not remembered" in outcome.err
+
+
+def test_ctrl_c_while_a_job_is_submitted_says_that_it_may_be_there(
+    nabla: Nabla, server: StubServer, folder: Path
+) -> None:
+    def interrupt(seen: Seen) -> Reply:
+        os.kill(os.getpid(), 2)
+        return Reply(cut=True)
+
+    serve_run(server)
+    server.on("POST", "/experiments", interrupt)
+    outcome = nabla("run", "--", "true")
+    assert outcome.code == 130
+    assert "nabla jobs list" in outcome.err
+
+
+@pytest.mark.parametrize("below", [".", "sub/folder"])
+def test_a_home_folder_behind_a_link_and_one_that_holds_it_are_asked_about(
+    nabla: Nabla, server: StubServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, below: str
+) -> None:
+    (folder / below).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "link").symlink_to(folder / below)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "link")
+    refused = nabla("run", "--", "true")
+    assert refused.code == 2
+    assert "your home folder" in refused.err
+    assert not server.seen
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows tells of a broken pipe in another way")
+def test_a_reader_that_leaves_early_is_told_that_the_job_goes_on(server: StubServer, folder: Path) -> None:
+    serve_run(server, line(1, "a"), line(2, "b"))
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = process("run", "--", "true", stdout=write, stderr=subprocess.PIPE)
+    finally:
+        os.close(write)
+    assert "nabla jobs attach js1" in done.stderr
+    assert "Traceback" not in done.stderr

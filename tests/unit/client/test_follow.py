@@ -5,6 +5,7 @@ import pytest
 from nabla.client import Client
 from nabla.errors import NotFound
 from nabla.objects import Job, LogLine
+from nabla.resources import jobs
 from nabla.sse import EventParser
 
 from .stub import Reply, StubServer, line, sse
@@ -74,3 +75,23 @@ def test_log_pages_are_read_to_the_end(stub: StubServer, client: Client) -> None
     stub.on("GET", "/jobs/js1/logs", *[Reply(200, page) for page in pages])
     assert [one.sequence for one in client.jobs.logs("js1")] == [1, 2, 3, 4, 5]
     assert [seen.query["after"] for seen in stub.seen] == ["0", "3"]
+
+
+def test_a_job_may_be_silent_for_longer_than_a_server_may(
+    stub: StubServer, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "RECONNECT_S", 0.0)  # over at once, counted from the first failure
+    stub.on("GET", STREAM, Reply(chunks=[b": alive\n\n"]), Reply(chunks=[line(1, "a"), END]))
+    assert [one.text for one in client.jobs.follow("js1")] == ["a"]
+
+
+def test_a_front_door_that_starts_again_is_waited_for(stub: StubServer, client: Client) -> None:
+    starting = (Reply(404, "no page"), Reply(500, {}))
+    stub.on("GET", STREAM, Reply(chunks=[line(1, "a")]), *starting, Reply(chunks=[line(2, "b"), END]))
+    assert [one.text for one in client.jobs.follow("js1")] == ["a", "b"]
+
+
+def test_an_address_without_a_front_door_is_not_waited_for(stub: StubServer, client: Client) -> None:
+    stub.on("GET", STREAM, Reply(404, "no page"))
+    with pytest.raises(NotFound):
+        list(client.jobs.follow("js1"))

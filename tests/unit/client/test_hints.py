@@ -22,6 +22,11 @@ ENDINGS: list[tuple[str, Ending, tuple[str, ...]]] = [
         ("pip install torch",),
     ),
     (
+        "a package that `python -m` does not find",
+        Ending("failed", exit_code=1, lines=("/usr/bin/python3: No module named pytest",)),
+        ("'pytest'", "requirements.txt"),
+    ),
+    (
         "a module that `python -m` does not find",
         Ending(
             "failed", exit_code=1, lines=("/usr/bin/python: No module named train", "ImportError: No module named x")

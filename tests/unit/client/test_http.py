@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import socket
 import threading
 from collections.abc import Iterator
@@ -91,10 +92,53 @@ def test_the_proxy_of_the_environment_is_used_unless_excepted(
     with http.send("GET", "http://far.invalid/x?sig=a%2Fb", {}) as response:
         response.read()
     assert (stub.seen[0].headers["host"], stub.seen[0].query) == ("far.invalid", {"sig": "a/b"})
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "other.invalid")
+    with pytest.raises(BrokenConnection):
+        http.send("GET", "http://other.invalid/x", {})
+    assert len(stub.seen) == 1
+
+
+def test_no_proxy_stands_between_this_machine_and_itself(
+    http: Http, stub: StubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setenv("http_proxy", "http://proxy.invalid:3128")
     with http.send("GET", f"{stub.url}/direct", {}) as response:
         response.read()
-    assert stub.seen[1].path == "/direct"
+    assert stub.seen[0].path == "/direct"
+
+
+def test_a_proxy_is_given_the_credentials_of_its_address(
+    http: Http, stub: StubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_proxy", "NO_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", stub.url.replace("://", "://ada:p%40ss@"))
+    with http.send("GET", "http://far.invalid/x", {}) as response:
+        response.read()
+    assert stub.seen[0].headers["proxy-authorization"] == f"Basic {base64.b64encode(b'ada:p@ss').decode()}"
+
+
+def test_what_waits_for_a_silent_peer_can_be_broken_off(http: Http) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        reached = threading.Event()
+
+        def breaks_off() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65536)
+                http.abort()
+                reached.wait(60)
+
+        thread = threading.Thread(target=breaks_off)
+        thread.start()
+        with pytest.raises(BrokenConnection):
+            http.send("GET", url_of(server), {}, timeout_s=60)
+        reached.set()
+        thread.join(60)
+        with pytest.raises(BrokenConnection):
+            http.send("GET", url_of(server), {}, timeout_s=60)
 
 
 def answer_once(server: socket.socket, answer: bytes) -> None:

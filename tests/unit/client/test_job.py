@@ -18,6 +18,7 @@ import pytest
 import nabla
 from nabla.errors import Invalid, Unavailable
 from nabla.job import metrics
+from nabla.job.identity import JobIdentity
 from nabla.job.metrics import Recorder
 
 from .stub import Reply, Seen, StubServer
@@ -147,6 +148,8 @@ def in_job(stub: StubServer, tmp_path: Path) -> dict[str, str]:
         "NABLA_PROJECT_ID": "pj1",
         "NABLA_ATTEMPT": "2",
         "NABLA_ARTIFACTS": str(tmp_path),
+        "http_proxy": "http://proxy.invalid:3128",  # the job's own, for the world outside
+        "no_proxy": "",
     }
 
 
@@ -261,3 +264,40 @@ def test_the_buffer_and_the_thread_are_there_once(monkeypatch: pytest.MonkeyPatc
     for _ in range(3):
         nabla.log({"x": 1})
     assert len(made) == 1
+
+
+def test_a_batch_that_outlasts_all_patience_keeps_its_key(
+    stub: StubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(metrics, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(metrics.atexit, "register", lambda function: None)
+    stub.on("POST", "/jobs/js1/metrics", Reply(cut=True), Reply(503), Reply(200, {}))
+    recorder = metrics._build(JobIdentity.from_environment(in_job(stub, tmp_path)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        recorder.add({"loss": 1}, 0)
+        assert recorder.flush(60)
+        recorder.add({"loss": 2}, 1)
+        assert recorder.flush(60)
+    keys = [seen.headers["idempotency-key"] for seen in stub.calls("POST", "/jobs/js1/metrics")]
+    assert len(keys) == 4
+    assert len(set(keys[:3])) == 1
+    assert keys[3] != keys[0]
+
+
+def test_a_model_whose_urls_grow_old_is_sent_on_with_new_ones(
+    stub: StubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in in_job(stub, tmp_path).items():
+        monkeypatch.setenv(name, value)
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    urls = [{"path": name, "url": f"{stub.url}/s3/{name}"} for name in ("a", "b")]
+    fileset = {"id": "fs1", "state": "open"}
+    grants = [Reply(201, {"fileset": fileset, "uploads": uploads}) for uploads in (urls, urls[1:])]
+    stub.on("POST", "/filesets", *grants)
+    stub.on("PUT", "/s3/a", Reply(200))
+    stub.on("PUT", "/s3/b", Reply(403), Reply(200))
+    stub.on("POST", "/filesets/fs1/seal", Reply(200, {"id": "fs1", "state": "sealed"}))
+    stub.on("POST", "/models/m/versions", Reply(201, {"model_name": "m", "version": 1}))
+    assert nabla.save_model(tmp_path, name="m", framework="sklearn").version == 1

@@ -4,6 +4,7 @@ import hashlib
 import os
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -312,3 +313,119 @@ def test_an_unreadable_folder_is_named(folder: Path) -> None:
     (folder / "pkg").chmod(0)
     with pytest.raises(WorkspaceError, match="pkg"):
         pack(folder)
+
+
+@posix
+def test_a_link_that_goes_out_and_comes_back_in_still_works_elsewhere(folder: Path) -> None:
+    (folder / "round").symlink_to(f"../{folder.name}/train.py")
+    (folder / "pkg" / "round").symlink_to(f"../../{folder.name}/train.py")
+    targets = {entry.path: entry.target for entry in scan(folder).entries if entry.target}
+    assert targets == {"round": "train.py", "pkg/round": "../train.py"}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no disk that is always full")
+def test_a_full_disk_is_not_taken_for_a_file_that_changed(folder: Path) -> None:
+    (folder / "big").write_bytes(os.urandom(1 << 20))
+    workspace = pack(folder)
+    with pytest.raises(OSError, match="No space left"):
+        archive.write(Path("/dev/full"), folder, workspace.tree.entries, workspace.hashes)
+
+
+def test_a_file_that_became_shorter_while_it_is_packed_is_noticed(folder: Path, tmp_path: Path) -> None:
+    workspace = pack(folder)
+    hashes = dict(workspace.hashes)
+    write(folder, {"train.py": ""})
+    with pytest.raises(archive.ChangedMeanwhile, match=r"train\.py"):
+        archive.write(tmp_path / "a.tar.gz", folder, workspace.tree.entries, hashes)
+
+
+@posix
+def test_what_cannot_be_sent_as_it_is_is_refused_and_not_left_out(tmp_path: Path) -> None:
+    write(tmp_path / "m", {"a.bin": "a"})
+    os.mkfifo(tmp_path / "m" / "pipe")
+    with pytest.raises(TransferError, match="neither a file nor a folder"):
+        describe(tmp_path / "m")
+    (tmp_path / "m" / "pipe").unlink()
+    Path(os.fsdecode(os.fsencode(tmp_path / "m") + b"/\xff")).touch()
+    with pytest.raises(TransferError, match="not UTF-8"):
+        describe(tmp_path / "m")
+
+
+def uploads_of(stub: StubServer, *names: str) -> list[dict[str, str]]:
+    return [{"path": name, "url": f"{stub.url}/s3/{name}"} for name in names]
+
+
+def open_set(stub: StubServer, *grants: list[dict[str, str]]) -> None:
+    fileset = {"id": "fs1", "state": "open"}
+    stub.on("POST", "/filesets", *[Reply(201, {"fileset": fileset, "uploads": uploads}) for uploads in grants])
+    stub.on("POST", "/filesets/fs1/seal", Reply(200, {"id": "fs1", "state": "sealed"}))
+
+
+def test_urls_that_grow_old_are_asked_for_again_as_long_as_files_arrive(
+    stub: StubServer, client: Client, tmp_path: Path
+) -> None:
+    write(tmp_path / "m", {"a": "a", "b": "b", "c": "c"})
+    open_set(stub, uploads_of(stub, "a", "b", "c"), uploads_of(stub, "b", "c"), uploads_of(stub, "c"))
+    stub.on("PUT", "/s3/a", Reply(200))
+    stub.on("PUT", "/s3/b", Reply(403), Reply(200))
+    stub.on("PUT", "/s3/c", Reply(403), Reply(403), Reply(200))
+    assert client.filesets.upload("model", "p", describe(tmp_path / "m")).state == "sealed"
+    stub.on("PUT", "/s3/c", Reply(403))
+    open_set(stub, uploads_of(stub, "c"))
+    with pytest.raises(TransferError, match="refused"):
+        client.filesets.upload("model", "p", describe(tmp_path / "m"))
+
+
+def test_the_first_failure_ends_an_upload_without_sending_the_rest(
+    stub: StubServer, client: Client, tmp_path: Path
+) -> None:
+    names = [f"f{n:03}" for n in range(200)]
+    write(tmp_path / "m", dict.fromkeys(names, "x"))
+    open_set(stub, uploads_of(stub, *names))
+    stub.on("PUT", "/s3/f000", Reply(400))
+    silent = threading.Event()
+    for name in names[1:]:
+        stub.on("PUT", f"/s3/{name}", lambda seen: Reply(200, silent.wait(60), cut=True))
+    with pytest.raises(TransferError, match="refused 'f000'"):
+        client.filesets.upload("model", "p", describe(tmp_path / "m"))
+    assert not silent.is_set()
+    silent.set()
+    # Four at a time, and one that took the place of the first.
+    assert len({seen.path for seen in stub.seen if seen.method == "PUT"}) <= 5
+
+
+def test_progress_adds_up_whatever_had_to_be_sent_again(stub: StubServer, client: Client, tmp_path: Path) -> None:
+    write(tmp_path / "m", {"a": "abc"})
+    open_set(stub, uploads_of(stub, "a"))
+    stub.on("PUT", "/s3/a", Reply(503), Reply(cut=True), Reply(200))
+    told: list[int] = []
+    client.filesets.upload("model", "p", describe(tmp_path / "m"), told.append)
+    assert sum(told) == 3
+
+
+def test_a_file_that_became_shorter_since_it_was_described_is_named(
+    stub: StubServer, client: Client, tmp_path: Path
+) -> None:
+    write(tmp_path / "m", {"a": "abc"})
+    manifest = describe(tmp_path / "m")
+    write(tmp_path / "m", {"a": "a"})
+    open_set(stub, uploads_of(stub, "a"))
+    with pytest.raises(TransferError, match="shorter"):
+        client.filesets.upload("model", "p", manifest)
+
+
+def test_a_download_goes_on_when_its_urls_grow_old(stub: StubServer, client: Client, tmp_path: Path) -> None:
+    files = [{"path": name, "url": f"{stub.url}/s3/{name}"} for name in ("a", "b")]
+    stub.on("GET", "/jobs/js1/artifacts", Reply(200, {"items": files}))
+    stub.on("GET", "/s3/a", Reply(200, 1))
+    stub.on("GET", "/s3/b", Reply(403), Reply(200, 2))
+    assert [path.read_text() for path in client.jobs.download_artifacts("js1", tmp_path)] == ["1", "2"]
+    assert len([seen for seen in stub.seen if seen.path == "/s3/a"]) == 1
+
+
+def test_a_place_that_cannot_be_written_is_an_error_of_ours(stub: StubServer, client: Client, tmp_path: Path) -> None:
+    stub.on("GET", "/jobs/js1/artifacts", Reply(200, {"items": [{"path": "a/b", "url": f"{stub.url}/s3/a"}]}))
+    (tmp_path / "a").write_text("a file where a folder must be")
+    with pytest.raises(TransferError, match="Cannot write") as caught:
+        client.jobs.download_artifacts("js1", tmp_path)
+    assert "--to" in caught.value.remedy

@@ -5,6 +5,7 @@ import pytest
 from nabla.client import Client
 from nabla.errors import (
     ApiError,
+    BadConfig,
     Conflict,
     Forbidden,
     Invalid,
@@ -147,3 +148,38 @@ def test_a_prediction_goes_to_the_endpoint_with_its_own_token(stub: StubServer, 
     assert client.predict("digits", [[1, 2]]) == {"predictions": [5]}
     assert stub.seen[-1].headers["authorization"] == "Bearer ep"
     assert stub.seen[-1].json == {"inputs": [[1, 2]]}
+
+
+@pytest.mark.parametrize("url", ["http://host:port", "http://[::1", "http://host:99999", "ftp://host", "host"])
+def test_an_address_that_is_none_is_said_at_once(url: str) -> None:
+    with pytest.raises(BadConfig, match="not an http or https address") as caught:
+        Client(url, "t")
+    assert "http://HOST:PORT" in caught.value.remedy
+
+
+def test_the_line_end_of_a_token_file_is_not_part_of_the_token(stub: StubServer) -> None:
+    stub.on("GET", "/whoami", Reply(200, {"id": "us1"}))
+    with Client(stub.url, "secret-token\r\n") as client:
+        client.whoami()
+    assert stub.seen[0].headers["authorization"] == "Bearer secret-token"
+
+
+@pytest.mark.parametrize("token", ["s3cret\nX-Evil: 1", "s3cr\u00e9t", "s3cret s3cret"])
+def test_a_token_that_cannot_be_one_is_refused_without_showing_it(stub: StubServer, token: str) -> None:
+    with pytest.raises(BadConfig) as caught:
+        Client(stub.url, token)
+    assert "s3cr" not in f"{caught.value} {caught.value.remedy}"
+
+
+@pytest.mark.parametrize("status", [301, 403, 404, 500])
+def test_an_answer_of_something_in_between_says_so(stub: StubServer, client: Client, status: int) -> None:
+    stub.on("GET", "/whoami", Reply(status, "<html>", {"Location": "https://elsewhere/"}))
+    with pytest.raises(ApiError, match=f"HTTP {status}.*https://elsewhere/") as caught:
+        client.whoami()
+    assert "proxy" in caught.value.remedy
+
+
+def test_a_page_in_place_of_a_stream_is_no_stream(stub: StubServer, client: Client) -> None:
+    stub.on("GET", "/jobs/js1/logs/stream", Reply(200, "<html>"))
+    with pytest.raises(NablaError, match="not a stream"):
+        list(client.jobs.watch("js1"))

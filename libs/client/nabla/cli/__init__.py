@@ -4,6 +4,7 @@ that the command line answers at once.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from importlib import import_module
@@ -83,9 +84,20 @@ root = LazyGroup(
 )
 
 
+def _prepare_streams() -> None:
+    """A log may hold what a terminal, or Windows in a pipe, cannot write; and a stream may be closed (`>&-`)."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  (as long as the process)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main() -> None:
     """The console script: never a traceback, and an exit code that means something."""
     from nabla.cli.failures import guarded
 
+    _prepare_streams()
     color = False if os.environ.get("NO_COLOR") else None
     sys.exit(guarded(lambda: root.main(prog_name="nabla", standalone_mode=False, color=color)))

@@ -96,10 +96,13 @@ def open_link(session: Session, browser: bool) -> None:
 
 
 def _checked(url: str) -> str:
+    from nabla.http import BrokenConnection, split_address
+
     url = url if "://" in url else f"http://{url}"
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise click.BadParameter(f"{url!r} is not an address like http://HOST:PORT.", param_hint="URL")
+    try:
+        split_address(url)
+    except BrokenConnection as error:
+        raise click.BadParameter(f"{error}; write it like http://HOST:PORT.", param_hint="URL") from error
     return front_door(url)
 
 

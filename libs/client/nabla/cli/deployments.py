@@ -54,6 +54,7 @@ def create(
     _show(session, made, client.context.url)
     if made.state == "failed":
         note(f"The deployment failed: {made.detail}")
+        _say_log(made.revision or Revision())
     elif not wait:
         note(f"Follow it with `nabla deployments get {name}`.")
     return 1 if made.state == "failed" else 0
@@ -115,6 +116,12 @@ def _show(session: Session, deployment: Deployment, url: str) -> None:
             ("ready", deployment.ready_at),
         ]
     )
+
+
+def _say_log(revision: Revision) -> None:
+    job_id = revision.replica_job_id or revision.build_job_id
+    if job_id:
+        note(f"Its log: nabla jobs logs {job_id}")
 
 
 def _model(deployment: Deployment) -> str:

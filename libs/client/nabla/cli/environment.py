@@ -16,13 +16,12 @@ from urllib.parse import urlsplit
 
 import click
 
+from nabla.address import is_loopback
 from nabla.cli.output import note
 from nabla.cli.values import pairs
 from nabla.client import Client
 from nabla.errors import NablaError, WorkspaceError
 from nabla.objects import Environment
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def active_environment(env: Mapping[str, str]) -> Path | None:
 
 def same_machine(client: Client) -> bool:
     """Whether jobs see this machine's files. A loopback address alone does not tell: it may be an ssh tunnel."""
-    if urlsplit(client.context.url).hostname not in LOOPBACK:
+    if not is_loopback(urlsplit(client.context.url).hostname or ""):
         return False
     if client.context.installed_here:
         return True

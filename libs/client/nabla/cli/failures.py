@@ -40,7 +40,9 @@ def _failed(error: Exception) -> int:
 
 
 def render(error: NablaError) -> str:
-    lines = [f"Error: {error}", *(f"  {line}" for line in [error.remedy or _remedy(error)] if line)]
+    from nabla.cli.output import one_line
+
+    lines = [f"Error: {one_line(str(error))}", *(f"  {line}" for line in [error.remedy or _remedy(error)] if line)]
     if isinstance(error, ApiError) and error.trace_id:
         lines.append(f"  (trace {error.trace_id})")
     return "\n".join(lines)

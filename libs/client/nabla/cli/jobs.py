@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import click
 
 from nabla.cli.output import details, note, print_json, table
@@ -15,6 +17,8 @@ STATES = (
     "submitted", "waiting", "queued", "starting", "running", "unreachable", "succeeded", "failed", "cancelled",
     "timed_out",
 )  # fmt: skip
+# As the API has it.
+MOST_LINES = 100_000
 
 
 @click.group(cls=Group)
@@ -60,26 +64,42 @@ def get(session: Session, job: str) -> None:
 @jobs.command(example=("nabla jobs logs js01jabc --tail 50", "nabla jobs logs js01jabc --follow"))
 @click.argument("job")
 @click.option("--follow", "-f", is_flag=True, help="Until the job has ended.")
-@click.option("--tail", type=click.IntRange(0), help="Start with the last N lines.")
+@click.option("--tail", type=click.IntRange(0, MOST_LINES), help="Start with the last N lines.")
 @pass_session
 def logs(session: Session, job: str, follow: bool, tail: int | None) -> None:
-    """Print a job's log. With --json one object a line."""
-    from nabla.cli.follow import print_json_line, show_line
+    """Print a job's log. With --json one object a line. After --follow a failed job ends with its reason and a hint."""
+    from nabla.cli.follow import conclude, in_sight, print_json_line, show_line
 
     show = print_json_line if session.as_json else show_line
     client = session.client()
-    after = 0
-    for line in _present(client, job, tail):
+    seen: deque[LogLine] = deque(maxlen=LAST_LINES)
+    start = after = 0 if tail is None else _before_last(client, job, tail)
+    for line in client.jobs.logs(job, start):
         show(line)
+        seen.append(line)
         after = line.sequence
-    if follow:
-        for line in client.jobs.follow(job, after):
-            show(line)
+    if not follow:
+        return
+    ended = Job()
+    for event in client.jobs.watch(job, after):
+        if isinstance(event, LogLine):
+            show(event)
+            seen.append(event)
+        else:
+            ended = event
+    visible = in_sight(seen, as_json=False) and not session.as_json
+    conclude(client, ended, seen, from_start=start == 0, in_sight=visible)
 
 
 @jobs.command(example="nabla jobs attach js01jabc")
 @click.argument("job")
-@click.option("--tail", type=click.IntRange(0), default=100, show_default=True, help="Start with the last N lines.")
+@click.option(
+    "--tail",
+    type=click.IntRange(0, MOST_LINES),
+    default=100,
+    show_default=True,
+    help="Start with the last N lines.",
+)
 @pass_session
 def attach(session: Session, job: str, tail: int) -> int:
     """Come back to a job: its log until it ends. The exit code is the job's; Ctrl-C leaves again."""
@@ -120,16 +140,12 @@ def metrics(session: Session, job: str, name: str, max_points: int | None) -> No
     )
 
 
-def _present(client: Client, job: str, tail: int | None) -> list[LogLine]:
-    return list(client.jobs.logs(job) if tail is None else client.jobs.tail(job, tail))
-
-
 def _before_last(client: Client, job: str, count: int) -> int:
     """The sequence number after which the last `count` lines come."""
+    page = client.jobs.log_page(job, -max(count, 1), 1)
     if count:
-        lines = client.jobs.tail(job, count)
-        return lines[0].sequence - 1 if lines else 0
-    return client.jobs.log_page(job, -1, 1).last_sequence
+        return page.lines[0].sequence - 1 if page.lines else 0
+    return page.last_sequence
 
 
 def _result(job: Job) -> object:

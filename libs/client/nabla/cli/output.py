@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timezone
@@ -21,6 +22,12 @@ STATE_STYLES = {
     "active": "green", "failed": "red", "timed_out": "red", "unreachable": "yellow", "waiting": "yellow",
     "silent": "yellow", "gone": "red", "cancelled": "dim", "archived": "dim", "deleted": "dim",
 }  # fmt: skip
+_LIBRARY = re.compile(r"(?:<urllib3|HTTPS?Connection(?:Pool)?\(|\(?['\"]?Connection aborted).*")
+_REASON = re.compile(
+    r"\[Errno -?\d+\] ([\w ]+)|([Rr]ead timed out|timed out)|(too many \d+ error responses)|(Remote end closed)"
+)
+# A name from elsewhere must not move the cursor or colour the terminal.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # A pipe has no width: nothing in it is cut or wrapped.
 PIPE_WIDTH = 10_000
 
@@ -34,6 +41,17 @@ def print_json(value: object) -> None:
 def note(text: str) -> None:
     """A word to the person at the terminal."""
     click.echo(text, err=True)
+
+
+def one_line(text: str) -> str:
+    """A reason as one line, without the insides of the HTTP library that a server met the reason with."""
+    text = " ".join(text.split())
+    raw = _LIBRARY.search(text)
+    if raw is None:
+        return text
+    said = _REASON.search(raw.group())
+    reason = next(filter(None, said.groups())) if said else "it does not answer"
+    return f"{text[: raw.start()]}{reason}{'.' if text.endswith('.') else ''}"
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]], empty: str) -> None:
@@ -83,7 +101,7 @@ def cell(value: object) -> str:
         return f"{value:g}"
     if isinstance(value, (list, tuple)):
         return ", ".join(cell(item) for item in value)
-    return str(value)
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(value))
 
 
 def ago(moment: datetime, now: datetime) -> str:

@@ -23,7 +23,7 @@ def predict(session: Session, deployment: str, json_data: str | None, file: Text
     """Send rows to a deployed model and print its predictions, one a line."""
     if (json_data is None) == (file is None):
         raise click.UsageError("Give the rows with --json-data or with --file.")
-    answer = session.client().predict(deployment, _rows(json_data if file is None else file.read()))
+    answer = session.client().predict(deployment, _rows(json_data, file))
     predictions = answer.get("predictions")
     if session.as_json or not isinstance(predictions, list):
         return print_json(answer)
@@ -31,9 +31,9 @@ def predict(session: Session, deployment: str, json_data: str | None, file: Text
         click.echo(cell(prediction))
 
 
-def _rows(text: str | None) -> object:
+def _rows(text: str | None, file: TextIO | None) -> object:
     try:
-        rows: object = json.loads(text or "")
+        rows: object = json.loads(file.read() if file else text or "")
     except ValueError as error:
         raise click.UsageError(f"The rows are not JSON: {error}") from error
     if not isinstance(rows, (list, dict)):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nabla.cli.output import note
 from nabla.client import Client
-from nabla.errors import NotFound
+from nabla.errors import BadConfig, NotFound
 from nabla.remembered import Folders, project_name
 
 
@@ -36,7 +36,10 @@ def _remembered(client: Client, folder: Path, folders: Folders) -> str:
 
 def _from_folder(client: Client, folder: Path, folders: Folders) -> str:
     project, made = client.projects.ensure(project_name(folder))
-    folders.remember(client.context.url, folder, project.id)
+    try:
+        folders.remember(client.context.url, folder, project.id)
+    except BadConfig as error:
+        note(f"{error} The project is not remembered for this folder.")
     how = "created, named after this folder" if made else "existing, named like this folder"
     note(f"Project {project.name} ({how}; --project chooses another).")
     return project.id

@@ -21,7 +21,7 @@ class Session:
         self.context_name: str | None = None
         self.as_json = False
         self.connect: Callable[[float], Client] = self._connect
-        self._told = False
+        self._told = ""
 
     def client(self, patience_s: float = READING_PATIENCE_S) -> Client:
         """A client of the server in force; an unanswered request is repeated for `patience_s` and that is said."""
@@ -35,10 +35,17 @@ class Session:
 
         return Client(context=self.context_name, patience_s=patience_s, on_retry=self._tell, traceparent=traceparent())
 
-    def _tell(self, error: NablaError) -> None:
-        if not self._told:
-            self._told = True
-            click.echo(f"{error} Trying again ...", err=True)
+    def _tell(self, error: NablaError, left_s: float) -> None:
+        """One line for each new reason: what is wrong and why, and until when it is tried again."""
+        import time
+
+        from nabla.cli.output import note, one_line
+
+        reason = one_line(getattr(error, "detail", "") or str(error)).rstrip(".")
+        if reason != self._told:
+            self._told = reason
+            until = time.strftime("%H:%M:%S", time.localtime(time.time() + left_s))
+            note(f"{reason}. Trying again until {until}.")
 
 
 pass_session = click.make_pass_decorator(Session, ensure=True)

@@ -106,7 +106,12 @@ def submit_and_follow(session: Session, options: Options, folder: Path) -> int:
         models=models,
         origin=origin,
     )
-    return _started(session, client, client.experiments.start(project, template.name, template), options.detach)
+    try:
+        experiment = client.experiments.start(project, template.name, template)
+    except KeyboardInterrupt:
+        note("\nThe job may have been submitted already: `nabla jobs list` shows it.")
+        raise
+    return _started(session, client, experiment, options.detach)
 
 
 def _started(session: Session, client: Client, experiment: Experiment, detach: bool) -> int:
@@ -147,9 +152,16 @@ def tell_left_out(workspace: Workspace) -> None:
 
 def confirm_place(folder: Path, yes: bool) -> None:
     """A home folder or a whole disk is hardly ever meant."""
-    place = {folder.anchor: "the root of the file system", str(Path.home()): "your home folder"}.get(str(folder))
-    if place:
-        _confirm(f"{folder} is {place}: send all of it along as the workspace?", yes)
+    real, home = folder.resolve(), Path.home().resolve()
+    if real == Path(real.anchor):
+        place = "is the root of the file system"
+    elif real == home:
+        place = "is your home folder"
+    elif real in home.parents:
+        place = "holds your home folder"
+    else:
+        return
+    _confirm(f"{folder} {place}: send all of it along as the workspace?", yes)
 
 
 def confirm_size(workspace: Workspace, yes: bool) -> None:

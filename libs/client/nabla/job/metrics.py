@@ -17,6 +17,7 @@ import warnings
 from collections import deque
 from datetime import datetime, timezone
 from typing import Callable, Deque, Dict, List, Mapping, Optional, Tuple
+from uuid import uuid4
 
 from nabla.errors import Unavailable, Unreachable
 from nabla.job.http import post
@@ -26,6 +27,8 @@ FLUSH_EVERY_S = 0.5
 BUFFER_POINTS = 50_000
 BATCH_POINTS = 1_000
 EXIT_PATIENCE_S = 10.0
+# Then it is said that metrics wait, and tried again.
+PATIENCE_S = 30.0
 
 Point = Dict[str, object]
 Body = Dict[str, object]
@@ -194,6 +197,21 @@ def flush(timeout_s: float = EXIT_PATIENCE_S) -> bool:
     return _started().flush(timeout_s)
 
 
+class _Sender:
+    """Sends a batch under one key, however often the recorder hands it over: no point is counted twice."""
+
+    def __init__(self, identity: JobIdentity) -> None:
+        self._identity = identity
+        self._batch: Optional[Body] = None
+        self._key = ""
+
+    def __call__(self, body: Body) -> object:
+        if body is not self._batch:
+            self._batch, self._key = body, str(uuid4())
+        path = f"/jobs/{self._identity.job_id}/metrics"
+        return post(self._identity, path, body, patience_s=PATIENCE_S, key=self._key)
+
+
 def _started() -> Recorder:
     global _recorder  # noqa: PLW0603  (one buffer a process is the point)
     with _starting:
@@ -203,8 +221,7 @@ def _started() -> Recorder:
 
 
 def _build(identity: JobIdentity) -> Recorder:
-    path = f"/jobs/{identity.job_id}/metrics"
-    recorder = Recorder(lambda body: post(identity, path, body, patience_s=30.0))
+    recorder = Recorder(_Sender(identity))
     atexit.register(recorder.close)
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=recorder.reset)

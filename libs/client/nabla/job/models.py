@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Dict, List, Mapping, Optional
 
 from nabla.decoding import decode
-from nabla.errors import NablaError
+from nabla.errors import Forbidden, NablaError, TransferError
 from nabla.job.http import post, put_file
 from nabla.job.identity import JobIdentity
 from nabla.manifest import Manifest, PathLike, describe
@@ -48,15 +48,28 @@ def _upload(identity: JobIdentity, manifest: Manifest) -> str:
         "job_id": identity.job_id,
         "attempt": identity.attempt,
     }
-    grant = decode(FilesetGrant, post(identity, "/filesets", body))
+    missing = len(files) + 1
+    while True:
+        grant = decode(FilesetGrant, post(identity, "/filesets", body))
+        try:
+            _put_all(grant, manifest)
+            break
+        except TransferError as error:
+            # The URLs grew old before their turn came; what has arrived is not asked for again.
+            if not isinstance(error.__cause__, Forbidden) or len(grant.uploads) >= missing:
+                raise
+            missing = len(grant.uploads)
+    if grant.fileset.state != "sealed":
+        post(identity, f"/filesets/{grant.fileset.id}/seal", {})
+    return grant.fileset.id
+
+
+def _put_all(grant: FilesetGrant, manifest: Manifest) -> None:
     local = {file.path: file for file in manifest.files}
     for upload in grant.uploads:
         if upload.path not in local:
             raise NablaError(f"The server asks for {upload.path!r}, which is not part of the model.")
         put_file(upload.url, local[upload.path].source, local[upload.path].size_bytes)
-    if grant.fileset.state != "sealed":
-        post(identity, f"/filesets/{grant.fileset.id}/seal", {})
-    return grant.fileset.id
 
 
 def _quoted(name: str) -> str:

@@ -53,14 +53,19 @@ def _write_entry(tar: tarfile.TarFile, root: Path, entry: Entry, sha256: str) ->
         tar.addfile(header)
         return
     try:
-        with (root / entry.path).open("rb") as stream:
-            reader = _HashingReader(stream)
-            tar.addfile(header, reader)
-            unchanged = reader.sha256.hexdigest() == sha256 and not stream.read(1)
+        stream = (root / entry.path).open("rb")
     except OSError as error:
-        raise ChangedMeanwhile(f"{entry.path!r} changed while the folder was packed: {error}.", _AGAIN) from error
-    if not unchanged:
-        raise ChangedMeanwhile(f"{entry.path!r} changed while the folder was packed.", _AGAIN)
+        raise _changed(entry, error) from error
+    with stream:
+        reader = _HashingReader(stream, entry)
+        tar.addfile(header, reader)
+        if reader.sha256.hexdigest() != sha256 or reader.read(1):
+            raise _changed(entry)
+
+
+def _changed(entry: Entry, error: OSError | None = None) -> ChangedMeanwhile:
+    why = f": {error.strerror}" if error else ""
+    return ChangedMeanwhile(f"{entry.path!r} changed while the folder was packed{why}.", _AGAIN)
 
 
 _AGAIN = "Run it again when nothing writes into the folder, or name the file in .nablaignore."
@@ -80,13 +85,22 @@ def _header(entry: Entry) -> tarfile.TarInfo:
 
 
 class _HashingReader(io.RawIOBase):
-    """Hashes what passes through on its way into the archive."""
+    """Hashes what passes through on its way into the archive.
 
-    def __init__(self, stream: BinaryIO) -> None:
+    Its own errors are not those of the archive's disk, which may be full.
+    """
+
+    def __init__(self, stream: BinaryIO, entry: Entry) -> None:
         self._stream = stream
+        self._entry = entry
         self.sha256 = hashlib.sha256()
 
     def read(self, size: int = -1) -> bytes:
-        data = self._stream.read(size)
+        try:
+            data = self._stream.read(size)
+        except OSError as error:
+            raise _changed(self._entry, error) from error
+        if size > 0 and not data and self._stream.tell() < self._entry.size_bytes:
+            raise _changed(self._entry)
         self.sha256.update(data)
         return data

@@ -97,7 +97,8 @@ def _add(tree: Tree, item: os.DirEntry[str], path: str) -> None:
 def _target_inside(root: Path, link: Path) -> str | None:
     """The link's target as written relative to the link, or None when it leads out of the tree.
 
-    An absolute target inside the tree is rewritten, since the tree lies elsewhere in the job.
+    A target that is absolute, or goes through a folder above the tree, is rewritten: the tree lies elsewhere in the
+    job.
     """
     try:
         target = Path(os.readlink(link))
@@ -106,6 +107,7 @@ def _target_inside(root: Path, link: Path) -> str | None:
         return None
     if resolved != root and root not in resolved.parents:
         return None
-    if target.is_absolute():
+    written = os.path.normpath(os.path.join(os.path.relpath(link.parent, root), target))
+    if target.is_absolute() or Path(written).parts[:1] == ("..",):
         target = Path(os.path.relpath(resolved, os.path.realpath(link.parent)))
     return target.as_posix()

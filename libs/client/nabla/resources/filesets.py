@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cached_property
 from pathlib import Path
+from typing import Callable
 
 from nabla.decoding import decode
 from nabla.errors import NablaError
@@ -40,11 +41,15 @@ class Filesets(Resource):
 
     def upload(self, kind: str, project: str, manifest: Manifest, progress: Progress = silent) -> Fileset:
         """Uploads what the server lacks and seals the set; a second time nothing is uploaded."""
-        grant = self.open(kind, project, manifest)
-        try:
-            return self.finish(grant, manifest.files, progress)
-        except ExpiredUrl:
-            return self.finish(self.open(kind, project, manifest), manifest.files, progress)
+        missing = len(manifest.files) + 1
+        while True:
+            grant = self.open(kind, project, manifest)
+            try:
+                return self.finish(grant, manifest.files, progress)
+            except ExpiredUrl:
+                if len(grant.uploads) >= missing:
+                    raise  # nothing arrived since the last time
+                missing = len(grant.uploads)
 
     def finish(self, grant: FilesetGrant, files: Sequence[LocalFile], progress: Progress = silent) -> Fileset:
         """Uploads what a grant asks for, then seals."""
@@ -52,11 +57,24 @@ class Filesets(Resource):
         unknown = [upload.path for upload in grant.uploads if upload.path not in local]
         if unknown:
             raise NablaError(f"The server asks for {unknown[0]!r}, which is not part of this upload.")
-        with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
-            put = [pool.submit(self.transfers.put, u.url, local[u.path], progress) for u in grant.uploads]
-            for upload in put:
-                upload.result()
+        self._put_all([(upload.url, local[upload.path]) for upload in grant.uploads], progress)
         return grant.fileset if grant.fileset.state == "sealed" else self.seal(grant.fileset.id)
+
+    def _put_all(self, files: Sequence[tuple[str, LocalFile]], progress: Progress) -> None:
+        """Several at a time; the first that fails, or Ctrl-C, ends them all without waiting for the others."""
+        transfers = Transfers(self._transport.sleep)
+        pool = ThreadPoolExecutor(PARALLEL_TRANSFERS)
+        try:
+            for upload in as_completed([pool.submit(transfers.put, url, file, progress) for url, file in files]):
+                upload.result()
+        except ExpiredUrl:
+            raise  # what is under way is let through: it need not be sent again
+        except BaseException:
+            transfers.abort()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+            transfers.close()
 
     def seal(self, fileset_id: str) -> Fileset:
         return decode(Fileset, self._transport.post(f"/filesets/{segment(fileset_id)}/seal"))
@@ -68,6 +86,18 @@ class Filesets(Resource):
         """The files, each with a URL to GET it from for some minutes."""
         return self._paged(f"/filesets/{segment(fileset_id)}/files", File, {}, None)
 
-    def download(self, files: Iterator[File], folder: Path, progress: Progress | None = None) -> list[Path]:
-        """Fetches files below `folder`, page by page, so that their URLs are fresh when they are used."""
-        return [self.transfers.fetch(file, folder, progress or silent) for file in files]
+    def download(
+        self, listed: Callable[[], Iterator[File]], folder: Path, progress: Progress | None = None
+    ) -> list[Path]:
+        """Fetches files below `folder`, page by page; listed anew when their URLs grow old before they are used."""
+        done: dict[str, Path] = {}
+        while True:
+            before = len(done)
+            try:
+                for file in listed():
+                    if file.path not in done:
+                        done[file.path] = self.transfers.fetch(file, folder, progress or silent)
+                return list(done.values())
+            except ExpiredUrl:
+                if len(done) == before:
+                    raise

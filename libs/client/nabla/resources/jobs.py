@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Union
 
 from nabla.decoding import as_json, decode
-from nabla.errors import NablaError, Unavailable, Unreachable
+from nabla.errors import ApiError, NablaError, Unavailable, Unreachable
 from nabla.objects import File, Job, JobDetail, JobTemplate, LogLine, LogPage, MetricPage, Resources, Run, Series
 from nabla.resources.base import Resource, segment
 from nabla.resources.experiments import Experiments
@@ -101,44 +102,51 @@ class Jobs(Resource):
         """Log lines as they come and the job at each change of its state; the last item is the ended job.
 
         A broken stream is opened again after the last line seen, so no line is lost or comes twice. Gives up, with
-        the error, after ten minutes without any answer.
+        the error, when ten minutes of trying brought no answer; a job may be silent for as long as it likes.
         """
-        last, delay_s, deadline = after, FIRST_DELAY_S, time.monotonic() + RECONNECT_S
+        last, delay_s, silent_since, heard = after, FIRST_DELAY_S, 0.0, False
         while True:
             failure: NablaError = Unreachable("The log stream ended before the job did.")
             try:
-                for event in self._stream(job_id, last):
-                    delay_s, deadline = FIRST_DELAY_S, time.monotonic() + RECONNECT_S
-                    item = _job_event(event)
-                    if isinstance(item, LogLine):
-                        if item.sequence <= last:
-                            continue
-                        last = item.sequence
-                    if item is not None:
-                        yield item
-                    if event.event == "end":
-                        return
-            except (Unreachable, Unavailable) as error:
+                for events in self._stream(job_id, last):
+                    delay_s, silent_since, heard = FIRST_DELAY_S, 0.0, True
+                    for event in events:
+                        item = _job_event(event)
+                        if isinstance(item, LogLine):
+                            if item.sequence <= last:
+                                continue
+                            last = item.sequence
+                        if item is not None:
+                            yield item
+                        if event.event == "end":
+                            return
+            except (Unreachable, ApiError) as error:
+                if not _may_pass(error, heard):
+                    raise
                 failure = error
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            silent_since = silent_since or now
+            left_s = silent_since + RECONNECT_S - now
+            if left_s < 0:
                 raise failure
-            self._transport.tell_retry(failure)
+            self._transport.tell_retry(failure, left_s)
             self._transport.sleep(delay_s)
             delay_s = min(delay_s * 2, LONGEST_DELAY_S)
 
-    def _stream(self, job_id: str, after: int) -> Iterator[ServerEvent]:
+    def _stream(self, job_id: str, after: int) -> Iterator[Sequence[ServerEvent]]:
+        """The events in each piece that arrives; none in the comments that only say that the server is there."""
         parser = EventParser()
         path, last_id = f"/jobs/{segment(job_id)}/logs/stream", str(after) if after else ""
         with self._transport.stream(path, {"after": after}, last_id) as chunks:
             for chunk in chunks:
-                yield from parser.feed(chunk)
+                yield tuple(parser.feed(chunk))
 
     def artifacts(self, job_id: str) -> Iterator[File]:
         """What the newest attempt left in /artifacts; nothing while it runs."""
         return self._paged(f"/jobs/{segment(job_id)}/artifacts", File, {}, None)
 
     def download_artifacts(self, job_id: str, folder: Path, progress: Progress | None = None) -> Sequence[Path]:
-        return self._filesets().download(self.artifacts(job_id), folder, progress)
+        return self._filesets().download(lambda: self.artifacts(job_id), folder, progress)
 
     def metrics(self, job_id: str, name: str = "", max_points: int | None = None) -> Sequence[Series]:
         params = {"name": name, "max_points": max_points}
@@ -153,6 +161,19 @@ class Jobs(Resource):
     def tracked(self, job_id: str) -> Run:
         """Parameters, tags and the last value of each metric."""
         return decode(Run, self._transport.get(f"/jobs/{segment(job_id)}/run"))
+
+
+def _may_pass(error: NablaError, heard: bool) -> bool:
+    """Whether following goes on in spite of an error.
+
+    While the platform's front door starts again it may answer 500, or 404 as it does not know its own routes yet;
+    a 404 of the platform itself has a code.
+    """
+    if not isinstance(error, ApiError):
+        return True
+    if error.status == HTTPStatus.NOT_FOUND:
+        return heard and not error.code
+    return isinstance(error, Unavailable) or error.status >= HTTPStatus.INTERNAL_SERVER_ERROR
 
 
 def _job_event(event: ServerEvent) -> JobEvent | None:

@@ -59,4 +59,4 @@ class Models(Resource):
     ) -> tuple[ModelVersion, Sequence[Path]]:
         """Fetches the files of a version below `folder`."""
         found = self.version(model, version)
-        return found, self._filesets.download(self._filesets.files(found.fileset_id), folder, progress)
+        return found, self._filesets.download(lambda: self._filesets.files(found.fileset_id), folder, progress)
