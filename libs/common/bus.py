@@ -88,21 +88,23 @@ class Bus:
             graceful_timeout=20,
             # A closed connection never comes back; the supervisor starts the process again.
             closed_cb=_exit_unless_stopping(lambda: self._stopping),
-            reconnected_cb=self._tell_reconnected,
+            disconnected_cb=self._tell_disconnected,
             logger=None,
             # Why: its own decoding logs whole bodies, secrets included (trap 8); handlers get the raw message.
             apply_types=False,
             decoder=_undecoded,
         )
         self._stopping = False
-        self._reconnected: list[Callable[[], None]] = []
+        self._disconnected: list[Callable[[], None]] = []
 
-    def on_reconnect(self, action: Callable[[], None]) -> None:
-        """Calls `action` each time the connection is back after a loss."""
-        self._reconnected.append(action)
+    def on_disconnect(self, action: Callable[[], None]) -> None:
+        """Calls `action` each time the connection is lost: before anything is published on the next one."""
+        self._disconnected.append(action)
 
-    async def _tell_reconnected(self) -> None:
-        for action in self._reconnected:
+    async def _tell_disconnected(self) -> None:
+        if self._stopping:
+            return
+        for action in self._disconnected:
             action()
 
     @property
