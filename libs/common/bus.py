@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import nats.errors
+import nats.js.errors
 from faststream import AckPolicy
 from faststream.exceptions import IncorrectState
 from faststream.nats import JStream, NatsBroker, NatsMessage, NatsResponse
@@ -259,16 +260,27 @@ class _Receiver:
             longest_s = OUTAGE_DELAY_S if outage else LONGEST_DELAY_S
             await raw.nak(delay=min(longest_s, 0.05 * 2 ** min(deliveries, 12)) + random.uniform(0, 0.1))
             return
+        try:
+            await self._keep_dead_letter(raw, error)
+        except (nats.errors.Error, nats.js.errors.Error) as failure:
+            # Not acknowledged, it comes again by itself, and then perhaps there is room.
+            log.warning("dead letter not stored", extra={"type": kind, "reason": repr(failure)}, exc_info=error)
+            return
         log.error("message dead-lettered", extra={"type": kind, "subject": raw.subject}, exc_info=error)
         _handled.add(1, {"type": kind, "outcome": "dead"})
+        await raw.term()
+
+    async def _keep_dead_letter(self, raw: Msg, error: Exception) -> None:
+        """Returns when the dead letters have it; a repeat of the message is kept once."""
         headers = dict(raw.headers or {}) | {
             "nabla-original-subject": raw.subject,
             "nabla-error": redact(f"{type(error).__name__}: {error}").replace("\n", " ").replace("\r", " ")[:1000],
         }
-        headers["Nats-Msg-Id"] = f"{self._bus.service}-{headers.get('ce-id', raw.metadata.sequence.stream)}"
+        # Why: with the sequence alone, one without an id from another stream would pass for a repeat, and be lost.
+        known_as = headers.get("ce-id") or f"{raw.metadata.stream}-{raw.metadata.sequence.stream}"
+        headers["Nats-Msg-Id"] = f"{self._bus.service}-{known_as}"
         subject = dead_letter_subject(self._bus.service)
         await self._bus.publish_stored(DEAD_LETTERS, subject, headers, raw.data)
-        await raw.term()
 
     def answerer(self) -> Callable[[NatsMessage], Awaitable[NatsResponse]]:
         async def answer(message: NatsMessage) -> NatsResponse:
