@@ -44,11 +44,11 @@ from libs.common.contracts.subjects import (
     dead_letter_subject,
     subject_for,
 )
-from libs.common.errors import DiskFull, MalformedMessage, Refusal, StaleRevision, Unavailable
+from libs.common.errors import MalformedMessage, Refusal, Unavailable
 from libs.common.ids import new_id
 from libs.common.inbox import Inbox
 from libs.common.routing import Routes
-from libs.common.store import is_transient
+from libs.common.store import is_outage, is_transient
 from libs.common.telemetry import current_traceparent, meter, redact, span
 
 WORKERS = 64
@@ -253,7 +253,8 @@ class _Receiver:
         """Later for what may pass, at once to the dead letters for what will not."""
         deliveries = raw.metadata.num_delivered
         kind = (raw.headers or {}).get("ce-type", raw.subject)
-        outage = _is_outage(error)
+        # Nothing to do with the message, however often it came.
+        outage = is_outage(error)
         if outage or (_worth_repeating(error) and deliveries < MAX_DELIVERIES):
             log.warning("message put off", extra={"type": kind, "deliveries": deliveries, "reason": repr(error)})
             # Why: a plain nack comes back at once, 1,409 times a second.
@@ -328,13 +329,6 @@ def _worth_repeating(error: Exception) -> bool:
     if isinstance(error, Refusal | MalformedMessage):
         return False
     return is_transient(error) or isinstance(error, DBAPIError)
-
-
-def _is_outage(error: Exception) -> bool:
-    """Whether this service's own database is away or full: nothing to do with the message, however often it came."""
-    if isinstance(error, StaleRevision):
-        return False
-    return isinstance(error, DiskFull | ConnectionError) or is_transient(error)
 
 
 def _for_the_caller(error: Exception) -> Exception:

@@ -318,6 +318,13 @@ def is_transient(error: BaseException) -> bool:
     return error.connection_invalidated or (state != DISK_FULL and state.startswith(_POSTGRES_PASSING))
 
 
+def is_outage(error: BaseException) -> bool:
+    """Whether the database itself is away, busy or full: no matter what was asked of it, it has to be waited for."""
+    if isinstance(error, StaleRevision):
+        return False
+    return isinstance(error, ConnectionError) or is_transient(error) or is_disk_full(error)
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether the database could not grow; repeating helps once somebody has made room."""
     if isinstance(error, DBAPIError):

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from libs.common import locks
-from libs.common.locks import AlreadyHeld, SoleWriter
+from libs.common.locks import AlreadyHeld, LockLost, SoleWriter
 from libs.common.store import async_url
 
 pytestmark = pytest.mark.integration
@@ -88,7 +87,7 @@ async def test_a_lost_session_ends_the_holder(postgres_url: str, monkeypatch: py
         holders = "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"
         await connection.execute(text(holders))
     await engine.dispose()
-    with pytest.raises(DBAPIError):
+    with pytest.raises(LockLost):
         await asyncio.wait_for(holding, 10)
 
 
