@@ -14,6 +14,7 @@ import pytest
 from sqlalchemy import event
 
 from libs.common import relay as relay_module
+from libs.common import upkeep as upkeep_module
 from libs.common.bus import Bus
 from libs.common.contracts.envelope import Envelope
 from libs.common.errors import DiskFull
@@ -293,6 +294,27 @@ async def test_a_full_disk_puts_marking_off_and_nothing_is_sent_twice_for_it(
         full.clear()
         await until(lambda: all_marked(store))
     assert bus.objects == ["a"]
+
+
+async def test_upkeep_lets_others_write_between_its_steps(
+    store: LedgerStore, clock: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep_module, "ROWS", 10)
+    for number in range(35):
+        async with store.begin() as unit:
+            await unit.mark_applied(f"ev-{number}")
+        clock.pass_(seconds=1)
+    clock.pass_(days=50)
+    dropped: list[int] = []
+
+    @event.listens_for(store.writer.sync_engine, "after_cursor_execute")
+    def note(_c: object, cursor: Any, statement: str, _p: object, _x: object, _many: bool) -> None:
+        if statement.startswith("DELETE FROM inbox"):
+            dropped.append(cursor.rowcount)
+
+    await Upkeep(store, clock).forget_old()
+    assert dropped == [10, 10, 10, 5]
+    assert await size(store, store.skeleton.inbox) == 0
 
 
 async def test_upkeep_drops_what_no_repeat_can_ask_for_and_nothing_else(store: LedgerStore, clock: Time) -> None:
