@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import httpx
 import nats
+import nats.js.errors
 import pytest
 from nats.js import JetStreamContext
 from sqlalchemy import func
@@ -289,6 +291,30 @@ async def test_a_restart_of_the_bus_loses_nothing(asker: Bus, service: Service, 
     await until(back, 30)
     await until(lambda: _is(service, "before", 1), 60)
     await until(lambda: _is(service, "after", 1), 60)
+
+
+@pytest.mark.usefixtures("service")
+async def test_what_the_bus_forgot_in_an_unclean_stop_is_published_again(asker: Bus, server: NatsServer) -> None:
+    async def stored() -> int:
+        connection = await nats.connect(server.url, nkeys_seed_str=server.seed(PROVISIONER))
+        try:
+            return (await connection.jetstream(timeout=5).stream_info("EVT")).state.messages
+        except nats.js.errors.Error:
+            return 0
+        finally:
+            await connection.close()
+
+    async def has_it() -> bool:
+        return await stored() == 1
+
+    await asker.ask(CreateProject(name="digits"), Project, ADA, key="k1")
+    await until(has_it)
+    server.kill()
+    shutil.rmtree(server.folder / "store")
+    server.start()
+    assert await stored() == 0
+    await server.provision()
+    await until(has_it)
 
 
 @pytest.fixture
