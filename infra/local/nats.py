@@ -80,14 +80,15 @@ def storage_extra() -> Grant:
 
 
 def gateway_extra() -> Grant:
-    """The gateway follows logs and events for its clients and asks every service how it is."""
+    """The gateway follows logs and events for its clients and asks every service how it is.
+
+    Its consumers have no name, so that it needs no right by which it could change or delete another's.
+    """
     return Grant(
         "gateway",
         publish=(
             "nabla.qry.*.service.get.v1",
-            f"$JS.API.CONSUMER.CREATE.{EVENTS}.>",
             f"$JS.API.CONSUMER.CREATE.{EVENTS}",
-            f"$JS.API.CONSUMER.DELETE.{EVENTS}.>",
             f"$JS.API.CONSUMER.INFO.{EVENTS}.>",
             f"$JS.API.STREAM.INFO.{EVENTS}",
         ),

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import nats.errors
+import nats.js.errors
 from faststream import AckPolicy
 from faststream.exceptions import IncorrectState
 from faststream.nats import JStream, NatsBroker, NatsMessage, NatsResponse
@@ -43,11 +44,11 @@ from libs.common.contracts.subjects import (
     dead_letter_subject,
     subject_for,
 )
-from libs.common.errors import DiskFull, MalformedMessage, Refusal, StaleRevision, Unavailable
+from libs.common.errors import MalformedMessage, Refusal, Unavailable
 from libs.common.ids import new_id
 from libs.common.inbox import Inbox
 from libs.common.routing import Routes
-from libs.common.store import is_transient
+from libs.common.store import is_outage, is_transient
 from libs.common.telemetry import current_traceparent, meter, redact, span
 
 WORKERS = 64
@@ -88,21 +89,23 @@ class Bus:
             graceful_timeout=20,
             # A closed connection never comes back; the supervisor starts the process again.
             closed_cb=_exit_unless_stopping(lambda: self._stopping),
-            reconnected_cb=self._tell_reconnected,
+            disconnected_cb=self._tell_disconnected,
             logger=None,
             # Why: its own decoding logs whole bodies, secrets included (trap 8); handlers get the raw message.
             apply_types=False,
             decoder=_undecoded,
         )
         self._stopping = False
-        self._reconnected: list[Callable[[], None]] = []
+        self._disconnected: list[Callable[[], None]] = []
 
-    def on_reconnect(self, action: Callable[[], None]) -> None:
-        """Calls `action` each time the connection is back after a loss."""
-        self._reconnected.append(action)
+    def on_disconnect(self, action: Callable[[], None]) -> None:
+        """Calls `action` each time the connection is lost: before anything is published on the next one."""
+        self._disconnected.append(action)
 
-    async def _tell_reconnected(self) -> None:
-        for action in self._reconnected:
+    async def _tell_disconnected(self) -> None:
+        if self._stopping:
+            return
+        for action in self._disconnected:
             action()
 
     @property
@@ -250,23 +253,35 @@ class _Receiver:
         """Later for what may pass, at once to the dead letters for what will not."""
         deliveries = raw.metadata.num_delivered
         kind = (raw.headers or {}).get("ce-type", raw.subject)
-        outage = _is_outage(error)
+        # Nothing to do with the message, however often it came.
+        outage = is_outage(error)
         if outage or (_worth_repeating(error) and deliveries < MAX_DELIVERIES):
             log.warning("message put off", extra={"type": kind, "deliveries": deliveries, "reason": repr(error)})
             # Why: a plain nack comes back at once, 1,409 times a second.
             longest_s = OUTAGE_DELAY_S if outage else LONGEST_DELAY_S
             await raw.nak(delay=min(longest_s, 0.05 * 2 ** min(deliveries, 12)) + random.uniform(0, 0.1))
             return
+        try:
+            await self._keep_dead_letter(raw, error)
+        except (nats.errors.Error, nats.js.errors.Error) as failure:
+            # Not acknowledged, it comes again by itself, and then perhaps there is room.
+            log.warning("dead letter not stored", extra={"type": kind, "reason": repr(failure)}, exc_info=error)
+            return
         log.error("message dead-lettered", extra={"type": kind, "subject": raw.subject}, exc_info=error)
         _handled.add(1, {"type": kind, "outcome": "dead"})
+        await raw.term()
+
+    async def _keep_dead_letter(self, raw: Msg, error: Exception) -> None:
+        """Returns when the dead letters have it; a repeat of the message is kept once."""
         headers = dict(raw.headers or {}) | {
             "nabla-original-subject": raw.subject,
             "nabla-error": redact(f"{type(error).__name__}: {error}").replace("\n", " ").replace("\r", " ")[:1000],
         }
-        headers["Nats-Msg-Id"] = f"{self._bus.service}-{headers.get('ce-id', raw.metadata.sequence.stream)}"
+        # Why: with the sequence alone, one without an id from another stream would pass for a repeat, and be lost.
+        known_as = headers.get("ce-id") or f"{raw.metadata.stream}-{raw.metadata.sequence.stream}"
+        headers["Nats-Msg-Id"] = f"{self._bus.service}-{known_as}"
         subject = dead_letter_subject(self._bus.service)
         await self._bus.publish_stored(DEAD_LETTERS, subject, headers, raw.data)
-        await raw.term()
 
     def answerer(self) -> Callable[[NatsMessage], Awaitable[NatsResponse]]:
         async def answer(message: NatsMessage) -> NatsResponse:
@@ -314,13 +329,6 @@ def _worth_repeating(error: Exception) -> bool:
     if isinstance(error, Refusal | MalformedMessage):
         return False
     return is_transient(error) or isinstance(error, DBAPIError)
-
-
-def _is_outage(error: Exception) -> bool:
-    """Whether this service's own database is away or full: nothing to do with the message, however often it came."""
-    if isinstance(error, StaleRevision):
-        return False
-    return isinstance(error, DiskFull | ConnectionError) or is_transient(error)
 
 
 def _for_the_caller(error: Exception) -> Exception:

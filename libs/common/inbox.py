@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic
 
@@ -105,7 +106,8 @@ class Inbox(Generic[U]):
     async def _apply_bare(self, unit: U, batch: list[_Waiting]) -> list[Answer | Exception]:
         outcomes: list[Answer | Exception] = []
         for waiting in batch:
-            outcomes.append(await self._apply_one(unit, waiting))
+            with _telling_the_cause():
+                outcomes.append(await self._apply_one(unit, waiting))
         return outcomes
 
     async def _apply_apart(self, unit: U, batch: list[_Waiting]) -> list[Answer | Exception]:
@@ -113,8 +115,9 @@ class Inbox(Generic[U]):
         for waiting in batch:
             emitted = len(unit.outgoing)
             try:
-                async with unit.session.begin_nested():
-                    outcomes.append(await self._apply_one(unit, waiting))
+                with _telling_the_cause():
+                    async with unit.session.begin_nested():
+                        outcomes.append(await self._apply_one(unit, waiting))
             except Exception as error:
                 if _fails_all(error):
                     # A stale read cannot be mended inside the transaction that has it: all is repeated.
@@ -145,15 +148,26 @@ class Inbox(Generic[U]):
 
 
 def _fails_all(error: BaseException) -> bool:
-    """Whether the transaction is gone, and with it every message in it.
+    """Whether the transaction is gone, and with it every message in it."""
+    return is_transient(error) or is_disk_full(error)
 
-    The cause counts, too: SQLite ends the transaction on a full disk, and what is heard is that the savepoint is
-    not there.
+
+@contextmanager
+def _telling_the_cause() -> Iterator[None]:
+    """Raises what ended the transaction instead of what was heard of it.
+
+    SQLite ends it on a full disk, and what is heard is that the savepoint is not there: an error that nobody repeats,
+    for messages that have done nothing wrong.
     """
-    cause: BaseException | None = error
-    while cause and not (is_transient(cause) or is_disk_full(cause)):
-        cause = cause.__context__
-    return cause is not None
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause and not _fails_all(cause):
+            cause = cause.__context__
+        if cause is None or cause is error:
+            raise
+        raise cause from None
 
 
 async def _answer_once(unit: UnitOfWork, waiting: _Waiting) -> Answer:

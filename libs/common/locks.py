@@ -9,6 +9,7 @@ from zlib import crc32
 
 from sqlalchemy import text
 from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from libs.common.errors import NablaError
@@ -19,6 +20,12 @@ PULSE_S = 10.0
 class AlreadyHeld(NablaError):
     def __init__(self, name: str, url: URL) -> None:
         super().__init__(f"Another process runs {name} on {url.render_as_string(hide_password=True)}.")
+
+
+class LockLost(NablaError):
+    def __init__(self, name: str, url: URL) -> None:
+        where = url.render_as_string(hide_password=True)
+        super().__init__(f"The session by which this process alone runs {name} on {where} is gone.")
 
 
 class SoleWriter:
@@ -39,7 +46,7 @@ class SoleWriter:
 
         Raises:
             AlreadyHeld: another process has it.
-            DBAPIError: the session that held it is gone, and the lock with it.
+            LockLost: the session that held it is gone; another process may have it by now.
         """
         if self._url.get_backend_name() == "sqlite":
             await self._hold_file()
@@ -68,5 +75,9 @@ class SoleWriter:
                 while True:
                     await asyncio.sleep(PULSE_S)
                     await session.execute(text("SELECT 1"))
+        except DBAPIError as error:
+            if self.held.is_set():
+                raise LockLost(self._name, self._url) from error
+            raise
         finally:
             await engine.dispose()

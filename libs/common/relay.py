@@ -3,6 +3,7 @@
 What this process commits reaches the relay through memory, so that a message leaves at once; the table is read at
 the start, after a failure, and now and then, for whatever memory does not have. Rows are marked as published a
 little later and together: a crash in between publishes them again under the same id, which JetStream stores once.
+A row that is committed just when the table is read may go twice, too, from there and from memory.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import nats.errors
 import nats.js.errors
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 
 from libs.common.bus import Bus
 from libs.common.clock import Clock, to_us, utc_now
@@ -43,8 +44,10 @@ class Relay:
         self._bus = bus
         self._clock = clock
         self._unmarked: list[str] = []
+        # When JetStream last said that it has a message; None until it did so to this process.
+        self._stored_us: int | None = None
         self._distrust = True
-        bus.on_reconnect(self._lose_trust)
+        bus.on_disconnect(self._lose_trust)
 
     async def run(self) -> None:
         """Publishes until cancelled."""
@@ -56,8 +59,6 @@ class Relay:
                     await self._unmark_recent()
                     read_table = True
                 if read_table:
-                    # The table has it all; while the bus is away, memory would only grow.
-                    self._store.committed.clear()
                     await self._publish_table()
                 await self._publish_committed()
                 read_table = not await self._wait_for_more()
@@ -69,7 +70,11 @@ class Relay:
 
     async def _publish_table(self) -> None:
         await self.mark()
-        while await self.publish_batch():
+        while not self._distrust:
+            # The table has it all; in a long outage, or behind many rows, memory would only grow.
+            self._store.committed.clear()
+            if not await self.publish_batch():
+                return
             await self.mark()
 
     async def publish_batch(self) -> int:
@@ -83,7 +88,7 @@ class Relay:
 
     async def _publish_committed(self) -> None:
         committed = self._store.committed
-        while committed:
+        while committed and not self._distrust:
             await self._publish([committed.popleft() for _ in range(min(BATCH, len(committed)))])
 
     async def _publish(self, rows: list[dict[str, Any]]) -> None:
@@ -91,7 +96,10 @@ class Relay:
             return
         outcomes = await asyncio.gather(*map(self._publish_row, rows), return_exceptions=True)
         crash_point(f"{self._store.source}.after_publish")
-        self._unmarked += [row["id"] for row, failure in zip(rows, outcomes, strict=True) if failure is None]
+        stored = [row["id"] for row, failure in zip(rows, outcomes, strict=True) if failure is None]
+        if stored:
+            self._stored_us = to_us(self._clock())
+        self._unmarked += stored
         for failure in outcomes:
             if failure is not None:
                 raise failure
@@ -112,14 +120,20 @@ class Relay:
             await unit.execute(done.values(published_us=to_us(self._clock())))
 
     async def _unmark_recent(self) -> None:
-        """Publishes the last minutes again: a NATS that stopped uncleanly may have forgotten them."""
+        """Publishes the last minutes again: a NATS that stopped uncleanly may have forgotten them.
+
+        The last minutes in which it took something, that is: how long it was away since then does not matter.
+        """
         # What was published and is not marked yet is as doubtful, and the table has it as unpublished.
         self._unmarked.clear()
         self._distrust = False
         outbox = self._store.skeleton.outbox
         try:
             async with self._store.begin() as unit:
-                recent = update(outbox).where(outbox.c.published_us > to_us(self._clock()) - DISTRUST_US)
+                stored_us = self._stored_us
+                if stored_us is None:
+                    stored_us = (await unit.execute(select(func.max(outbox.c.published_us)))).scalar() or 0
+                recent = update(outbox).where(outbox.c.published_us > stored_us - DISTRUST_US)
                 await unit.execute(recent.values(published_us=None))
         except BaseException:
             self._distrust = True

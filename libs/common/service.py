@@ -6,7 +6,6 @@ Every service's `app.build` returns one of these; nothing else differs between t
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -22,7 +21,6 @@ from libs.common.contracts.envelope import Envelope
 from libs.common.contracts.message import Message
 from libs.common.contracts.messages import GetService, ServiceStatus
 from libs.common.contracts.subjects import DEAD_LETTERS, dead_letter_subject
-from libs.common.errors import DiskFull
 from libs.common.inbox import Inbox
 from libs.common.migrations import migrate
 from libs.common.probes import Probes
@@ -30,14 +28,14 @@ from libs.common.provision import provision_consumers
 from libs.common.relay import Relay
 from libs.common.routing import Route, Routes, Rule
 from libs.common.settings import Settings
-from libs.common.store import Store
+from libs.common.store import Store, is_outage
 from libs.common.upkeep import Upkeep
 from libs.common.version import VERSION
 from libs.common.watchdog import Watchdog
 
 STATUS_RULE = Rule(role="viewer", scope="read", services=frozenset({"gateway"}))
 CONSUMER_CHECK_S = 10.0
-DISK_FULL_PAUSE_S = 5.0
+OUTAGE_PAUSE_S = 5.0
 
 log = logging.getLogger(__name__)
 Loop = Callable[[], Awaitable[None]]
@@ -49,7 +47,7 @@ class Service:
 
     Args:
         loops: endless coroutines of the service's own, such as reconciliation; one that raises ends the process,
-            but for DiskFull, after which it begins again.
+            unless its database is away, busy or full: then it begins again.
         describe: ready or not, and why, for people.
         further: inboxes of databases beside the first, by the name that routes give. Their writers never wait for
             each other. Name `runs` has its tables in `store/runs.py` and its chain in `migrations/runs/`.
@@ -68,6 +66,8 @@ class Service:
     before_start: Loop | None = None
     _started: float = field(default_factory=time.monotonic)
     _dead_letters: int = 0
+    # What the bus lacks of what this service listens to.
+    _unheard: str = ""
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -76,7 +76,7 @@ class Service:
         if self.before_start:
             await self.before_start()
         self.bus.serve(with_status(self.routes, self._status), self.inbox, self.further)
-        probes = Probes(self.name, self.settings, lambda: self.bus.connected and self.describe()[0])
+        probes = Probes(self.name, self.settings, lambda: self.bus.connected and self._condition()[0])
         await probes.start()
         tasks: list[asyncio.Task[None]] = []
         try:
@@ -119,9 +119,17 @@ class Service:
         """Makes a consumer that somebody deleted again: its subscription would wait for ever and say nothing."""
         while True:
             await asyncio.sleep(CONSUMER_CHECK_S)
-            with contextlib.suppress(nats.errors.Error, nats.js.errors.Error, TimeoutError):
+            try:
                 await provision_consumers(self.bus.jetstream, self.routes)
                 self._dead_letters = await self._count_dead_letters()
+            except (nats.errors.Error, nats.js.errors.Error) as error:
+                log.warning("consumers could not be checked", extra={"reason": repr(error)})
+                self._unheard = f"the bus does not have its streams: {error}"
+            else:
+                self._unheard = ""
+
+    def _condition(self) -> tuple[bool, str]:
+        return (False, self._unheard) if self._unheard else self.describe()
 
     async def _count_dead_letters(self) -> int:
         subject = dead_letter_subject(self.name)
@@ -129,7 +137,7 @@ class Service:
         return (info.state.subjects or {}).get(subject, 0)
 
     async def _status(self, _message: Message, _view: Any, _call: Envelope) -> ServiceStatus:
-        ready, detail = self.describe()
+        ready, detail = self._condition()
         return ServiceStatus(
             name=self.name,
             version=VERSION,
@@ -157,10 +165,12 @@ async def _coroutine(loop: Loop) -> None:
     while True:
         try:
             await loop()
-        except DiskFull as error:
-            # A process that starts again would not get further, and this one can still read and answer.
-            log.warning("a loop waits for space on the disk", extra={"reason": str(error)})
-            await asyncio.sleep(DISK_FULL_PAUSE_S)
+        except Exception as error:
+            if not is_outage(error):
+                raise
+            # A process that starts again would not get further, and this one can still answer.
+            log.warning("a loop waits for the database", extra={"reason": repr(error)})
+            await asyncio.sleep(OUTAGE_PAUSE_S)
         else:
             return
 

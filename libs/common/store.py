@@ -32,7 +32,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as NoFreeConnection
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlmodel import SQLModel
 from sqlmodel.ext.asyncio.session import AsyncSession
@@ -279,7 +280,7 @@ class Store(Generic[U]):
             try:
                 async with self.begin() as unit:
                     return await work(unit)
-            except (StaleRevision, OperationalError, DBAPIError) as error:
+            except (StaleRevision, DBAPIError) as error:
                 if attempt == MAX_TRIES or not is_transient(error):
                     raise
                 await asyncio.sleep(random.uniform(0.005, 0.02) * 2**attempt)
@@ -307,7 +308,7 @@ class Store(Generic[U]):
 
 def is_transient(error: BaseException) -> bool:
     """Whether repeating the whole unit of work may help: a lock, a lost connection, a serialization failure."""
-    if isinstance(error, StaleRevision):
+    if isinstance(error, StaleRevision | NoFreeConnection):
         return True
     if not isinstance(error, DBAPIError):
         return False
@@ -315,6 +316,13 @@ def is_transient(error: BaseException) -> bool:
         return True
     state = _sqlstate(error)
     return error.connection_invalidated or (state != DISK_FULL and state.startswith(_POSTGRES_PASSING))
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether the database itself is away, busy or full: no matter what was asked of it, it has to be waited for."""
+    if isinstance(error, StaleRevision):
+        return False
+    return isinstance(error, ConnectionError) or is_transient(error) or is_disk_full(error)
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -27,6 +27,7 @@ class Watchdog:
         lag_s: how long the loop may go without a turn.
         away_s: how long NATS may be away.
         look_s: the pause between two looks.
+        now: seconds that only grow.
     """
 
     def __init__(
@@ -36,13 +37,15 @@ class Watchdog:
         lag_s: float = LOOP_LAG_S,
         away_s: float = DISCONNECTED_S,
         look_s: float = 1.0,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._connected = connected
         self._lag_s = lag_s
         self._away_s = away_s
         self._look_s = look_s
-        self._beat = time.monotonic()
-        self._seen_connected = time.monotonic()
+        self._now = now
+        self._beat = now()
+        self._seen_connected = now()
         self._stopped = threading.Event()
 
     async def run(self) -> None:
@@ -51,7 +54,7 @@ class Watchdog:
         thread.start()
         try:
             while True:
-                self._beat = time.monotonic()
+                self._beat = self._now()
                 if self._connected():
                     self._seen_connected = self._beat
                 await asyncio.sleep(self._look_s)
@@ -60,7 +63,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._look_s):
-            now = time.monotonic()
+            now = self._now()
             if now - self._beat > self._lag_s:
                 self._end(f"the event loop has not run for {self._lag_s:g} s")
             if now - self._seen_connected > self._away_s:

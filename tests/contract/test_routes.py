@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 import pytest
 
 from infra.local.nats import all_grants, events_of
 from libs.common.contracts.message import Kind, Message
 from libs.common.contracts.messages import MESSAGES
 from libs.common.contracts.subjects import filter_for
+from libs.common.provision import consumers
 from libs.common.routing import INTERNAL, routes_of
 from services import SERVICES
 
@@ -51,6 +54,36 @@ def test_only_the_owner_of_an_event_may_publish_it() -> None:
         if message.ROUTE.kind is Kind.EVENT:
             allowed = {grant.user for grant in all_grants() if filter_for(message) in grant.publish}
             assert allowed == {message.ROUTE.owner}
+
+
+# By these a consumer is made, changed, deleted and acknowledged for, in both forms of an acknowledgement.
+MEDDLING = (
+    "$JS.API.CONSUMER.CREATE.{0}.{1}",
+    "$JS.API.CONSUMER.CREATE.{0}.{1}.nabla.evt.t1.job.queued.v1",
+    "$JS.API.CONSUMER.DURABLE.CREATE.{0}.{1}",
+    "$JS.API.CONSUMER.DELETE.{0}.{1}",
+    "$JS.ACK.{0}.{1}.1.2.3.4.5",
+    "$JS.ACK._.hash.{0}.{1}.1.2.3.4.5",
+)
+
+
+@pytest.mark.parametrize("other", SERVICES)
+def test_nobody_may_change_delete_or_acknowledge_for_the_consumer_of_another(other: str) -> None:
+    theirs = {form.format(each.stream, other) for each in consumers(ALL[other]) for form in MEDDLING}
+    for grant in all_grants():
+        if grant.user not in (other, "provisioner"):
+            allowed = [right for right in grant.publish for subject in theirs if covers(right, subject)]
+            assert allowed == [], f"{grant.user} could meddle with the consumer of {other}"
+
+
+def covers(right: str, subject: str) -> bool:
+    """Whether `right`, with its wildcards, allows the subject."""
+    for mine, asked in zip_longest(right.split("."), subject.split(".")):
+        if mine == ">":
+            return asked is not None
+        if asked is None or mine not in ("*", asked):
+            return False
+    return True
 
 
 def test_nobody_but_the_provisioner_may_change_streams() -> None:

@@ -83,16 +83,16 @@ class RegistryProcess:
             assert self.process
             if self.process.poll() is None:
                 try:
-                    found.append(await asker.ask(asked, m.Principal, GATEWAY, timeout_s=1))
+                    found.append(await asker.ask(asked, m.Principal, GATEWAY, timeout_s=2))
                 except Unavailable:
                     return False
             return True
 
-        await until(answers, 30)
+        await until(answers)
         return found[0]
 
 
-async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 20.0) -> None:
+async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 60.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not await condition():
             await asyncio.sleep(0.03)

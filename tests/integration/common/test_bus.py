@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
+import nats
+import nats.js.errors
 import pytest
+from nats.js import JetStreamContext
 from sqlalchemy import func
 from sqlalchemy.orm import registry
 from sqlmodel import Field, SQLModel, select
 
-from infra.local.nats import Grant, grant_for
+from infra.local.nats import PROVISIONER, Grant, grant_for
+from libs.common import service as service_module
 from libs.common.bus import Bus
 from libs.common.clock import utc_now
 from libs.common.contracts.envelope import Envelope
 from libs.common.contracts.messages import (
     CreateProject,
     GetProject,
+    GetService,
     HaltJob,
     JobQueued,
     Principal,
     Project,
     ProjectCreated,
+    ServiceStatus,
 )
 from libs.common.errors import Conflict, Forbidden, NotFound, Refusal, Unavailable
 from libs.common.inbox import Inbox
@@ -37,6 +46,7 @@ from tests.support.nats import NatsServer, running_nats
 pytestmark = pytest.mark.integration
 
 ADA = Principal(kind="user", id="u1", team_id="t1", role="member")
+ASKING = Principal(kind="service", id="gateway")
 
 
 class Base(SQLModel, registry=registry()):
@@ -102,7 +112,7 @@ ASKER = Routes("gateway", (), sends=(CreateProject, GetProject, JobQueued, HaltJ
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[NatsServer]:
     # The command's subject names its owner, the scheduler; this suite only borrows the message.
-    extra = Grant("gateway", publish=("nabla.cmd.registry.>",))
+    extra = Grant("gateway", publish=("nabla.cmd.registry.>", "nabla.qry.*.service.get.v1"))
     with running_nats(tmp_path / "nats", [grant_for(ROUTES), grant_for(ASKER), extra]) as server:
         yield server
 
@@ -145,7 +155,7 @@ async def seen(service: Service, name: str) -> int:
         return thing.seen if thing else 0
 
 
-async def until(condition: Any, timeout_s: float = 20.0) -> None:
+async def until(condition: Any, timeout_s: float = 60.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not await condition():
             await asyncio.sleep(0.02)
@@ -281,6 +291,80 @@ async def test_a_restart_of_the_bus_loses_nothing(asker: Bus, service: Service, 
     await until(back, 30)
     await until(lambda: _is(service, "before", 1), 60)
     await until(lambda: _is(service, "after", 1), 60)
+
+
+@pytest.mark.usefixtures("service")
+async def test_what_the_bus_forgot_in_an_unclean_stop_is_published_again(asker: Bus, server: NatsServer) -> None:
+    async def stored() -> int:
+        connection = await nats.connect(server.url, nkeys_seed_str=server.seed(PROVISIONER))
+        try:
+            return (await connection.jetstream(timeout=5).stream_info("EVT")).state.messages
+        except nats.js.errors.Error:
+            return 0
+        finally:
+            await connection.close()
+
+    async def has_it() -> bool:
+        return await stored() == 1
+
+    await asker.ask(CreateProject(name="digits"), Project, ADA, key="k1")
+    await until(has_it)
+    server.kill()
+    shutil.rmtree(server.folder / "store")
+    server.start()
+    assert await stored() == 0
+    await server.provision()
+    await until(has_it)
+
+
+@pytest.fixture
+async def provisioner(server: NatsServer) -> AsyncIterator[JetStreamContext]:
+    connection = await nats.connect(server.url, nkeys_seed_str=server.seed(PROVISIONER))
+    yield connection.jetstream(timeout=5)
+    await connection.close()
+
+
+@pytest.fixture
+def _often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "CONSUMER_CHECK_S", 0.1)
+
+
+@pytest.mark.usefixtures("_often")
+async def test_a_consumer_that_was_deleted_is_made_again(
+    asker: Bus, service: Service, provisioner: JetStreamContext
+) -> None:
+    await tell(asker, "before", "b1")
+    await until(lambda: _is(service, "before", 1))
+    await provisioner.delete_consumer("CMD", "registry")
+    await tell(asker, "after", "a1")
+    await until(lambda: _is(service, "after", 1))
+
+
+@pytest.mark.usefixtures("_often")
+async def test_without_its_streams_a_service_is_not_ready_and_says_why(
+    asker: Bus, service: Service, provisioner: JetStreamContext, server: NatsServer, tmp_path: Path
+) -> None:
+    async def ready() -> bool:
+        return await asyncio.to_thread(_ready, tmp_path)
+
+    async def not_ready() -> bool:
+        return not await ready()
+
+    await until(ready)
+    await provisioner.delete_stream("CMD")
+    await until(not_ready)
+    told = await asker.ask(GetService(), ServiceStatus, ASKING, service="registry")
+    assert not told.ready
+    assert "stream not found" in told.detail
+    await server.provision()
+    await until(ready)
+    await tell(asker, "after", "a1")
+    await until(lambda: _is(service, "after", 1))
+
+
+def _ready(home: Path) -> bool:
+    address = json.loads((home / "run" / "registry.json").read_text())["metrics"].replace("/metrics", "/readyz")
+    return httpx.get(address, timeout=10).status_code == 200
 
 
 async def test_a_service_may_not_publish_what_is_not_its_own(asker: Bus) -> None:

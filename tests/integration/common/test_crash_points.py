@@ -174,7 +174,7 @@ async def test_a_death_at_any_point_leaves_one_effect_and_every_event(
     jobs: dict[str, str] = {}
 
     async def ask(name: str) -> None:
-        answers[name] = await asker.ask(m.CreateProject(name=name), m.Project, ada, key=f"key-{name}", timeout_s=2)
+        answers[name] = await asker.ask(m.CreateProject(name=name), m.Project, ada, key=f"key-{name}", timeout_s=30)
 
     for number in range(MOST_REQUESTS):
         if process.poll() is not None:

@@ -104,7 +104,7 @@ async def test_a_service_starts_on_a_full_disk_answers_what_it_can_and_waits(
 
 
 async def create(asker: Bus, ada: m.Principal, name: str) -> m.Project:
-    return await asker.ask(m.CreateProject(name=name), m.Project, ada, key=f"key-{name}")
+    return await asker.ask(m.CreateProject(name=name), m.Project, ada, key=f"key-{name}", timeout_s=30)
 
 
 async def said_in_log(registry: RegistryProcess, words: str) -> bool:

@@ -114,17 +114,20 @@ async def test_other_errors_are_not_repeated(store: LedgerStore) -> None:
 async def test_a_locked_database_is_waited_for(store: LedgerStore, database_url: str) -> None:
     await keep(store, "n")
     is_sqlite = database_url.startswith("sqlite")
-    held, tries = asyncio.Event(), 0
+    held, tried, tries = asyncio.Event(), asyncio.Event(), 0
 
     async def hold(rival: LedgerStore) -> None:
         async with rival.begin() as unit:
             await read_modify_write(unit)
             held.set()
-            await asyncio.sleep(0.1)
+            await tried.wait()
 
     async def impatient(unit: UnitOfWork) -> None:
         nonlocal tries
         tries += 1
+        if tries == 2:
+            tried.set()
+            await holding
         if not is_sqlite:
             await unit.execute(text("SET LOCAL lock_timeout = '10ms'"))
         await read_modify_write(unit)
@@ -137,7 +140,7 @@ async def test_a_locked_database_is_waited_for(store: LedgerStore, database_url:
         await held.wait()
         await store.run(impatient)
         await holding
-    assert tries > 1
+    assert tries == 2
     assert await count(store, "n") == 2
 
 

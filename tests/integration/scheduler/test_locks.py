@@ -22,14 +22,14 @@ async def test_a_second_writer_is_turned_away_until_the_first_is_gone(database_u
     url = async_url(database_url)
     first, second = SoleWriter(url, "scheduler"), SoleWriter(url, "scheduler")
     holding = asyncio.create_task(first.run())
-    await asyncio.wait_for(first.held.wait(), 5)
+    await asyncio.wait_for(first.held.wait(), 60)
     with pytest.raises(AlreadyHeld, match="Another process runs scheduler"):
         await second.run()
     holding.cancel()
     with suppress(asyncio.CancelledError):
         await holding
     again = asyncio.create_task(second.run())
-    await asyncio.wait_for(second.held.wait(), 5)
+    await asyncio.wait_for(second.held.wait(), 60)
     again.cancel()
     with suppress(asyncio.CancelledError):
         await again

@@ -139,14 +139,13 @@ async def test_an_older_inventory_does_not_replace_a_newer(world):
 
 async def test_the_loop_places_as_soon_as_a_job_is_committed(world):
     await world.report_nodes(node())
-    loop = asyncio.create_task(world.placer.run())
+    # It would not look by itself for ten minutes.
+    loop = asyncio.create_task(placer.Placer(world.store, silent_s=1e6, pass_s=600, clock=lambda: world.now).run())
     await asyncio.sleep(0.05)
     job_id = await world.submit()
-    for _ in range(200):
-        if (await world.job(job_id)).state == "starting":
-            break
-        await asyncio.sleep(0.01)
-    assert (await world.job(job_id)).state == "starting"
+    async with asyncio.timeout(60):
+        while (await world.job(job_id)).state != "starting":
+            await asyncio.sleep(0.01)
     loop.cancel()
     with suppress(asyncio.CancelledError):
         await loop

@@ -8,7 +8,9 @@ from typing import Any, cast
 
 import nats.errors
 import pytest
+from nats.js.errors import APIError, NoStreamResponseError
 from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import TimeoutError as NoFreeConnection
 
 from libs.common import bus as bus_module
 from libs.common.bus import LONGEST_DELAY_S, MAX_DELIVERIES, OUTAGE_DELAY_S, Bus
@@ -42,6 +44,7 @@ OUTAGES = {
     "starting": of_database(_Postgres("57P03")),
     "lock": of_database(_Postgres("55P03")),
     "gone": ConnectionRefusedError(),
+    "no free connection": NoFreeConnection(),
 }
 PASSING = {
     "unavailable": Unavailable("not_yet", "Not yet."),
@@ -66,12 +69,14 @@ class Raw:
     headers: dict[str, str] = field(default_factory=lambda: {"ce-id": "ev1", "ce-type": "job.halt.v1"})
     subject: str = "nabla.cmd.registry.0.job.halt.v1"
     data: bytes = b"{}"
+    stream: str = "CMD"
     delays: list[float] = field(default_factory=list)
     ended: bool = False
 
     @property
     def metadata(self) -> Any:
-        return SimpleNamespace(num_delivered=self.deliveries, sequence=SimpleNamespace(stream=7))
+        sequence = SimpleNamespace(stream=7)
+        return SimpleNamespace(num_delivered=self.deliveries, stream=self.stream, sequence=sequence)
 
     async def nak(self, delay: float) -> None:
         self.delays.append(delay)
@@ -84,16 +89,23 @@ class Raw:
 class Letters:
     service: str = "registry"
     kept: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
+    refusal: Exception | None = None
 
     async def publish_stored(self, stream: str, subject: str, headers: dict[str, str], _body: bytes) -> None:
+        if self.refusal:
+            raise self.refusal
         self.kept.append((stream, subject, headers))
 
 
 async def put_off(error: Exception, deliveries: int) -> tuple[Raw, Letters]:
     raw, letters = Raw(deliveries), Letters()
+    await receive(raw, letters, error)
+    return raw, letters
+
+
+async def receive(raw: Raw, letters: Letters, error: Exception) -> None:
     receiver = bus_module._Receiver(cast("Bus", letters), Routes("registry", ()), {})
     await receiver._put_off(cast("Any", raw), error)
-    return raw, letters
 
 
 @pytest.mark.parametrize("name", OUTAGES)
@@ -125,6 +137,27 @@ async def test_what_will_not_pass_goes_to_the_dead_letters_at_once(name: str) ->
     assert headers["nabla-original-subject"] == raw.subject
     assert not {"\r", "\n"} & set(headers["nabla-error"])
     assert "0123456789abcdef" not in headers["nabla-error"]
+
+
+@pytest.mark.parametrize("refusal", [nats.errors.TimeoutError(), NoStreamResponseError(), APIError(code=503)])
+async def test_a_message_is_not_ended_before_the_dead_letters_have_it(refusal: Exception) -> None:
+    raw = Raw(1)
+    await receive(raw, Letters(refusal=refusal), LASTING["bug"])
+    assert not raw.ended
+    letters = Letters()
+    await receive(raw, letters, LASTING["bug"])
+    assert (raw.ended, len(letters.kept)) == (True, 1)
+
+
+async def test_messages_without_an_id_are_told_apart_by_their_place_in_their_stream() -> None:
+    letters = Letters()
+    for stream in ("EVT", "CMD", "CMD"):
+        await receive(Raw(1, headers={}, stream=stream), letters, LASTING["malformed"])
+    assert [headers["Nats-Msg-Id"] for _, _, headers in letters.kept] == [
+        "registry-EVT-7",
+        "registry-CMD-7",
+        "registry-CMD-7",
+    ]
 
 
 @pytest.mark.parametrize("name", [*OUTAGES, "stale"])
