@@ -33,6 +33,8 @@ class Cluster:
         self.job = Job(id="js1", team_id=TEAM, state="running", revision=1)
         self.complete = False
         self.silent = False
+        # An answer has room for so many lines, however many were asked for.
+        self.room = 10_000
         self.hints = FakeHints()
         owners = FakeOwners({GetJob: self._job, GetLog: self._log})
         self.owners = owners
@@ -49,7 +51,9 @@ class Cluster:
         after = question.after
         found = self.lines[after:] if after < 0 else [line for line in self.lines if line.sequence > after]
         last = self.lines[-1].sequence if self.lines else 0
-        return LogPage(lines=tuple(found[: question.limit]), complete=self.complete, last_sequence=last)
+        lines = tuple(found[: min(question.limit, self.room)])
+        whole = self.complete and (not lines or lines[-1].sequence == last)
+        return LogPage(lines=lines, complete=whole, last_sequence=last)
 
     def write(self, count: int, *, heard: bool) -> None:
         start = len(self.lines)
@@ -160,6 +164,15 @@ async def test_a_negative_start_gives_the_last_lines_and_what_follows() -> None:
     cluster.write(2, heard=True)
     cluster.end(heard=True)
     assert sequences(await asyncio.wait_for(following, 2)) == [8, 9, 10, 11, 12]
+
+
+@pytest.mark.parametrize(("count", "room"), [(30, 7), (2500, 10_000), (5000, 300)])
+async def test_a_tail_that_does_not_fit_one_answer_comes_whole(count: int, room: int) -> None:
+    cluster = Cluster()
+    cluster.room = room
+    cluster.write(5000, heard=False)
+    cluster.end(heard=False)
+    assert sequences(await cluster.follow(after=-count)) == list(range(5001 - count, 5001))
 
 
 async def test_a_burst_larger_than_the_queue_is_read_from_the_log() -> None:
