@@ -37,6 +37,7 @@ from libs.common.contracts.messages import (
     RegisterModel,
     RestoreProject,
     RevokeToken,
+    SignOut,
     UpdateProject,
 )
 from libs.common.routing import GATEWAY_ONLY, INTERNAL, Handler, Route, Routes, Rule
@@ -76,6 +77,7 @@ def routes() -> Routes:
             Route(ListTokens, accounts.list_tokens, READ_TOKENS),
             _write(CreateSignIn, accounts.create_sign_in, SIGN_IN),
             _write(RedeemSignIn, accounts.redeem_sign_in, GATEWAY_ONLY),
+            _write(SignOut, accounts.sign_out, GATEWAY_ONLY),
             _write(CreateProject, projects.create_project, WRITE),
             _write(UpdateProject, projects.update_project, WRITE),
             _write(ArchiveProject, projects.archive_project, WRITE),

@@ -15,11 +15,13 @@ from libs.common.contracts.messages import (
     JobPage,
     ListJobs,
     ListProjects,
+    Principal,
     ProjectPage,
     RedeemSignIn,
+    SignOut,
     Token,
 )
-from libs.common.errors import NotFound, Unavailable
+from libs.common.errors import NotFound, Unauthenticated, Unavailable
 from libs.common.ids import secret_hash
 from services.gateway.http.parts import COOKIE, principal_of
 from services.gateway.web.pages import visitor_of
@@ -185,6 +187,35 @@ async def test_only_our_own_page_signs_a_browser_out(client: httpx.AsyncClient) 
     answer = await client.post("/sign-out", headers=OWN)
     assert answer.status_code == 303
     assert COOKIE in answer.headers["set-cookie"]
+
+
+async def test_signing_out_ends_the_session_and_not_only_its_cookie(client: httpx.AsyncClient, world: World) -> None:
+    world.owners.answers |= {ListJobs: lambda _: JobPage(), SignOut: lambda _: Token(id="tk1")}
+    cookie = {"cookie": f"{COOKIE}={MEMBER_TOKEN}"}
+    assert (await client.get("/api/v1/jobs", headers=OWN | cookie)).status_code == 200
+
+    def over(_: AuthenticateToken) -> Principal:
+        raise Unauthenticated("token_not_valid", "Over.", "Sign in.")
+
+    world.owners.answers[AuthenticateToken] = over
+    answer = await client.post("/sign-out", headers=OWN | cookie)
+    assert (answer.status_code, answer.headers["location"]) == (303, "/sign-in")
+    assert world.owners.of(SignOut) == [SignOut(token_hash=secret_hash(MEMBER_TOKEN))]
+    assert (await client.get("/api/v1/jobs", headers=OWN | cookie)).status_code == 401
+
+
+async def test_a_session_that_cannot_be_ended_now_keeps_its_cookie(client: httpx.AsyncClient, world: World) -> None:
+    headers = OWN | {"cookie": f"{COOKIE}={MEMBER_TOKEN}"}
+    answer = await client.post("/sign-out", headers=headers)
+    assert answer.status_code == 503
+    assert "set-cookie" not in answer.headers
+
+    def over(_: SignOut) -> Token:
+        raise Unauthenticated("token_not_valid", "Over already.", "")
+
+    world.owners.answers[SignOut] = over
+    answer = await client.post("/sign-out", headers=headers)
+    assert (answer.status_code, COOKIE in answer.headers["set-cookie"]) == (303, True)
 
 
 async def test_a_silent_registry_is_a_problem_worth_repeating(client: httpx.AsyncClient, world: World) -> None:
