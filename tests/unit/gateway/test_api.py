@@ -18,9 +18,7 @@ from libs.common.contracts.messages import (
     Execution,
     ExecutionRunning,
     FilePage,
-    Fileset,
     FilesetGrant,
-    GetFileset,
     GetJob,
     GetLog,
     GetModelVersion,
@@ -306,25 +304,16 @@ async def test_links_to_files_are_made_for_another_origin_than_the_interface(
     assert world.owners.of(OpenFileset)[0].endpoint == endpoint
 
 
-@pytest.mark.parametrize(
-    ("state", "kind", "expected"),
-    [
-        ("sealed", "model", 201),
-        ("sealed", "artifacts", 201),
-        ("open", "model", 409),
-        ("sealed", "workspace", 422),
-    ],
-)
-async def test_only_a_sealed_file_set_becomes_a_model(
-    client: httpx.AsyncClient, world: World, state: str, kind: str, expected: int
+async def test_a_model_is_registered_with_what_its_owner_looks_up_itself(
+    client: httpx.AsyncClient, world: World
 ) -> None:
-    files = Fileset(id="fs1", state=state, kind=kind, size_bytes=7, digest="d")
-    world.owners.answers |= {GetFileset: lambda _: files, RegisterModel: lambda _: ModelVersion(version=1)}
+    world.owners.answers[RegisterModel] = lambda _: ModelVersion(version=1)
     body = {"project_id": "digits", "fileset_id": "fs1", "framework": "sklearn"}
-    answer = await client.post("/api/v1/models/digits/versions", json=body, headers=BEARER)
-    assert answer.status_code == expected
-    for message in world.owners.of(RegisterModel):
-        assert (message.size_bytes, message.digest, message.project_id) == (7, "d", "pr1")
+    assert (await client.post("/api/v1/models/digits/versions", json=body, headers=BEARER)).status_code == 201
+    [message] = world.owners.of(RegisterModel)
+    assert message == RegisterModel(name="digits", project_id="pr1", fileset_id="fs1", framework="sklearn")
+    answer = await client.post("/api/v1/models/digits/versions", json=body | {"size_bytes": 5}, headers=BEARER)
+    assert problem(answer)[0] == 422
 
 
 @pytest.mark.parametrize(("model", "version"), [("digits", 0), ("digits:3", 3)])

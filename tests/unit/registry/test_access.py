@@ -137,6 +137,9 @@ async def test_objects_of_another_team_are_not_found_on_any_route(
     token = await catalogue.ask(m.CreateToken(token_hash=secret_hash("x")), owner, m.Token)
     about = messages_about(project, model, job, token)
     assert {message.ROUTE.name for message in about} | NAMELESS == set(ACCESS)
+    for message in about:
+        if isinstance(message, m.RegisterModel):
+            catalogue.outside.upload(message, owner)
     foreign_job = job_in(project.model_copy(update={"id": new_id("project"), "team_id": stranger.team_id}))
     for message in about:
         name = message.ROUTE.name
