@@ -346,6 +346,11 @@ class Logs:
         rows = (await self._session.exec(ended)).all()
         return [*rows, *(await self._session.exec(heavy)).all()]
 
+    async def live(self, after_id: str, limit: int) -> Sequence[LogRow]:
+        """Logs whose job has not ended as far as we know, in the order of their ids."""
+        query = select(LogRow).where(col(LogRow.state) == LIVE, col(LogRow.id) > after_id)
+        return (await self._session.exec(query.order_by(col(LogRow.id)).limit(limit))).all()
+
     async def live_chunks(self) -> int:
         return (await self._session.exec(select(func.count()).select_from(ChunkRow))).one()
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from libs.common.contracts.messages import JobCancelled, JobFailed, JobStarting, JobSucceeded, LogFrame, LogPage
-from libs.common.errors import Invalid
+from libs.common.errors import Invalid, Unavailable
 from services.storage.domain.logs import LOG, MAX_LINE_BYTES, clipped, nothing_awaited, packed_blocks, unpacked_block
 from services.storage.store import LogRow
 from tests.unit.storage.world import ATTEMPT, STRANGER, World, frame, job, running_world
@@ -120,6 +120,36 @@ async def test_the_log_is_sealed_when_the_job_ended_and_the_last_frame_came(worl
     await world.keeper.keep_logs()
     assert await texts(world) == ["a", "b"]
     assert len(await world.events()) == 1
+
+
+@pytest.mark.parametrize("state", ["succeeded", "failed", "cancelled", "timed_out"])
+async def test_the_log_of_a_job_whose_end_was_never_heard_is_sealed_all_the_same(world: World, state: str) -> None:
+    await world.deliver(frame(0, "a", last=True))
+    world.jobs.known["js1"] = job(2, 1).model_copy(update={"state": "running"})
+    await world.check.check()
+    assert not (await world.page()).complete
+    world.jobs.known["js1"] = job(3, 1).model_copy(update={"state": state})
+    await world.check.check()
+    await world.check.check()
+    assert (await world.page()).complete
+    await world.keeper.keep_logs()
+    assert await world.events() == ["nabla.evt.t1.log.sealed.v1"]
+
+
+async def test_every_live_log_is_checked_in_its_turn_though_the_scheduler_was_silent(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.storage.loops.ROWS_A_PASS", 2)
+    ids = [f"js{number}" for number in range(5)]
+    for job_id in ids:
+        await world.deliver(frame(0, "a", job_id=job_id))
+    world.jobs.silent = True
+    with pytest.raises(Unavailable):
+        await world.check.check()
+    world.jobs.silent = False
+    for _ in range(6):
+        await world.check.check()
+    assert world.jobs.asked == ids * 2
 
 
 async def test_a_job_that_never_started_has_an_empty_whole_log(world: World) -> None:
