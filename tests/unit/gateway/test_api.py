@@ -18,6 +18,7 @@ from libs.common.contracts.messages import (
     Execution,
     ExecutionRunning,
     FilePage,
+    Fileset,
     FilesetGrant,
     GetJob,
     GetLog,
@@ -296,7 +297,8 @@ async def test_a_sign_in_link_leads_to_the_interface_by_the_port_in_use(
 async def test_links_to_files_are_made_for_another_origin_than_the_interface(
     client: httpx.AsyncClient, world: World, host: str, endpoint: str
 ) -> None:
-    world.owners.answers |= {ListFiles: lambda _: FilePage(), OpenFileset: lambda _: FilesetGrant()}
+    files = FilePage(fileset=Fileset(id="fs1"))
+    world.owners.answers |= {ListFiles: lambda _: files, OpenFileset: lambda _: FilesetGrant()}
     headers = BEARER | {"host": host}
     await client.get("/api/v1/jobs/js1/artifacts", headers=headers)
     await client.post("/api/v1/filesets", json=DIGEST, headers=headers)
@@ -382,6 +384,20 @@ async def test_a_finished_jobs_stream_has_its_state_every_line_and_an_end(
     ]
     assert json.loads(events[1]["data"])["text"] == "2\nb"
     assert answer.headers["cache-control"] == "no-store"
+
+
+@pytest.mark.parametrize("part", ["logs", "artifacts"])
+async def test_what_a_job_left_is_empty_for_a_new_job_and_not_found_for_a_mistyped_one(
+    client: httpx.AsyncClient, world: World, part: str
+) -> None:
+    def known(question: GetJob) -> JobDetail:
+        if question.job_id != "js1":
+            raise NotFound("job_not_found", "There is no such job.", "Look at `nabla jobs list`.")
+        return JobDetail(job=Job(id="js1"))
+
+    world.owners.answers |= {GetJob: known, GetLog: lambda _: LogPage(), ListFiles: lambda _: FilePage()}
+    assert (await client.get(f"/api/v1/jobs/js1/{part}", headers=BEARER)).status_code == 200
+    assert problem(await client.get(f"/api/v1/jobs/js2/{part}", headers=BEARER)) == (404, "job_not_found")
 
 
 async def test_a_stream_of_a_job_that_is_not_there_is_a_problem(client: httpx.AsyncClient, world: World) -> None:
