@@ -23,13 +23,14 @@ from libs.common.contracts.messages import (
 )
 from libs.common.errors import NotFound, Unauthenticated, Unavailable
 from libs.common.ids import secret_hash
-from services.gateway.http.parts import COOKIE, principal_of
+from services.gateway.http.parts import principal_of
 from services.gateway.web.pages import visitor_of
 from tests.unit.gateway.fakes import ATTEMPT_TOKEN, BEARER, MEMBER_TOKEN, World
 
 pytestmark = pytest.mark.unit
 
 PUBLIC = {"/api/v1/health", "/api/v1/asyncapi.json", "/api/docs", "/sign-in", "/sign-out"}
+COOKIE = "nabla_session_8080"
 UI = {"host": "localhost:8080"}
 OWN = UI | {"sec-fetch-site": "same-origin"}
 
@@ -180,6 +181,20 @@ async def test_a_one_time_code_becomes_a_session_cookie(client: httpx.AsyncClien
     assert "set-cookie" not in again.headers
     keys = {each.key for each in world.owners.asked if isinstance(each.message, RedeemSignIn)}
     assert len(keys) == 2
+
+
+async def test_installations_on_one_host_keep_their_sessions_apart(client: httpx.AsyncClient, world: World) -> None:
+    world.owners.answers |= {ListJobs: lambda _: JobPage(), RedeemSignIn: lambda _: Token(id="tk1")}
+    signed_in = await client.get("/sign-in?code=abc", headers={"host": "localhost:9090"})
+    assert list(signed_in.cookies) == ["nabla_session_9090"]
+    client.cookies.clear()
+    both = {"cookie": f"nabla_session_9090=nbl_other; {COOKIE}={MEMBER_TOKEN}"}
+    assert (await client.get("/api/v1/jobs", headers=OWN | both)).status_code == 200
+    there = {"host": "localhost:9090", "sec-fetch-site": "same-origin"}
+    assert (await client.get("/api/v1/jobs", headers=there | both)).status_code == 401
+    sent_away = await client.get("/projects", headers={"host": "localhost:9090"} | both)
+    assert sent_away.headers["location"] == "/sign-in"
+    assert COOKIE not in sent_away.headers["set-cookie"]
 
 
 async def test_only_our_own_page_signs_a_browser_out(client: httpx.AsyncClient) -> None:
