@@ -14,7 +14,10 @@ from libs.common.contracts.messages import (
     AuthenticateToken,
     JobPage,
     ListJobs,
+    ListModels,
     ListProjects,
+    Model,
+    ModelPage,
     Principal,
     ProjectPage,
     RedeemSignIn,
@@ -157,6 +160,13 @@ async def test_a_signed_in_person_sees_pages_that_run_only_our_own_scripts(
     assert "script-src 'self'" in policy
     assert "unsafe" not in policy
     assert "frame-ancestors 'none'" in policy
+
+
+async def test_models_of_one_name_in_two_projects_are_each_led_to(client: httpx.AsyncClient, world: World) -> None:
+    models = tuple(Model(id=f"mo{n}", name="digits", project_id=f"pr{n}") for n in (1, 2))
+    world.owners.answers |= {ListProjects: lambda _: ProjectPage(), ListModels: lambda _: ModelPage(items=models)}
+    answer = await client.get("/models", headers=UI | {"cookie": f"{COOKIE}={MEMBER_TOKEN}"})
+    assert [f'href="/models/mo{n}"' in answer.text for n in (1, 2)] == [True, True]
 
 
 async def test_a_one_time_code_becomes_a_session_cookie(client: httpx.AsyncClient, world: World) -> None:
