@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import event
 
 from libs.common.contracts.messages import JobCancelled, JobFailed, JobStarting, JobSucceeded, LogFrame, LogPage
 from libs.common.errors import Invalid, Unavailable
@@ -100,6 +101,27 @@ async def test_a_frame_of_another_team_is_refused(world: World) -> None:
     with pytest.raises(Invalid):
         await world.deliver(frame(1, "b"), team_id="t2")
     assert await texts(world) == ["a"]
+
+
+async def test_frames_of_one_batch_are_right_though_one_among_them_is_refused(world: World) -> None:
+    frames = [(frame(0, "a"), "t1"), (frame(1, "x"), "t2"), (frame(1, "b"), "t1"), (frame(2, "c"), "t1")]
+    outcomes = await asyncio.gather(*(world.deliver(one, team) for one, team in frames), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [type(None), Invalid, type(None), type(None)]
+    assert await texts(world) == ["a", "b", "c"]
+
+
+async def test_a_batch_of_frames_reads_its_log_once(world: World) -> None:
+    await world.deliver(frame(0, "0"))
+    reads: list[str] = []
+
+    def note(_connection: object, _cursor: object, statement: str, *_more: object) -> None:
+        if statement.startswith("SELECT"):
+            reads.append(statement)
+
+    event.listen(world.store.writer.sync_engine, "before_cursor_execute", note)
+    await asyncio.gather(*(world.deliver(frame(number, str(number))) for number in range(1, 41)))
+    assert len(reads) == 2
+    assert await texts(world) == [str(number) for number in range(41)]
 
 
 async def test_the_log_is_sealed_when_the_job_ended_and_the_last_frame_came(world: World) -> None:
