@@ -107,7 +107,7 @@ async def test_live_lines_come_without_a_look_at_the_log() -> None:
     await settled()
     assert len(cluster.owners.of(GetLog)) == looks
     cluster.end(heard=True)
-    steps = await asyncio.wait_for(following, 2)
+    steps = await asyncio.wait_for(following, 20)
     assert sequences(steps) == [1, 2, 3, 4, 5]
     assert states(steps) == ["running", "succeeded"]
 
@@ -120,7 +120,7 @@ async def test_a_gap_in_live_lines_is_filled_from_the_log_at_once() -> None:
     cluster.write(1, heard=True)
     await settled()
     cluster.end(heard=True)
-    assert sequences(await asyncio.wait_for(following, 2)) == [1, 2, 3, 4]
+    assert sequences(await asyncio.wait_for(following, 20)) == [1, 2, 3, 4]
 
 
 async def test_doubled_hints_and_states_are_told_once() -> None:
@@ -132,7 +132,7 @@ async def test_doubled_hints_and_states_are_told_once() -> None:
     cluster.tell_lines(*cluster.lines)
     cluster.end(heard=True)
     cluster.hints.give(Hint(subject_for(JobSucceeded, team=TEAM), "js1", JobSucceeded(job=cluster.job).to_wire()))
-    steps = await asyncio.wait_for(following, 2)
+    steps = await asyncio.wait_for(following, 20)
     assert sequences(steps) == [1, 2, 3]
     assert states(steps) == ["running", "succeeded"]
 
@@ -144,7 +144,7 @@ async def test_without_any_hint_everything_still_comes() -> None:
         cluster.write(7, heard=False)
         await settled()
     cluster.end(heard=False)
-    steps = await asyncio.wait_for(following, 2)
+    steps = await asyncio.wait_for(following, 20)
     assert sequences(steps) == list(range(1, 36))
     assert states(steps) == ["running", "succeeded"]
 
@@ -163,7 +163,7 @@ async def test_a_negative_start_gives_the_last_lines_and_what_follows() -> None:
     await settled()
     cluster.write(2, heard=True)
     cluster.end(heard=True)
-    assert sequences(await asyncio.wait_for(following, 2)) == [8, 9, 10, 11, 12]
+    assert sequences(await asyncio.wait_for(following, 20)) == [8, 9, 10, 11, 12]
 
 
 @pytest.mark.parametrize(("count", "room"), [(30, 7), (2500, 10_000), (5000, 300)])
@@ -182,7 +182,7 @@ async def test_a_burst_larger_than_the_queue_is_read_from_the_log() -> None:
     for _ in range(1000):
         cluster.write(1, heard=True)
     cluster.end(heard=True)
-    assert sequences(await asyncio.wait_for(following, 2)) == list(range(1, 1001))
+    assert sequences(await asyncio.wait_for(following, 20)) == list(range(1, 1001))
 
 
 async def test_silent_owners_delay_the_follower_and_do_not_end_it() -> None:
@@ -195,7 +195,7 @@ async def test_silent_owners_delay_the_follower_and_do_not_end_it() -> None:
     assert not following.done()
     cluster.silent = False
     cluster.end(heard=False)
-    assert sequences(await asyncio.wait_for(following, 2)) == [1, 2, 3]
+    assert sequences(await asyncio.wait_for(following, 20)) == [1, 2, 3]
 
 
 async def test_the_stream_does_not_end_before_the_log_is_whole() -> None:
@@ -208,7 +208,7 @@ async def test_the_stream_does_not_end_before_the_log_is_whole() -> None:
     assert not following.done()
     cluster.write(1, heard=False)
     cluster.complete = True
-    steps = await asyncio.wait_for(following, 2)
+    steps = await asyncio.wait_for(following, 20)
     assert sequences(steps) == [1]
 
 
@@ -219,4 +219,4 @@ async def test_a_hint_that_cannot_be_read_is_passed_over() -> None:
     cluster.hints.give(Hint(tail_subject(TEAM, "js1"), "", b"not json"))
     cluster.write(1, heard=True)
     cluster.end(heard=True)
-    assert sequences(await asyncio.wait_for(following, 2)) == [1]
+    assert sequences(await asyncio.wait_for(following, 20)) == [1]
