@@ -99,7 +99,7 @@ async def projects_page(visitor: Here, state: Word = "", cursor: Cursor = "") ->
     latest: dict[str, m.Job] = {}
     for job in jobs.items:
         latest.setdefault(job.project_id, job)
-    return visitor.page("projects.html", "Projects", projects=projects, latest=latest)
+    return visitor.page("projects.html", "Projects", projects=projects, jobs=jobs, latest=latest, state=state)
 
 
 @router.get("/projects/{project}")

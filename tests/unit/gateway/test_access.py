@@ -12,6 +12,7 @@ from fastapi.routing import APIRoute
 
 from libs.common.contracts.messages import (
     AuthenticateToken,
+    GetProject,
     JobPage,
     ListJobs,
     ListModels,
@@ -19,6 +20,7 @@ from libs.common.contracts.messages import (
     Model,
     ModelPage,
     Principal,
+    Project,
     ProjectPage,
     RedeemSignIn,
     SignOut,
@@ -160,6 +162,28 @@ async def test_a_signed_in_person_sees_pages_that_run_only_our_own_scripts(
     assert "script-src 'self'" in policy
     assert "unsafe" not in policy
     assert "frame-ancestors 'none'" in policy
+
+
+async def test_archived_projects_have_a_list_whose_next_page_is_of_the_same_state(
+    client: httpx.AsyncClient, world: World
+) -> None:
+    page = ProjectPage(items=(Project(id="pr1", name="my old one"),), next_cursor="abc")
+    world.owners.answers |= {ListProjects: lambda _: page, ListJobs: lambda _: JobPage(next_cursor="more")}
+    cookie = UI | {"cookie": f"{COOKIE}={MEMBER_TOKEN}"}
+    assert 'href="/projects?state=archived"' in (await client.get("/projects", headers=cookie)).text
+    answer = await client.get("/projects?state=archived", headers=cookie)
+    assert world.owners.of(ListProjects)[-1].state == "archived"
+    assert 'href="?cursor=abc&amp;state=archived"' in answer.text
+    # A deleted project has given up its name.
+    assert 'href="/projects/pr1"' in answer.text
+    assert "none lately" in answer.text
+
+
+async def test_a_command_to_paste_quotes_a_projects_name(client: httpx.AsyncClient, world: World) -> None:
+    project = Project(id="pr1", name="my project", state="active")
+    world.owners.answers |= {GetProject: lambda _: project, ListJobs: lambda _: JobPage()}
+    answer = await client.get("/projects/pr1", headers=UI | {"cookie": f"{COOKIE}={MEMBER_TOKEN}"})
+    assert "nabla run --project &#39;my project&#39; -- python train.py" in answer.text
 
 
 async def test_models_of_one_name_in_two_projects_are_each_led_to(client: httpx.AsyncClient, world: World) -> None:
