@@ -27,7 +27,8 @@ def decode_cursor(cursor: str) -> str:
     """
     with contextlib.suppress(ValueError):
         last_id = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
-        # Why: the decoder leaves out what is not of its alphabet, and a wrong cursor would be the first page.
-        if encode_cursor(last_id) == cursor:
+        # Why: the decoder leaves out what is not of its alphabet, and a wrong cursor would be the first page; NUL is
+        # in no id, and PostgreSQL takes it in no text.
+        if encode_cursor(last_id) == cursor and "\0" not in last_id:
             return last_id
     raise Invalid("bad_cursor", "The cursor is not one that this API gave.", "Start without a cursor.")

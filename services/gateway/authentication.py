@@ -62,13 +62,17 @@ class Authenticator:
                     while True:
                         hint = await listener.next(LISTEN_S)
                         if hint:
-                            self._forget(hint.body)
+                            self._hear_revocation(hint.body)
             except Unavailable:
                 await asyncio.sleep(1)
             except Closing:
                 return
 
-    def _forget(self, body: bytes) -> None:
+    def forget(self, token: str) -> None:
+        """Asks anew when this token comes next: it was revoked by this very gateway."""
+        self._cache.forget(secret_hash(token))
+
+    def _hear_revocation(self, body: bytes) -> None:
         try:
             self._cache.forget(TokenRevoked.from_wire(body).token_hash)
         except MalformedMessage as error:

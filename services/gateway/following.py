@@ -124,9 +124,8 @@ class JobFollower:
             if page is None:
                 return
             advance = advance_by_history(standing.last, page, PAGE)
-            standing.last = advance.last
-            if standing.tail_first:
-                standing.last, standing.tail_first = max(advance.last, page.last_sequence), 0
+            # The first page says where the tail begins, but may not hold all of it: an answer has room for so much.
+            standing.last, standing.tail_first = advance.last, 0
             if advance.lines:
                 yield advance
             if not advance.behind:
@@ -134,9 +133,8 @@ class JobFollower:
                 return
 
     async def _read(self, principal: Principal, standing: _Standing) -> LogPage | None:
-        after = max(standing.tail_first, -PAGE) if standing.tail_first else standing.last
         try:
-            question = GetLog(job_id=standing.job.id, after=after, limit=PAGE)
+            question = GetLog(job_id=standing.job.id, after=standing.tail_first or standing.last, limit=PAGE)
             return await self._owners.ask(question, LogPage, principal)
         except (Unavailable, NotFound):
             # Not there yet, or its owner starts again: the client waits, and is told everything later.

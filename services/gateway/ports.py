@@ -62,8 +62,15 @@ class StoredEvent:
 
 
 class EventLog(Protocol):
-    def read(self, team_id: str, after: int | None) -> AsyncGenerator[StoredEvent | None, None]:
-        """A team's events after this sequence (None: only new ones), in order, without end; None when all is quiet."""
+    async def newest(self) -> int:
+        """The sequence of the newest event of any team: whoever reads after it gets what comes from now on.
+
+        Raises:
+            Unavailable: the stream cannot be asked now.
+        """
+
+    def read(self, team_id: str, after: int) -> AsyncGenerator[StoredEvent | None, None]:
+        """A team's events after this sequence, in order, without end; None when all is quiet."""
 
 
 class Closing(Exception):

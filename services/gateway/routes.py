@@ -13,6 +13,7 @@ SENDS = (
     m.ListTokens,
     m.CreateSignIn,
     m.RedeemSignIn,
+    m.SignOut,
     m.CreateProject,
     m.UpdateProject,
     m.ArchiveProject,

@@ -7,9 +7,11 @@ from libs.common.ids import secret_hash
 from libs.common.inbox import Inbox
 from libs.common.service import Service
 from libs.common.store import Store
+from services.registry.adapters.filesets import BusFilesets
 from services.registry.adapters.jobs import BusJobs
 from services.registry.domain.accounts import first_token
 from services.registry.handlers.accounts import bootstrap
+from services.registry.handlers.models import Origins
 from services.registry.loops import RunCheck, Upkeep
 from services.registry.routes import RUNS, routes
 from services.registry.settings import RegistrySettings
@@ -24,6 +26,7 @@ def build(settings: RegistrySettings | None = None) -> Service:
     """The registry with its two databases: `registry` and, for what runs log, `registry_runs`."""
     settings = settings or RegistrySettings()
     bus = Bus(NAME, settings.nats_url, settings.nats_seed(NAME))
+    jobs = BusJobs(bus)
     store = Store(settings.database_for(NAME), RegistryUnit, SKELETON, NAME)
     runs = Store(settings.database_for(f"{NAME}_{RUNS}"), RunsUnit, RUNS_SKELETON, NAME)
 
@@ -39,8 +42,8 @@ def build(settings: RegistrySettings | None = None) -> Service:
         store=store,
         bus=bus,
         inbox=Inbox(store, NAME),
-        routes=routes(),
-        loops=(Upkeep(store, runs, settings).run, RunCheck(runs, BusJobs(bus), settings.reconcile_s).run),
+        routes=routes(Origins(BusFilesets(bus), jobs)),
+        loops=(Upkeep(store, runs, settings).run, RunCheck(runs, jobs, settings.reconcile_s).run),
         further={RUNS: Inbox(runs, NAME)},
         before_start=make_first_account,
     )

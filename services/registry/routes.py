@@ -12,6 +12,7 @@ from libs.common.contracts.messages import (
     CreateSignIn,
     CreateToken,
     DeleteProject,
+    GetFileset,
     GetJob,
     GetMetrics,
     GetModel,
@@ -37,9 +38,10 @@ from libs.common.contracts.messages import (
     RegisterModel,
     RestoreProject,
     RevokeToken,
+    SignOut,
     UpdateProject,
 )
-from libs.common.routing import GATEWAY_ONLY, INTERNAL, Handler, Route, Routes, Rule
+from libs.common.routing import GATEWAY_ONLY, INTERNAL, Handler, Prepare, Route, Routes, Rule
 from services.registry.handlers import accounts, models, projects, runs
 from services.registry.handlers.audit import audited
 
@@ -58,15 +60,17 @@ REGISTER = Rule(role="member", scope="write", attempts=True, services=frozenset(
 LOG = Rule(role="member", scope="write", attempts=True)
 
 
-def _write(message: type[Message], handler: Handler, rule: Rule) -> Route:
-    return Route(message, audited(handler), rule)
+def _write(message: type[Message], handler: Handler, rule: Rule, prepare: Prepare | None = None) -> Route:
+    return Route(message, audited(handler), rule, prepare)
 
 
 def _run(message: type[Message], handler: Any, rule: Rule = INTERNAL) -> Route:
     return Route(message, handler, rule, database=RUNS)
 
 
-def routes() -> Routes:
+def routes(model_origins: models.Origins | None = None) -> Routes:
+    """Without origins for whoever only reads subjects and rules: permissions, documents, tests."""
+    origins: Any = model_origins or models.Origins
     return Routes(
         service="registry",
         routes=(
@@ -76,6 +80,7 @@ def routes() -> Routes:
             Route(ListTokens, accounts.list_tokens, READ_TOKENS),
             _write(CreateSignIn, accounts.create_sign_in, SIGN_IN),
             _write(RedeemSignIn, accounts.redeem_sign_in, GATEWAY_ONLY),
+            _write(SignOut, accounts.sign_out, GATEWAY_ONLY),
             _write(CreateProject, projects.create_project, WRITE),
             _write(UpdateProject, projects.update_project, WRITE),
             _write(ArchiveProject, projects.archive_project, WRITE),
@@ -84,7 +89,7 @@ def routes() -> Routes:
             _write(MoveProject, projects.move_project, LEAD),
             Route(GetProject, projects.get_project, READ),
             Route(ListProjects, projects.list_projects, LIST_PROJECTS),
-            _write(RegisterModel, models.register_model, REGISTER),
+            _write(RegisterModel, models.register_model, REGISTER, origins.prepare_version),
             Route(GetModel, models.get_model, READ),
             Route(GetModelVersion, models.get_model_version, READ),
             Route(ListModels, models.list_models, READ),
@@ -102,5 +107,5 @@ def routes() -> Routes:
             _run(ProjectMoved, runs.move_runs),
             _run(ProjectPurged, runs.purge_runs),
         ),
-        sends=(GetJob,),
+        sends=(GetJob, GetFileset),
     )

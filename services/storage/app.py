@@ -6,11 +6,12 @@ from libs.common.bus import Bus
 from libs.common.inbox import Inbox
 from libs.common.service import Service
 from libs.common.store import Store
+from services.storage.adapters.jobs import BusJobs
 from services.storage.adapters.s3 import S3
 from services.storage.adapters.tail import Tail
 from services.storage.handlers import FilesetHandlers
 from services.storage.log_handlers import LogHandlers
-from services.storage.loops import BucketKeeper, LogKeeper, Sweeper
+from services.storage.loops import BucketKeeper, LogCheck, LogKeeper, Sweeper
 from services.storage.routes import routes
 from services.storage.settings import StorageSettings
 from services.storage.store import SKELETON, StorageUnit
@@ -31,6 +32,7 @@ def build(settings: StorageSettings | None = None) -> Service:
     inbox.after_commit(tail.committed)
     inbox.after_commit(keeper.committed)
     bucket = BucketKeeper(s3, settings, keeper.wake)
+    check = LogCheck(store, inbox, logs, BusJobs(bus), settings)
     sweeper = Sweeper(store, s3, settings)
     return Service(
         name=NAME,
@@ -39,7 +41,7 @@ def build(settings: StorageSettings | None = None) -> Service:
         bus=bus,
         inbox=inbox,
         routes=routes(filesets, logs),
-        loops=(bucket.run, keeper.run, tail.run, sweeper.run),
+        loops=(bucket.run, keeper.run, tail.run, check.run, sweeper.run),
         describe=lambda: _described(s3),
     )
 

@@ -28,6 +28,7 @@ from libs.common.telemetry import meter
 from services.storage.domain.filesets import (
     FILESET,
     KINDS,
+    MAX_FILES,
     OPEN,
     SEALED,
     Entry,
@@ -322,6 +323,6 @@ def _after(cursor: str) -> int:
     if not cursor:
         return -1
     text = decode_cursor(cursor)
-    if not text.isdecimal():
+    if not text.isdecimal() or int(text) >= MAX_FILES:
         raise Invalid("bad_cursor", "The cursor is not one that this API gave.", "Start without a cursor.")
     return int(text)

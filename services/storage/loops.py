@@ -14,7 +14,7 @@ from datetime import timedelta
 
 from libs.common.clock import Clock, to_us, utc_now
 from libs.common.contracts.envelope import Envelope
-from libs.common.contracts.messages import LogFrame, LogLine, LogSealed
+from libs.common.contracts.messages import Job, JobSucceeded, LogFrame, LogLine, LogSealed
 from libs.common.errors import StaleRevision, Unavailable
 from libs.common.faults import crash_point
 from libs.common.ids import new_id
@@ -26,12 +26,13 @@ from services.storage.domain.filesets import FILESET
 from services.storage.domain.logs import (
     ENDED,
     LOG,
+    OVER,
     Block,
     packed_blocks,
     unpacked_chunk,
 )
 from services.storage.log_handlers import LogHandlers
-from services.storage.ports import BlockStore, ObjectStore
+from services.storage.ports import BlockStore, Jobs, ObjectStore
 from services.storage.settings import StorageSettings
 from services.storage.store import ChunkRow, FilesetRow, LogRow, StorageUnit
 
@@ -41,6 +42,7 @@ PART_BYTES = 8 << 20
 # A running job's log moves to the object store in parts of its own once this much waits in the database.
 LIVE_BYTES = 32 << 20
 SWEEP_S = 60.0
+CHECK_S = 60.0
 
 log = logging.getLogger(__name__)
 
@@ -171,6 +173,60 @@ class LogKeeper:
             object_id=row.id,
             revision=row.revision + 1,
         )
+
+
+class LogCheck:
+    """Asks after the jobs of live logs: a log whose job's end went past us would never be sealed.
+
+    Each turn goes through all of them, a bounded number a pass, and turns begin a minute apart.
+    """
+
+    def __init__(
+        self,
+        store: Store[StorageUnit],
+        inbox: Inbox[StorageUnit],
+        handlers: LogHandlers,
+        jobs: Jobs,
+        settings: StorageSettings,
+        *,
+        clock: Clock = utc_now,
+    ) -> None:
+        self._store = store
+        self._inbox = inbox
+        self._jobs = jobs
+        self._settings = settings
+        self._clock = clock
+        self._reached = ""
+        self._end_route = Route(JobSucceeded, handlers.end_log, INTERNAL)
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.reconcile_s if self._reached else CHECK_S)
+            await _calmly("check live logs", self.check)
+
+    async def check(self) -> None:
+        """One pass, from where the last one stopped."""
+        async with self._store.view() as view:
+            rows = await view.logs.live(self._reached, ROWS_A_PASS)
+        for row in rows:
+            job = await self._jobs.get(row.id, row.team_id)
+            if job and job.state in OVER:
+                await self._end(job)
+            self._reached = row.id
+        if len(rows) < ROWS_A_PASS:
+            self._reached = ""
+
+    async def _end(self, job: Job) -> None:
+        """As the event would have done it; whichever way a job ended, its log ends the same."""
+        envelope = Envelope(
+            id=new_id("event"),
+            type=JobSucceeded.ROUTE.type,
+            source="storage",
+            time=self._clock(),
+            object_id=job.id,
+            team_id=job.team_id,
+        )
+        await self._inbox.apply(self._end_route, JobSucceeded(job=job), envelope)
 
 
 class Sweeper:

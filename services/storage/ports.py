@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Protocol
 
+from libs.common.contracts.messages import Job
 from services.storage.domain.filesets import Stored
 
 
@@ -50,3 +51,14 @@ class BlockStore(Protocol):
     async def write(self, key: str, body: bytes) -> None: ...
 
     async def read(self, key: str, offset: int, length: int) -> bytes: ...
+
+
+class Jobs(Protocol):
+    """The scheduler's jobs, for logs whose job has ended without our hearing of it."""
+
+    async def get(self, job_id: str, team_id: str) -> Job | None:
+        """The job as it is now; None when its owner does not know it.
+
+        Raises:
+            Unavailable: the owner does not answer now.
+        """

@@ -6,6 +6,7 @@ from typing import Any
 
 from libs.common.contracts.messages import (
     GetFileset,
+    GetJob,
     GetLog,
     JobCancelled,
     JobFailed,
@@ -46,4 +47,5 @@ def routes(file_handlers: FilesetHandlers | None = None, log_handlers: LogHandle
             Route(JobCancelled, logs.end_log, INTERNAL),
             Route(JobTimedOut, logs.end_log, INTERNAL),
         ),
+        sends=(GetJob,),
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import BigInteger, Column, Index, LargeBinary, String, Text, delete, func, insert, update
 from sqlalchemy.orm import registry
@@ -138,6 +138,8 @@ class BlockRow(Base, table=True):
 
 
 SKELETON = Skeleton(Base.metadata)
+Row = TypeVar("Row", LogRow, SourceRow)
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Filesets:
@@ -235,13 +237,11 @@ class Filesets:
 class Logs:
     def __init__(self, session: AsyncSession) -> None:
         self._session = session
-        # Why: a session forgets rows that nobody holds, and the next frame of the batch would read them again.
-        self._in_use: dict[object, SQLModel | None] = {}
+        self._logs: dict[str, LogRow] = {}
+        self._sources: dict[tuple[str, str, int], SourceRow] = {}
 
     async def get(self, job_id: str) -> LogRow | None:
-        row = await self._session.get(LogRow, job_id)
-        self._in_use[job_id] = row
-        return row
+        return await self._once(LogRow, job_id, self._logs)
 
     async def add(self, row: SQLModel) -> None:
         self._session.add(row)
@@ -255,9 +255,20 @@ class Logs:
         return (await self._session.exec(query)).one() or 0
 
     async def source(self, job_id: str, attempt_id: str, rank: int) -> SourceRow | None:
-        key = (job_id, attempt_id, rank)
-        row = await self._session.get(SourceRow, key)
-        self._in_use[key] = row
+        return await self._once(SourceRow, (job_id, attempt_id, rank), self._sources)
+
+    async def _once(self, table: type[Row], key: Key, known: dict[Key, Row]) -> Row | None:
+        """The row, read once for all frames of a batch: the session is emptied between them.
+
+        Within a savepoint it is read anew, as one that was rolled back would have left it wrong.
+        """
+        row = known.get(key)
+        if row is None or self._session.in_nested_transaction():
+            row = await self._session.get(table, key)
+            if row is not None:
+                known[key] = row
+        elif row not in self._session:
+            self._session.add(row)
         return row
 
     async def attempts_and_sources(self, job_id: str) -> tuple[list[str], list[tuple[str, bool]]]:
@@ -345,6 +356,11 @@ class Logs:
         heavy = select(LogRow).where(col(LogRow.live_bytes) > live_bytes, col(LogRow.state) == LIVE).limit(limit)
         rows = (await self._session.exec(ended)).all()
         return [*rows, *(await self._session.exec(heavy)).all()]
+
+    async def live(self, after_id: str, limit: int) -> Sequence[LogRow]:
+        """Logs whose job has not ended as far as we know, in the order of their ids."""
+        query = select(LogRow).where(col(LogRow.state) == LIVE, col(LogRow.id) > after_id)
+        return (await self._session.exec(query.order_by(col(LogRow.id)).limit(limit))).all()
 
     async def live_chunks(self) -> int:
         return (await self._session.exec(select(func.count()).select_from(ChunkRow))).one()

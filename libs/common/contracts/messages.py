@@ -119,6 +119,14 @@ class RedeemSignIn(Message):
     token_hash: str = ""
 
 
+class SignOut(Message):
+    """Ends the session whose token a browser has shown to the gateway; ending it again changes nothing."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "registry", "sign_in.end", reply="Token")
+
+    token_hash: str = ""
+
+
 class Resources(Message):
     """What a job asks of a machine. Zero means "no wish" for memory and GPUs."""
 
@@ -1075,6 +1083,7 @@ MESSAGES: tuple[type[Message], ...] = (
     CreateSignIn,
     SignIn,
     RedeemSignIn,
+    SignOut,
     Resources,
     Environment,
     Input,

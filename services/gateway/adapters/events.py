@@ -31,7 +31,14 @@ class NatsEventLog:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
 
-    async def read(self, team_id: str, after: int | None) -> AsyncGenerator[StoredEvent | None, None]:
+    async def newest(self) -> int:
+        try:
+            return (await self._bus.jetstream.stream_info(EVENTS)).state.last_seq
+        except (nats.errors.Error, nats.js.errors.Error) as error:
+            detail = f"The event stream does not answer: {error!r}."
+            raise Unavailable("events_unavailable", detail, "Try again.") from error
+
+    async def read(self, team_id: str, after: int) -> AsyncGenerator[StoredEvent | None, None]:
         while True:
             try:
                 async with aclosing(self._read_one_consumer(team_id, after)) as events:
@@ -42,7 +49,7 @@ class NatsEventLog:
                 yield None
                 await asyncio.sleep(1)
 
-    async def _read_one_consumer(self, team_id: str, after: int | None) -> AsyncGenerator[StoredEvent | None, None]:
+    async def _read_one_consumer(self, team_id: str, after: int) -> AsyncGenerator[StoredEvent | None, None]:
         """Until this consumer is found to be gone or ahead of us."""
         jetstream = self._bus.jetstream
         subscription = await jetstream.subscribe(
@@ -66,11 +73,10 @@ class NatsEventLog:
             await asyncio.shield(_leave(subscription))
 
 
-def _config(after: int | None) -> ConsumerConfig:
-    start = DeliverPolicy.NEW if after is None else DeliverPolicy.BY_START_SEQUENCE
+def _config(after: int) -> ConsumerConfig:
     return ConsumerConfig(
-        deliver_policy=start,
-        opt_start_seq=None if after is None else after + 1,
+        deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
+        opt_start_seq=after + 1,
         ack_policy=AckPolicy.NONE,
         mem_storage=True,
         num_replicas=1,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
+import nats.errors
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
@@ -110,5 +111,6 @@ class NatsHints:
                 shared.listeners.discard(listener)
                 if not shared.listeners and shared.subscription:
                     del self._shared[subject]
-                    if self._bus.connected:
+                    # Also while the bus is away: the client would subscribe again once it is back.
+                    with suppress(nats.errors.Error):
                         await shared.subscription.unsubscribe()

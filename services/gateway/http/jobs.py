@@ -24,6 +24,7 @@ from libs.common.contracts.messages import (
     LogRun,
     MetricPage,
     Point,
+    Principal,
     Run,
     StopJob,
     SubmitJob,
@@ -32,6 +33,7 @@ from services.gateway.http.bodies import Body
 from services.gateway.http.errors import RESPONSES
 from services.gateway.http.parts import API, Caller, Cursor, Id, Key, Limit, Wired, Word, content_endpoint
 from services.gateway.http.projects import ProjectRef, resolve_active, resolve_id
+from services.gateway.ports import Owners
 
 router = APIRouter(prefix=API, tags=["jobs"], responses=RESPONSES)
 
@@ -106,7 +108,10 @@ async def get_log(
     after: Annotated[int, Query(ge=-100_000, description="Negative: the last so many lines.")] = 0,
     limit: Annotated[int, Query(ge=1, le=5000)] = 1000,
 ) -> LogPage:
-    return await parts.owners.ask(GetLog(job_id=job_id, after=after, limit=limit), LogPage, caller)
+    page = await parts.owners.ask(GetLog(job_id=job_id, after=after, limit=limit), LogPage, caller)
+    if not page.last_sequence:
+        await _must_exist(parts.owners, caller, job_id)
+    return page
 
 
 @router.get("/jobs/{job_id}/artifacts", summary="What the job left in /artifacts, with links")
@@ -115,7 +120,15 @@ async def list_artifacts(
 ) -> FilePage:
     endpoint = content_endpoint(request, parts)
     message = ListFiles(job_id=job_id, cursor=cursor, limit=limit, endpoint=endpoint)
-    return await parts.owners.ask(message, FilePage, caller)
+    page = await parts.owners.ask(message, FilePage, caller)
+    if not page.fileset.id:
+        await _must_exist(parts.owners, caller, job_id)
+    return page
+
+
+async def _must_exist(owners: Owners, caller: Principal, job_id: str) -> None:
+    """Raises NotFound for a mistyped id: storage cannot tell it from that of a job that has written nothing yet."""
+    await owners.ask(GetJob(job_id=job_id), JobDetail, caller)
 
 
 @router.get("/jobs/{job_id}/run", summary="The job's parameters, tags and last metrics")

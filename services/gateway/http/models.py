@@ -8,8 +8,6 @@ from fastapi import APIRouter, Path
 from pydantic import Field
 
 from libs.common.contracts.messages import (
-    Fileset,
-    GetFileset,
     GetModel,
     GetModelVersion,
     ListModels,
@@ -18,15 +16,12 @@ from libs.common.contracts.messages import (
     ModelVersion,
     RegisterModel,
 )
-from libs.common.errors import Conflict, Invalid
 from services.gateway.http.bodies import Body
 from services.gateway.http.errors import RESPONSES
 from services.gateway.http.parts import API, Caller, Cursor, Key, Limit, Ref, Wired, Word
 from services.gateway.http.projects import ProjectRef, resolve_active, resolve_id
 
 router = APIRouter(prefix=API, tags=["models"], responses=RESPONSES)
-
-HOLDS_MODELS = ("model", "artifacts")
 
 
 class NewModelVersion(Body):
@@ -64,26 +59,14 @@ async def get_model_version(
 @router.post("/models/{model}/versions", status_code=201, summary="Register a version, and the model when it is new")
 async def register_model(model: Ref, body: NewModelVersion, caller: Caller, key: Key, parts: Wired) -> ModelVersion:
     project = await resolve_active(parts.owners, caller, body.project_id)
-    files = await parts.owners.ask(GetFileset(fileset_id=body.fileset_id), Fileset, caller)
-    _must_hold_a_model(files)
     message = RegisterModel(
         name=model,
         project_id=project.id,
         framework=body.framework,
         description=body.description,
-        fileset_id=files.id,
+        fileset_id=body.fileset_id,
         job_id=body.job_id or caller.job_id,
         metrics=body.metrics,
-        size_bytes=files.size_bytes,
-        digest=files.digest,
     )
-    return await parts.owners.ask(message, ModelVersion, caller, key=key)
-
-
-def _must_hold_a_model(files: Fileset) -> None:
-    if files.kind not in HOLDS_MODELS:
-        detail = f"The file set {files.id} holds a {files.kind}, not a model."
-        raise Invalid("not_a_model", detail, "Upload the model's folder as a file set of kind model.")
-    if files.state != "sealed":
-        detail = f"The file set {files.id} is {files.state}: its files may still change."
-        raise Conflict("fileset_not_sealed", detail, f"Seal it first: POST /api/v1/filesets/{files.id}/seal.")
+    # Its owner asks the owners of the files and of the job first.
+    return await parts.owners.ask(message, ModelVersion, caller, key=key, timeout_s=10)

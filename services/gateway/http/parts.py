@@ -12,13 +12,14 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from libs.common.contracts.messages import Principal
 from services.gateway.adapters.secrets import SecretMaker
 from services.gateway.authentication import Authenticator, refused
+from services.gateway.domain.origins import port_suffix
 from services.gateway.following import JobFollower
 from services.gateway.ports import EventLog, Owners
 from services.gateway.settings import GatewaySettings
 
 # Where the REST API begins.
 API = "/api/v1"
-COOKIE = "nabla_session"
+SESSION = "nabla_session"
 HEADER_TEXT = r"^[!-~]{1,255}$"
 # Control characters are never part of a name; PostgreSQL refuses NUL, and logs would carry the rest.
 NAME = r"^[^\x00-\x1f\x7f]+$"
@@ -42,6 +43,14 @@ def parts_of(request: Request) -> Parts:
 
 Wired = Annotated[Parts, Depends(parts_of)]
 
+
+def cookie_of(request: Request) -> str:
+    """The name of the session's cookie: browsers keep one jar a host, whatever the port, and two installations on one
+    machine must not sign each other's people out.
+    """
+    return SESSION + port_suffix(request.headers.get("host", "")).replace(":", "_")
+
+
 _bearer = HTTPBearer(auto_error=False, description="A token from `nabla login`, or a job's own NABLA_TOKEN.")
 Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
@@ -54,7 +63,7 @@ def token_of(request: Request, bearer: Bearer, parts: Wired) -> str:
     """
     if bearer:
         return bearer.credentials
-    session = request.cookies.get(COOKIE, "")
+    session = request.cookies.get(cookie_of(request), "")
     if not session:
         raise refused("This needs a token: `Authorization: Bearer <token>`.")
     headers = request.headers

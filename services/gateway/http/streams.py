@@ -82,7 +82,9 @@ async def stream_events(
     FOLLOW_EVENTS.check(caller, "event.follow")
     project = await resolve_id(parts.owners, caller, project_id)
     wish = limited_to(caller, EventFilter(project, object_id, parse_types(types)))
-    events = _object_events(parts.event_log, caller, sequence_from(last_event_id), wish)
+    last = sequence_from(last_event_id)
+    after = await parts.event_log.newest() if last is None else last
+    events = _object_events(parts.event_log, caller, after, wish)
     return _response(_while_valid(events, parts.authenticator, token))
 
 
@@ -146,8 +148,10 @@ def _log_event(step: Lines | State | End) -> bytes:
 
 
 async def _object_events(
-    event_log: EventLog, caller: Principal, after: int | None, wish: EventFilter
+    event_log: EventLog, caller: Principal, after: int, wish: EventFilter
 ) -> AsyncGenerator[bytes, None]:
+    # An id without data is no event, but it is kept: who is cut off before the first event misses nothing either.
+    yield f"id: {after}\n\n".encode()
     async with aclosing(event_log.read(caller.team_id, after)) as events:
         async for event in events:
             if event and wish.admits(event.type, event.object_id, event.project_id):

@@ -14,7 +14,8 @@ from starlette.types import Scope
 from libs.common.contracts import messages as m
 from libs.common.contracts.message import Message
 from libs.common.errors import NotFound, Unauthenticated, Unavailable
-from services.gateway.http.parts import COOKIE, Cursor, Id, Parts, Ref, Wired, Word
+from services.gateway.domain.origins import port_suffix
+from services.gateway.http.parts import Cursor, Id, Parts, Ref, Wired, Word, cookie_of
 from services.gateway.http.status import platform_status
 from services.gateway.ports import M
 from services.gateway.web.rendering import FOLDER, render
@@ -64,7 +65,7 @@ class Visitor:
 async def visitor_of(request: Request, parts: Wired) -> Visitor:
     """Who looks at a page: only by the session cookie, only on the interface's own host, only to read."""
     to_interface(request, parts)
-    session = request.cookies.get(COOKIE, "")
+    session = request.cookies.get(cookie_of(request), "")
     if not session:
         raise Elsewhere("/sign-in")
     try:
@@ -98,7 +99,7 @@ async def projects_page(visitor: Here, state: Word = "", cursor: Cursor = "") ->
     latest: dict[str, m.Job] = {}
     for job in jobs.items:
         latest.setdefault(job.project_id, job)
-    return visitor.page("projects.html", "Projects", projects=projects, latest=latest)
+    return visitor.page("projects.html", "Projects", projects=projects, jobs=jobs, latest=latest, state=state)
 
 
 @router.get("/projects/{project}")
@@ -173,7 +174,7 @@ async def deployment_page(visitor: Here, deployment: Ref) -> HTMLResponse:
 @router.get("/deployments/{deployment}/draw")
 async def draw_page(visitor: Here, deployment: Ref) -> HTMLResponse:
     found = await visitor.ask(m.GetDeployment(deployment_id=deployment), m.Deployment)
-    origin = f"{visitor.request.url.scheme}://{found.host}{port_of(visitor.host)}"
+    origin = f"{visitor.request.url.scheme}://{found.host}{port_suffix(visitor.host)}"
     return visitor.page("draw.html", f"Draw a digit for {found.name}", connect=origin, deployment=found, origin=origin)
 
 
@@ -181,11 +182,6 @@ async def draw_page(visitor: Here, deployment: Ref) -> HTMLResponse:
 async def system_page(visitor: Here) -> HTMLResponse:
     status = await platform_status(visitor.parts.owners, visitor.principal)
     return visitor.page("system.html", "System", platform=status)
-
-
-def port_of(host_header: str) -> str:
-    name, colon, port = host_header.rpartition(":")
-    return f":{port}" if colon and name and port.isdigit() else ""
 
 
 async def project_names(visitor: Visitor) -> dict[str, str]:
@@ -208,9 +204,9 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Elsewhere, _show_the_way)
 
 
-async def _show_the_way(_request: Request, error: Exception) -> Response:
+async def _show_the_way(request: Request, error: Exception) -> Response:
     assert isinstance(error, Elsewhere)
     response = RedirectResponse(error.location, 303)
     if error.sign_out:
-        response.delete_cookie(COOKIE)
+        response.delete_cookie(cookie_of(request))
     return response

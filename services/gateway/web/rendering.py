@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -65,6 +66,7 @@ def _environment() -> Environment:
         "lasted": lasted,
         "figure": figure,
         "spoken": spoken_seconds,
+        "quoted": shlex.quote,
     }
     return environment
 

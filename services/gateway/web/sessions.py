@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Annotated
 from uuid import uuid4
@@ -10,11 +11,11 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import RedirectResponse, Response
 
 from libs.common.clock import utc_now
-from libs.common.contracts.messages import RedeemSignIn, Token
+from libs.common.contracts.messages import RedeemSignIn, SignOut, Token
 from libs.common.errors import Conflict, NotFound, Unauthenticated
 from libs.common.ids import new_secret, secret_hash
 from services.gateway.authentication import GATEWAY, refused
-from services.gateway.http.parts import COOKIE, Wired
+from services.gateway.http.parts import Wired, cookie_of
 from services.gateway.web.pages import to_interface
 from services.gateway.web.rendering import render
 
@@ -40,7 +41,7 @@ async def sign_in(
         return render("sign_in.html", status=401, title="Sign in", spent=True)
     response = RedirectResponse("/", 303)
     response.set_cookie(
-        COOKIE,
+        cookie_of(request),
         secret,
         max_age=session_s(token, utc_now()),
         httponly=True,
@@ -52,12 +53,17 @@ async def sign_in(
 
 @router.post("/sign-out")
 async def sign_out(request: Request, parts: Wired) -> Response:
-    """Drops the cookie; asked by our own page only."""
+    """Ends the session and drops its cookie, which stays when it could not be ended; asked by our own page only."""
     headers = request.headers
     if not parts.settings.origins.cookie_counts(headers.get("host", ""), headers.get("sec-fetch-site", "")):
         raise refused("Only Nabla's own pages may sign a browser out.")
+    if session := request.cookies.get(cookie_of(request), ""):
+        # A copy of the cookie, from a backup or a shared machine, must not outlive it.
+        with suppress(Unauthenticated):
+            await parts.owners.ask(SignOut(token_hash=secret_hash(session)), Token, GATEWAY, key=str(uuid4()))
+        parts.authenticator.forget(session)
     response = RedirectResponse("/sign-in", 303)
-    response.delete_cookie(COOKIE)
+    response.delete_cookie(cookie_of(request))
     return response
 
 

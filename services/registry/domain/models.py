@@ -6,8 +6,8 @@ import math
 import re
 from collections.abc import Mapping
 
-from libs.common.contracts.messages import RegisterModel
-from libs.common.errors import Invalid
+from libs.common.contracts.messages import Fileset, RegisterModel
+from libs.common.errors import Conflict, Invalid
 from libs.common.ids import is_id
 
 FRAMEWORKS = (
@@ -21,6 +21,7 @@ FRAMEWORKS = (
     "python",
     "other",
 )
+HOLDS_MODELS = ("model", "artifacts")
 MOST_METRICS = 100
 LONGEST_METRIC_NAME = 250
 LONGEST_DESCRIPTION = 5_000
@@ -49,6 +50,16 @@ def check_version(version: RegisterModel) -> None:
         detail = f"size_bytes or digest is out of range; a digest has at most {LONGEST_DIGEST} characters."
         raise Invalid("bad_files", detail, "Send those of the sealed file set.")
     _check_metrics(version.metrics)
+
+
+def check_files(files: Fileset) -> None:
+    """Raises Invalid or Conflict unless these files can be a version's: those of a model, and for good."""
+    if files.kind not in HOLDS_MODELS:
+        detail = f"The file set {files.id} holds a {files.kind}, not a model."
+        raise Invalid("not_a_model", detail, "Upload the model's folder as a file set of kind model.")
+    if files.state != "sealed":
+        detail = f"The file set {files.id} is {files.state}: its files may still change."
+        raise Conflict("fileset_not_sealed", detail, f"Seal it first: POST /api/v1/filesets/{files.id}/seal.")
 
 
 def can_be_name(text: str) -> bool:

@@ -14,6 +14,7 @@ from libs.common.contracts.messages import (
     RedeemSignIn,
     RevokeToken,
     SignIn,
+    SignOut,
     Token,
     TokenPage,
     TokenRevoked,
@@ -63,12 +64,7 @@ async def revoke_token(message: RevokeToken, unit: RegistryUnit, call: Envelope)
     found = await unit.accounts.token(message.token_id, principal.team_id) if known_form else None
     if found is None or (found[0].user_id != principal.id and not _leads(principal)):
         raise NotFound("token_not_found", "There is no such token.", "List them at /api/v1/tokens.")
-    token, token_hash = found
-    if not await unit.accounts.revoke(token.id, unit.now):
-        return token
-    gone = TokenRevoked(token_id=token.id, token_hash=token_hash)
-    await unit.emit(gone, team_id=token.team_id, object_id=token.id)
-    return token.model_copy(update={"revoked_at": unit.now})
+    return await _revoke(unit, *found)
 
 
 async def list_tokens(message: ListTokens, unit: RegistryUnit, call: Envelope) -> TokenPage:
@@ -97,6 +93,15 @@ async def redeem_sign_in(message: RedeemSignIn, unit: RegistryUnit, _call: Envel
     if signing is None or await unit.accounts.role(signing.user_id, signing.team_id) is None:
         raise rules.no_valid_code()
     return await _add_token(unit, signing, "browser", rules.SESSION_LIFE, message.token_hash)
+
+
+async def sign_out(message: SignOut, unit: RegistryUnit, _call: Envelope) -> Token:
+    """Ends the session whose secret the gateway was shown, whatever its role and scopes: who holds it may end it."""
+    known_form = rules.is_hash(message.token_hash)
+    token = await unit.accounts.with_hash(message.token_hash) if known_form else None
+    if token is None:
+        raise rules.no_valid_token()
+    return await _revoke(unit, token, message.token_hash)
 
 
 async def bootstrap(store: Store[RegistryUnit], token_hash: str) -> None:
@@ -133,9 +138,17 @@ async def _keep_first_token(unit: RegistryUnit, owner: Signing, token_hash: str)
         await unit.accounts.extend(holder.token.id, unit.now + rules.FIRST_TOKEN_LIFE)
 
 
+async def _revoke(unit: RegistryUnit, token: Token, token_hash: str) -> Token:
+    if not await unit.accounts.revoke(token.id, unit.now):
+        return token
+    gone = TokenRevoked(token_id=token.id, token_hash=token_hash)
+    await unit.emit(gone, team_id=token.team_id, object_id=token.id)
+    return token.model_copy(update={"revoked_at": unit.now})
+
+
 async def _add_token(unit: RegistryUnit, owner: Signing, name: str, life: timedelta, token_hash: str) -> Token:
     rules.checked_hash(token_hash, "token_hash")
-    if await unit.accounts.knows_hash(token_hash):
+    if await unit.accounts.with_hash(token_hash):
         raise Conflict("token_exists", "This token was made before.", "Make a fresh one.")
     token = Token(
         id=new_id("token"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from libs.common.contracts.envelope import Envelope
 from libs.common.contracts.messages import (
+    Fileset,
     GetModel,
     GetModelVersion,
     ListModels,
@@ -21,15 +24,50 @@ from libs.common.ids import is_id, new_id
 from libs.common.telemetry import meter
 from services.registry.domain import models as rules
 from services.registry.handlers.projects import visible_project
+from services.registry.ports import Filesets, Jobs
 from services.registry.store import RegistryUnit
 
 _registered = meter().create_counter("nabla_model_versions_total", description="Model versions registered")
 
 
-async def register_model(message: RegisterModel, unit: RegistryUnit, call: Envelope) -> ModelVersion:
+class Origins:
+    """Asks the owners of what a version is made of, before the transaction opens."""
+
+    def __init__(self, filesets: Filesets, jobs: Jobs) -> None:
+        self._filesets = filesets
+        self._jobs = jobs
+
+    async def prepare_version(self, message: RegisterModel, call: Envelope) -> RegisterModel:
+        """The version as it will be written: with its files' size and digest in their owner's words.
+
+        Raises:
+            NotFound: its files or its job are not there, or not for this asker.
+            Conflict, Invalid: its files may still change, or are not those of a model.
+        """
+        message = _within_own(message, call.principal)
+        rules.check_version(message)
+        files, _ = await asyncio.gather(self._files(message, call.principal), self._check_job(message, call.principal))
+        rules.check_files(files)
+        return message.model_copy(update={"size_bytes": files.size_bytes, "digest": files.digest})
+
+    async def _files(self, message: RegisterModel, principal: Principal) -> Fileset:
+        found = await self._filesets.get(message.fileset_id, principal.team_id)
+        if found is None or (principal.kind == "attempt" and found.project_id != principal.project_id):
+            detail = f"There is no file set {message.fileset_id!r} in this team."
+            raise NotFound("fileset_not_found", detail, "Upload and seal the files first.")
+        return found
+
+    async def _check_job(self, message: RegisterModel, principal: Principal) -> None:
+        """What a running job or a service says of its own job is known; what a person says may be a slip."""
+        if message.job_id and principal.kind == "user" and not await self._jobs.get(message.job_id, principal.team_id):
+            detail = f"There is no job {message.job_id!r} in this team."
+            raise NotFound("job_not_found", detail, "Leave job_id empty for a model that no job made.")
+
+
+async def register_model(_message: RegisterModel, unit: RegistryUnit, call: Envelope) -> ModelVersion:
     """The next version of the named model, which is made when it is new; the same files again are the same version."""
-    message = _within_own(message, call.principal)
-    rules.check_version(message)
+    message = call.facts
+    assert isinstance(message, RegisterModel)
     project = await _open_project(unit, call.principal, message.project_id)
     model = await _model_for(unit, project, message)
     known = await unit.models.version_of(model.id, message.fileset_id)

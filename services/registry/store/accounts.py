@@ -59,9 +59,10 @@ class Accounts:
             return None
         return Holder(_token(row), row.token_hash, row.user_name, row.role)
 
-    async def knows_hash(self, token_hash: str) -> bool:
-        query = select(TOKENS.c.id).where(TOKENS.c.token_hash == token_hash)
-        return await self._unit.one(query) is not None
+    async def with_hash(self, token_hash: str) -> Token | None:
+        """The token with this hash, valid or not."""
+        row = await self._unit.one(select(TOKENS).where(TOKENS.c.token_hash == token_hash))
+        return _token(row) if row else None
 
     async def add_token(self, token: Token, token_hash: str) -> None:
         assert token.created_at

@@ -20,6 +20,8 @@ from libs.common.transitions import TransitionTable
 LIVE, ENDED, SEALED = "live", "ended", "sealed"
 LOG = TransitionTable("log", {(LIVE, "end"): ENDED, (ENDED, "seal"): SEALED}, terminal=frozenset({SEALED}))
 
+# The states of a job after which nothing more happens to it.
+OVER = frozenset({"succeeded", "failed", "cancelled", "timed_out"})
 MAX_LINE_BYTES = 64 * 1024
 BLOCK_BYTES = 256 * 1024
 PAGE_BYTES = 900_000

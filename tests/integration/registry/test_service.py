@@ -9,12 +9,13 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from nats.aio.msg import Msg
 
 from infra.local.nats import Grant, events_of, grant_for
 from libs.common.bus import Bus
 from libs.common.clock import utc_now
 from libs.common.contracts import messages as m
-from libs.common.contracts.envelope import Envelope
+from libs.common.contracts.envelope import ANSWER_OK, STATUS_HEADER, Envelope
 from libs.common.contracts.message import Message
 from libs.common.contracts.subjects import EVENTS, subject_for
 from libs.common.errors import Forbidden, NotFound, Unauthenticated
@@ -34,12 +35,13 @@ pytestmark = pytest.mark.integration
 
 GATEWAY = Routes("gateway", (), sends=tuple(route.message for route in ROUTES.routes if route.message.ROUTE.reply))
 SCHEDULER = Routes("scheduler", ())
+STORAGE = Routes("storage", ())
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[NatsServer]:
     listening = Grant("gateway", publish=("nabla.qry.registry.>",), subscribe=("nabla.evt.>",))
-    grants = [grant_for(ROUTES), grant_for(GATEWAY), grant_for(SCHEDULER), listening]
+    grants = [grant_for(ROUTES), grant_for(GATEWAY), grant_for(SCHEDULER), grant_for(STORAGE), listening]
     with running_nats(tmp_path / "nats", grants) as server:
         yield server
 
@@ -93,6 +95,26 @@ async def tell(bus: Bus, event: Message, team_id: str) -> None:
     await bus.publish_stored(EVENTS, subject, envelope.headers(), event.to_wire())
 
 
+async def store_everything(storage: Bus, project: m.Project) -> None:
+    """Answers for storage: every file set is there, whole, and of this project."""
+
+    async def answer(message: Msg) -> None:
+        asked = m.GetFileset.from_wire(message.data)
+        assert Envelope.parse(message.headers or {}).principal == service("registry", project.team_id)
+        files = m.Fileset(
+            id=asked.fileset_id,
+            team_id=project.team_id,
+            project_id=project.id,
+            kind="model",
+            state="sealed",
+            size_bytes=7,
+            digest="d",
+        )
+        await storage.client.publish(message.reply, files.to_wire(), headers={STATUS_HEADER: ANSWER_OK})
+
+    await storage.client.subscribe(subject_for(m.GetFileset), cb=answer)
+
+
 async def test_first_token_opens_the_first_start_and_all_is_there_after_the_next(
     asker: Bus, settings: RegistrySettings
 ) -> None:
@@ -109,8 +131,9 @@ async def test_first_token_opens_the_first_start_and_all_is_there_after_the_next
 async def test_run_is_made_from_events_and_filled_over_the_bus(
     server: NatsServer, asker: Bus, settings: RegistrySettings
 ) -> None:
-    scheduler = server.bus("scheduler")
+    scheduler, storage = server.bus("scheduler"), server.bus("storage")
     await scheduler.start()
+    await storage.start()
     told: list[str] = []
 
     async def hear(message: object) -> None:
@@ -126,7 +149,9 @@ async def test_run_is_made_from_events_and_filled_over_the_bus(
         points = tuple(m.Point(name="loss", value=1 / (step + 1), step=step) for step in range(5000))
         logged = m.LogRun(job_id=job.id, points=points)
         await asker.ask(logged, m.Run, attempt, key=uuid4().hex)
-        await asker.ask(version_of(project), m.ModelVersion, attempt, key=uuid4().hex)
+        await store_everything(storage, project)
+        made = await asker.ask(version_of(project), m.ModelVersion, attempt, key=uuid4().hex)
+        assert (made.size_bytes, made.digest) == (7, "d")
 
         async def applied() -> bool:
             return (await asker.ask(m.GetRun(job_id=job.id), m.Run, admin)).name == "train"
@@ -142,6 +167,7 @@ async def test_run_is_made_from_events_and_filled_over_the_bus(
         status = await asker.ask(m.GetService(), m.ServiceStatus, gateway(), service="registry")
         assert (status.ready, status.dead_letters) == (True, 0)
     await scheduler.stop()
+    await storage.stop()
 
 
 async def test_runs_follow_their_project_and_go_with_it(asker: Bus, settings: RegistrySettings) -> None:

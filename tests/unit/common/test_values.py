@@ -103,7 +103,7 @@ def test_a_page_has_a_sensible_length(asked: int, given_: int) -> None:
     assert page_limit(asked) == given_
 
 
-@given(st.text(max_size=60))
+@given(st.text(max_size=60, alphabet=st.characters(exclude_characters="\0", exclude_categories=["Cs"])))
 def test_a_cursor_comes_back_as_the_id_it_was(last_id: str) -> None:
     cursor = encode_cursor(last_id)
     assert decode_cursor(cursor) == last_id
@@ -116,7 +116,7 @@ def test_a_cursor_that_nobody_gave_is_refused_and_never_another_page(cursor: str
         assert encode_cursor(decode_cursor(cursor)) == cursor
 
 
-@pytest.mark.parametrize("cursor", ["!!!!", "a*b", "é", "=", "_w", "abcde"])
+@pytest.mark.parametrize("cursor", ["!!!!", "a*b", "é", "=", "_w", "abcde", "AA", "YQBi"])
 def test_garbled_cursors_are_refused(cursor: str) -> None:
     with pytest.raises(Invalid) as caught:
         decode_cursor(cursor)

@@ -95,12 +95,15 @@ class FakeHints:
 @dataclass
 class FakeEventLog:
     events: list[StoredEvent] = field(default_factory=list)
-    asked_after: list[int | None] = field(default_factory=list)
+    asked_after: list[int] = field(default_factory=list)
 
-    async def read(self, team_id: str, after: int | None) -> AsyncGenerator[StoredEvent | None, None]:
+    async def newest(self) -> int:
+        return self.events[-1].sequence if self.events else 0
+
+    async def read(self, team_id: str, after: int) -> AsyncGenerator[StoredEvent | None, None]:
         self.asked_after.append(after)
         for event in self.events:
-            if after is None or event.sequence > after:
+            if event.sequence > after:
                 yield event
         while True:
             await asyncio.sleep(0.01)

@@ -12,22 +12,30 @@ from fastapi.routing import APIRoute
 
 from libs.common.contracts.messages import (
     AuthenticateToken,
+    GetProject,
     JobPage,
     ListJobs,
+    ListModels,
     ListProjects,
+    Model,
+    ModelPage,
+    Principal,
+    Project,
     ProjectPage,
     RedeemSignIn,
+    SignOut,
     Token,
 )
-from libs.common.errors import NotFound, Unavailable
+from libs.common.errors import NotFound, Unauthenticated, Unavailable
 from libs.common.ids import secret_hash
-from services.gateway.http.parts import COOKIE, principal_of
+from services.gateway.http.parts import principal_of
 from services.gateway.web.pages import visitor_of
 from tests.unit.gateway.fakes import ATTEMPT_TOKEN, BEARER, MEMBER_TOKEN, World
 
 pytestmark = pytest.mark.unit
 
 PUBLIC = {"/api/v1/health", "/api/v1/asyncapi.json", "/api/docs", "/sign-in", "/sign-out"}
+COOKIE = "nabla_session_8080"
 UI = {"host": "localhost:8080"}
 OWN = UI | {"sec-fetch-site": "same-origin"}
 
@@ -156,6 +164,35 @@ async def test_a_signed_in_person_sees_pages_that_run_only_our_own_scripts(
     assert "frame-ancestors 'none'" in policy
 
 
+async def test_archived_projects_have_a_list_whose_next_page_is_of_the_same_state(
+    client: httpx.AsyncClient, world: World
+) -> None:
+    page = ProjectPage(items=(Project(id="pr1", name="my old one"),), next_cursor="abc")
+    world.owners.answers |= {ListProjects: lambda _: page, ListJobs: lambda _: JobPage(next_cursor="more")}
+    cookie = UI | {"cookie": f"{COOKIE}={MEMBER_TOKEN}"}
+    assert 'href="/projects?state=archived"' in (await client.get("/projects", headers=cookie)).text
+    answer = await client.get("/projects?state=archived", headers=cookie)
+    assert world.owners.of(ListProjects)[-1].state == "archived"
+    assert 'href="?cursor=abc&amp;state=archived"' in answer.text
+    # A deleted project has given up its name.
+    assert 'href="/projects/pr1"' in answer.text
+    assert "none lately" in answer.text
+
+
+async def test_a_command_to_paste_quotes_a_projects_name(client: httpx.AsyncClient, world: World) -> None:
+    project = Project(id="pr1", name="my project", state="active")
+    world.owners.answers |= {GetProject: lambda _: project, ListJobs: lambda _: JobPage()}
+    answer = await client.get("/projects/pr1", headers=UI | {"cookie": f"{COOKIE}={MEMBER_TOKEN}"})
+    assert "nabla run --project &#39;my project&#39; -- python train.py" in answer.text
+
+
+async def test_models_of_one_name_in_two_projects_are_each_led_to(client: httpx.AsyncClient, world: World) -> None:
+    models = tuple(Model(id=f"mo{n}", name="digits", project_id=f"pr{n}") for n in (1, 2))
+    world.owners.answers |= {ListProjects: lambda _: ProjectPage(), ListModels: lambda _: ModelPage(items=models)}
+    answer = await client.get("/models", headers=UI | {"cookie": f"{COOKIE}={MEMBER_TOKEN}"})
+    assert [f'href="/models/mo{n}"' in answer.text for n in (1, 2)] == [True, True]
+
+
 async def test_a_one_time_code_becomes_a_session_cookie(client: httpx.AsyncClient, world: World) -> None:
     spent: list[RedeemSignIn] = []
 
@@ -180,11 +217,54 @@ async def test_a_one_time_code_becomes_a_session_cookie(client: httpx.AsyncClien
     assert len(keys) == 2
 
 
+async def test_installations_on_one_host_keep_their_sessions_apart(client: httpx.AsyncClient, world: World) -> None:
+    world.owners.answers |= {ListJobs: lambda _: JobPage(), RedeemSignIn: lambda _: Token(id="tk1")}
+    signed_in = await client.get("/sign-in?code=abc", headers={"host": "localhost:9090"})
+    assert list(signed_in.cookies) == ["nabla_session_9090"]
+    client.cookies.clear()
+    both = {"cookie": f"nabla_session_9090=nbl_other; {COOKIE}={MEMBER_TOKEN}"}
+    assert (await client.get("/api/v1/jobs", headers=OWN | both)).status_code == 200
+    there = {"host": "localhost:9090", "sec-fetch-site": "same-origin"}
+    assert (await client.get("/api/v1/jobs", headers=there | both)).status_code == 401
+    sent_away = await client.get("/projects", headers={"host": "localhost:9090"} | both)
+    assert sent_away.headers["location"] == "/sign-in"
+    assert COOKIE not in sent_away.headers["set-cookie"]
+
+
 async def test_only_our_own_page_signs_a_browser_out(client: httpx.AsyncClient) -> None:
     assert (await client.post("/sign-out", headers=UI | {"sec-fetch-site": "cross-site"})).status_code == 401
     answer = await client.post("/sign-out", headers=OWN)
     assert answer.status_code == 303
     assert COOKIE in answer.headers["set-cookie"]
+
+
+async def test_signing_out_ends_the_session_and_not_only_its_cookie(client: httpx.AsyncClient, world: World) -> None:
+    world.owners.answers |= {ListJobs: lambda _: JobPage(), SignOut: lambda _: Token(id="tk1")}
+    cookie = {"cookie": f"{COOKIE}={MEMBER_TOKEN}"}
+    assert (await client.get("/api/v1/jobs", headers=OWN | cookie)).status_code == 200
+
+    def over(_: AuthenticateToken) -> Principal:
+        raise Unauthenticated("token_not_valid", "Over.", "Sign in.")
+
+    world.owners.answers[AuthenticateToken] = over
+    answer = await client.post("/sign-out", headers=OWN | cookie)
+    assert (answer.status_code, answer.headers["location"]) == (303, "/sign-in")
+    assert world.owners.of(SignOut) == [SignOut(token_hash=secret_hash(MEMBER_TOKEN))]
+    assert (await client.get("/api/v1/jobs", headers=OWN | cookie)).status_code == 401
+
+
+async def test_a_session_that_cannot_be_ended_now_keeps_its_cookie(client: httpx.AsyncClient, world: World) -> None:
+    headers = OWN | {"cookie": f"{COOKIE}={MEMBER_TOKEN}"}
+    answer = await client.post("/sign-out", headers=headers)
+    assert answer.status_code == 503
+    assert "set-cookie" not in answer.headers
+
+    def over(_: SignOut) -> Token:
+        raise Unauthenticated("token_not_valid", "Over already.", "")
+
+    world.owners.answers[SignOut] = over
+    answer = await client.post("/sign-out", headers=headers)
+    assert (answer.status_code, COOKIE in answer.headers["set-cookie"]) == (303, True)
 
 
 async def test_a_silent_registry_is_a_problem_worth_repeating(client: httpx.AsyncClient, world: World) -> None:

@@ -20,7 +20,6 @@ from libs.common.contracts.messages import (
     FilePage,
     Fileset,
     FilesetGrant,
-    GetFileset,
     GetJob,
     GetLog,
     GetModelVersion,
@@ -298,7 +297,8 @@ async def test_a_sign_in_link_leads_to_the_interface_by_the_port_in_use(
 async def test_links_to_files_are_made_for_another_origin_than_the_interface(
     client: httpx.AsyncClient, world: World, host: str, endpoint: str
 ) -> None:
-    world.owners.answers |= {ListFiles: lambda _: FilePage(), OpenFileset: lambda _: FilesetGrant()}
+    files = FilePage(fileset=Fileset(id="fs1"))
+    world.owners.answers |= {ListFiles: lambda _: files, OpenFileset: lambda _: FilesetGrant()}
     headers = BEARER | {"host": host}
     await client.get("/api/v1/jobs/js1/artifacts", headers=headers)
     await client.post("/api/v1/filesets", json=DIGEST, headers=headers)
@@ -306,25 +306,16 @@ async def test_links_to_files_are_made_for_another_origin_than_the_interface(
     assert world.owners.of(OpenFileset)[0].endpoint == endpoint
 
 
-@pytest.mark.parametrize(
-    ("state", "kind", "expected"),
-    [
-        ("sealed", "model", 201),
-        ("sealed", "artifacts", 201),
-        ("open", "model", 409),
-        ("sealed", "workspace", 422),
-    ],
-)
-async def test_only_a_sealed_file_set_becomes_a_model(
-    client: httpx.AsyncClient, world: World, state: str, kind: str, expected: int
+async def test_a_model_is_registered_with_what_its_owner_looks_up_itself(
+    client: httpx.AsyncClient, world: World
 ) -> None:
-    files = Fileset(id="fs1", state=state, kind=kind, size_bytes=7, digest="d")
-    world.owners.answers |= {GetFileset: lambda _: files, RegisterModel: lambda _: ModelVersion(version=1)}
+    world.owners.answers[RegisterModel] = lambda _: ModelVersion(version=1)
     body = {"project_id": "digits", "fileset_id": "fs1", "framework": "sklearn"}
-    answer = await client.post("/api/v1/models/digits/versions", json=body, headers=BEARER)
-    assert answer.status_code == expected
-    for message in world.owners.of(RegisterModel):
-        assert (message.size_bytes, message.digest, message.project_id) == (7, "d", "pr1")
+    assert (await client.post("/api/v1/models/digits/versions", json=body, headers=BEARER)).status_code == 201
+    [message] = world.owners.of(RegisterModel)
+    assert message == RegisterModel(name="digits", project_id="pr1", fileset_id="fs1", framework="sklearn")
+    answer = await client.post("/api/v1/models/digits/versions", json=body | {"size_bytes": 5}, headers=BEARER)
+    assert problem(answer)[0] == 422
 
 
 @pytest.mark.parametrize(("model", "version"), [("digits", 0), ("digits:3", 3)])
@@ -393,6 +384,20 @@ async def test_a_finished_jobs_stream_has_its_state_every_line_and_an_end(
     ]
     assert json.loads(events[1]["data"])["text"] == "2\nb"
     assert answer.headers["cache-control"] == "no-store"
+
+
+@pytest.mark.parametrize("part", ["logs", "artifacts"])
+async def test_what_a_job_left_is_empty_for_a_new_job_and_not_found_for_a_mistyped_one(
+    client: httpx.AsyncClient, world: World, part: str
+) -> None:
+    def known(question: GetJob) -> JobDetail:
+        if question.job_id != "js1":
+            raise NotFound("job_not_found", "There is no such job.", "Look at `nabla jobs list`.")
+        return JobDetail(job=Job(id="js1"))
+
+    world.owners.answers |= {GetJob: known, GetLog: lambda _: LogPage(), ListFiles: lambda _: FilePage()}
+    assert (await client.get(f"/api/v1/jobs/js1/{part}", headers=BEARER)).status_code == 200
+    assert problem(await client.get(f"/api/v1/jobs/js2/{part}", headers=BEARER)) == (404, "job_not_found")
 
 
 async def test_a_stream_of_a_job_that_is_not_there_is_a_problem(client: httpx.AsyncClient, world: World) -> None:

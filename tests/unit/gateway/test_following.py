@@ -33,6 +33,8 @@ class Cluster:
         self.job = Job(id="js1", team_id=TEAM, state="running", revision=1)
         self.complete = False
         self.silent = False
+        # An answer has room for so many lines, however many were asked for.
+        self.room = 10_000
         self.hints = FakeHints()
         owners = FakeOwners({GetJob: self._job, GetLog: self._log})
         self.owners = owners
@@ -49,7 +51,9 @@ class Cluster:
         after = question.after
         found = self.lines[after:] if after < 0 else [line for line in self.lines if line.sequence > after]
         last = self.lines[-1].sequence if self.lines else 0
-        return LogPage(lines=tuple(found[: question.limit]), complete=self.complete, last_sequence=last)
+        lines = tuple(found[: min(question.limit, self.room)])
+        whole = self.complete and (not lines or lines[-1].sequence == last)
+        return LogPage(lines=lines, complete=whole, last_sequence=last)
 
     def write(self, count: int, *, heard: bool) -> None:
         start = len(self.lines)
@@ -103,7 +107,7 @@ async def test_live_lines_come_without_a_look_at_the_log() -> None:
     await settled()
     assert len(cluster.owners.of(GetLog)) == looks
     cluster.end(heard=True)
-    steps = await asyncio.wait_for(following, 2)
+    steps = await asyncio.wait_for(following, 20)
     assert sequences(steps) == [1, 2, 3, 4, 5]
     assert states(steps) == ["running", "succeeded"]
 
@@ -116,7 +120,7 @@ async def test_a_gap_in_live_lines_is_filled_from_the_log_at_once() -> None:
     cluster.write(1, heard=True)
     await settled()
     cluster.end(heard=True)
-    assert sequences(await asyncio.wait_for(following, 2)) == [1, 2, 3, 4]
+    assert sequences(await asyncio.wait_for(following, 20)) == [1, 2, 3, 4]
 
 
 async def test_doubled_hints_and_states_are_told_once() -> None:
@@ -128,7 +132,7 @@ async def test_doubled_hints_and_states_are_told_once() -> None:
     cluster.tell_lines(*cluster.lines)
     cluster.end(heard=True)
     cluster.hints.give(Hint(subject_for(JobSucceeded, team=TEAM), "js1", JobSucceeded(job=cluster.job).to_wire()))
-    steps = await asyncio.wait_for(following, 2)
+    steps = await asyncio.wait_for(following, 20)
     assert sequences(steps) == [1, 2, 3]
     assert states(steps) == ["running", "succeeded"]
 
@@ -140,7 +144,7 @@ async def test_without_any_hint_everything_still_comes() -> None:
         cluster.write(7, heard=False)
         await settled()
     cluster.end(heard=False)
-    steps = await asyncio.wait_for(following, 2)
+    steps = await asyncio.wait_for(following, 20)
     assert sequences(steps) == list(range(1, 36))
     assert states(steps) == ["running", "succeeded"]
 
@@ -159,7 +163,16 @@ async def test_a_negative_start_gives_the_last_lines_and_what_follows() -> None:
     await settled()
     cluster.write(2, heard=True)
     cluster.end(heard=True)
-    assert sequences(await asyncio.wait_for(following, 2)) == [8, 9, 10, 11, 12]
+    assert sequences(await asyncio.wait_for(following, 20)) == [8, 9, 10, 11, 12]
+
+
+@pytest.mark.parametrize(("count", "room"), [(30, 7), (2500, 10_000), (5000, 300)])
+async def test_a_tail_that_does_not_fit_one_answer_comes_whole(count: int, room: int) -> None:
+    cluster = Cluster()
+    cluster.room = room
+    cluster.write(5000, heard=False)
+    cluster.end(heard=False)
+    assert sequences(await cluster.follow(after=-count)) == list(range(5001 - count, 5001))
 
 
 async def test_a_burst_larger_than_the_queue_is_read_from_the_log() -> None:
@@ -169,7 +182,7 @@ async def test_a_burst_larger_than_the_queue_is_read_from_the_log() -> None:
     for _ in range(1000):
         cluster.write(1, heard=True)
     cluster.end(heard=True)
-    assert sequences(await asyncio.wait_for(following, 2)) == list(range(1, 1001))
+    assert sequences(await asyncio.wait_for(following, 20)) == list(range(1, 1001))
 
 
 async def test_silent_owners_delay_the_follower_and_do_not_end_it() -> None:
@@ -182,7 +195,7 @@ async def test_silent_owners_delay_the_follower_and_do_not_end_it() -> None:
     assert not following.done()
     cluster.silent = False
     cluster.end(heard=False)
-    assert sequences(await asyncio.wait_for(following, 2)) == [1, 2, 3]
+    assert sequences(await asyncio.wait_for(following, 20)) == [1, 2, 3]
 
 
 async def test_the_stream_does_not_end_before_the_log_is_whole() -> None:
@@ -195,7 +208,7 @@ async def test_the_stream_does_not_end_before_the_log_is_whole() -> None:
     assert not following.done()
     cluster.write(1, heard=False)
     cluster.complete = True
-    steps = await asyncio.wait_for(following, 2)
+    steps = await asyncio.wait_for(following, 20)
     assert sequences(steps) == [1]
 
 
@@ -206,4 +219,4 @@ async def test_a_hint_that_cannot_be_read_is_passed_over() -> None:
     cluster.hints.give(Hint(tail_subject(TEAM, "js1"), "", b"not json"))
     cluster.write(1, heard=True)
     cluster.end(heard=True)
-    assert sequences(await asyncio.wait_for(following, 2)) == [1]
+    assert sequences(await asyncio.wait_for(following, 20)) == [1]

@@ -7,7 +7,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -22,12 +22,11 @@ from libs.common.inbox import Answer, Inbox
 from libs.common.migrations import migrate
 from libs.common.routing import Route
 from libs.common.store import Store
+from services.registry.handlers.models import Origins
 from services.registry.routes import routes
 from services.registry.store import SKELETON, RegistryUnit
 from services.registry.store.runs import SKELETON as RUNS_SKELETON
 from services.registry.store.runs import RunsUnit
-
-ROUTES = routes()
 
 M = TypeVar("M", bound=Message)
 
@@ -46,15 +45,56 @@ class Time:
 
 
 @dataclass
+class FakeFilesets:
+    known: dict[str, m.Fileset] = field(default_factory=dict)
+
+    async def get(self, fileset_id: str, team_id: str) -> m.Fileset | None:
+        found = self.known.get(fileset_id)
+        return found if found and found.team_id == team_id else None
+
+
+@dataclass
+class FakeJobs:
+    known: dict[str, m.Job] = field(default_factory=dict)
+
+    async def get(self, job_id: str, team_id: str) -> m.Job | None:
+        found = self.known.get(job_id)
+        return found if found and found.team_id == team_id else None
+
+
+@dataclass
+class FakeOutside:
+    """What storage and the scheduler know."""
+
+    filesets: FakeFilesets = field(default_factory=FakeFilesets)
+    jobs: FakeJobs = field(default_factory=FakeJobs)
+
+    def upload(self, message: m.RegisterModel, principal: m.Principal) -> None:
+        """Whoever registers a version has uploaded its files, unless the test has said something else of them."""
+        files = m.Fileset(
+            id=message.fileset_id,
+            team_id=principal.team_id,
+            project_id=principal.project_id,
+            kind="model",
+            state="sealed",
+            size_bytes=message.size_bytes,
+            digest=message.digest,
+        )
+        self.filesets.known.setdefault(files.id, files)
+
+
+@dataclass
 class Catalogue:
     """A registry in a test."""
 
     store: Store[RegistryUnit]
     runs: Store[RunsUnit]
     time: Time
+    outside: FakeOutside = field(default_factory=FakeOutside)
     inboxes: dict[str, Inbox[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.routes = routes(Origins(self.outside.filesets, self.outside.jobs))
         self.inboxes = {"": Inbox(self.store, "registry"), "runs": Inbox(self.runs, "registry")}
 
     async def ask(self, message: Message, principal: m.Principal, reply: type[M]) -> M:
@@ -74,6 +114,10 @@ class Catalogue:
         route = self.route_of(message)
         route.rule.check(principal, route.message.ROUTE.name)
         call = self._envelope(message, sender=principal, idempotency_key=key)
+        if isinstance(message, m.RegisterModel):
+            self.outside.upload(message, principal)
+        if route.prepare:
+            call = replace(call, facts=await route.prepare(message, call))
         return await self.inboxes[route.database].apply(route, message, call)
 
     async def tell(self, event: Message) -> None:
@@ -121,9 +165,8 @@ class Catalogue:
             await unit.accounts.add_member(user_id, team_id, role, self.time())
         return m.Principal(kind="user", id=user_id, name=name, team_id=team_id, role=role)
 
-    @staticmethod
-    def route_of(message: Message) -> Route:
-        route = ROUTES.find(message.ROUTE.kind, message.ROUTE.type)
+    def route_of(self, message: Message) -> Route:
+        route = self.routes.find(message.ROUTE.kind, message.ROUTE.type)
         assert route, message.ROUTE
         return route
 
@@ -180,12 +223,13 @@ def attempt_of(job: m.Job, number: int = 1) -> m.Principal:
 
 def job_in(project: m.Project, **more: Any) -> m.Job:
     values: dict[str, Any] = {
+        "team_id": project.team_id,
         "state": "queued",
         "revision": 1,
         "created_at": datetime(2026, 1, 2, tzinfo=UTC),
         "template": m.JobTemplate(name="train"),
     }
-    return m.Job(id=new_id("job"), team_id=project.team_id, project_id=project.id, **(values | more))
+    return m.Job(id=new_id("job"), project_id=project.id, **(values | more))
 
 
 def version_of(project: m.Project, **more: Any) -> m.RegisterModel:

@@ -195,6 +195,24 @@ async def test_spent_expired_unknown_and_malformed_codes_get_the_same_answer(
     assert len({await refusal(code) for code in codes}) == 1
 
 
+@pytest.mark.parametrize("scopes", [(), ("read",)])
+async def test_signing_out_ends_the_session_for_good_and_tells_it(
+    catalogue: Catalogue, member: m.Principal, scopes: tuple[str, ...]
+) -> None:
+    _, session = await token_of(catalogue, member, scopes=scopes)
+    _, other = await token_of(catalogue, member)
+    ended = await catalogue.ask(m.SignOut(token_hash=session), gateway(), m.Token)
+    assert ended.revoked_at == catalogue.time()
+    assert (await catalogue.ask(m.SignOut(token_hash=session), gateway(), m.Token)).id == ended.id
+    await refusal_of(catalogue, session)
+    await whose(catalogue, other)
+    told = [body for kind, body, _ in await catalogue.emitted() if kind == "token.revoked.v1"]
+    assert told == [{"token_id": ended.id, "token_hash": session}]
+    for unknown in (secret_hash("unknown"), "", "\0"):
+        with pytest.raises(Unauthenticated):
+            await catalogue.ask(m.SignOut(token_hash=unknown), gateway(), m.Token)
+
+
 async def test_sign_in_code_is_spent_once_however_many_try_at_once(catalogue: Catalogue, member: m.Principal) -> None:
     await catalogue.ask(m.CreateSignIn(code_hash=secret_hash("code")), member, m.SignIn)
     attempts = [

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from libs.common.contracts import messages as m
-from libs.common.errors import Conflict, Invalid, NotFound
+from libs.common.errors import Conflict, Invalid, NotFound, Refusal
 from libs.common.ids import new_id
 from services.registry.domain import models as rules
 from tests.unit.registry.harness import Catalogue, attempt_of, job_in, service, version_of
@@ -72,6 +72,69 @@ async def test_versions_registered_at_once_get_numbers_without_gaps_and_stay_as_
         kept = await catalogue.ask(asked, member, m.ModelVersion)
         assert kept == version
         assert kept.fileset_id == message.fileset_id
+
+
+def files_of(member: m.Principal, **more: object) -> m.Fileset:
+    values = {"id": new_id("fileset"), "team_id": member.team_id, "kind": "model", "state": "sealed"} | more
+    return m.Fileset.model_validate(values)
+
+
+async def test_size_and_digest_are_those_that_the_files_owner_names(
+    catalogue: Catalogue, member: m.Principal, project: m.Project
+) -> None:
+    files = files_of(member, kind="artifacts", size_bytes=7, digest="d")
+    catalogue.outside.filesets.known[files.id] = files
+    made = await register(catalogue, member, project, fileset_id=files.id, size_bytes=1, digest="claimed")
+    assert (made.size_bytes, made.digest) == (7, "d")
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"team_id": "t-elsewhere"}, (NotFound, "fileset_not_found")),
+        ({"state": "open"}, (Conflict, "fileset_not_sealed")),
+        ({"state": "deleted"}, (Conflict, "fileset_not_sealed")),
+        ({"kind": "workspace"}, (Invalid, "not_a_model")),
+        ({"kind": "bento"}, (Invalid, "not_a_model")),
+    ],
+)
+async def test_a_version_needs_sealed_files_of_a_model_in_the_team(
+    catalogue: Catalogue,
+    member: m.Principal,
+    project: m.Project,
+    files: dict[str, str],
+    expected: tuple[type[Refusal], str],
+) -> None:
+    kept = files_of(member, **files)
+    catalogue.outside.filesets.known[kept.id] = kept
+    refused, code = expected
+    with pytest.raises(refused) as refusal:
+        await register(catalogue, member, project, fileset_id=kept.id)
+    assert refusal.value.code == code
+    assert not (await catalogue.ask(m.ListModels(), member, m.ModelPage)).items
+
+
+async def test_a_person_cannot_name_a_job_that_is_not_the_teams(
+    catalogue: Catalogue, member: m.Principal, stranger: m.Principal, project: m.Project
+) -> None:
+    job = job_in(project)
+    foreign = job_in(project, team_id=stranger.team_id)
+    catalogue.outside.jobs.known |= {each.id: each for each in (job, foreign)}
+    assert (await register(catalogue, member, project, job_id=job.id)).job_id == job.id
+    for job_id in (foreign.id, new_id("job")):
+        with pytest.raises(NotFound) as refusal:
+            await register(catalogue, member, project, job_id=job_id)
+        assert refusal.value.code == "job_not_found"
+
+
+async def test_a_job_cannot_register_files_of_another_project(
+    catalogue: Catalogue, member: m.Principal, project: m.Project
+) -> None:
+    files = files_of(member, project_id=new_id("project"))
+    catalogue.outside.filesets.known[files.id] = files
+    with pytest.raises(NotFound) as refusal:
+        await register(catalogue, attempt_of(job_in(project)), project, fileset_id=files.id)
+    assert refusal.value.code == "fileset_not_found"
 
 
 async def test_one_name_in_two_projects_is_two_models_and_needs_the_project(

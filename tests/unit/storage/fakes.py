@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from datetime import datetime
 
+from libs.common.contracts.messages import Job
 from libs.common.errors import Unavailable
 from services.storage.domain.filesets import Stored
 
@@ -59,3 +60,19 @@ class FakeObjects:
     def _check(self) -> None:
         if self.problem:
             raise Unavailable("object_store_unavailable", self.problem)
+
+
+class FakeJobs:
+    """The scheduler's jobs; those of teams that are named here alone."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, Job] = {}
+        self.silent = False
+        self.asked: list[str] = []
+
+    async def get(self, job_id: str, team_id: str) -> Job | None:
+        if self.silent:
+            raise Unavailable("service_silent", "the scheduler does not answer")
+        self.asked.append(job_id)
+        found = self.known.get(job_id)
+        return found if found and found.team_id == team_id else None

@@ -15,6 +15,7 @@ from libs.common.contracts.messages import (
     SealFileset,
 )
 from libs.common.errors import Conflict, Forbidden, Invalid, NotFound, Refusal, TooLarge, Unavailable
+from libs.common.pages import encode_cursor
 from services.storage.domain import filesets as domain
 from services.storage.domain.filesets import FILESET, checked_digest, digest_of, entries_of
 from tests.unit.storage.world import ATTEMPT, EXECUTOR, MEMBER, STRANGER, VIEWER, World, file_of, job
@@ -105,6 +106,9 @@ async def test_a_set_is_opened_uploaded_sealed_and_read(world: World) -> None:
     assert [item.path for item in (*page.items, *rest.items)] == ["a", "b"]
     assert page.items[0].url.startswith(f"get://d/model/{sealed.id}/0?v")
     assert rest.next_cursor == ""
+    for wrong in ("x", "-1", "9" * 30, str(2**63)):
+        with pytest.raises(Invalid):
+            await world.ask(ListFiles(fileset_id=sealed.id, cursor=encode_cursor(wrong)), VIEWER, FilePage)
     assert await world.events() == ["nabla.evt.t1.fileset.sealed.v1"]
 
 

@@ -9,9 +9,10 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import event
 
 from libs.common.contracts.messages import JobCancelled, JobFailed, JobStarting, JobSucceeded, LogFrame, LogPage
-from libs.common.errors import Invalid
+from libs.common.errors import Invalid, Unavailable
 from services.storage.domain.logs import LOG, MAX_LINE_BYTES, clipped, nothing_awaited, packed_blocks, unpacked_block
 from services.storage.store import LogRow
 from tests.unit.storage.world import ATTEMPT, STRANGER, World, frame, job, running_world
@@ -102,6 +103,27 @@ async def test_a_frame_of_another_team_is_refused(world: World) -> None:
     assert await texts(world) == ["a"]
 
 
+async def test_frames_of_one_batch_are_right_though_one_among_them_is_refused(world: World) -> None:
+    frames = [(frame(0, "a"), "t1"), (frame(1, "x"), "t2"), (frame(1, "b"), "t1"), (frame(2, "c"), "t1")]
+    outcomes = await asyncio.gather(*(world.deliver(one, team) for one, team in frames), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [type(None), Invalid, type(None), type(None)]
+    assert await texts(world) == ["a", "b", "c"]
+
+
+async def test_a_batch_of_frames_reads_its_log_once(world: World) -> None:
+    await world.deliver(frame(0, "0"))
+    reads: list[str] = []
+
+    def note(_connection: object, _cursor: object, statement: str, *_more: object) -> None:
+        if statement.startswith("SELECT"):
+            reads.append(statement)
+
+    event.listen(world.store.writer.sync_engine, "before_cursor_execute", note)
+    await asyncio.gather(*(world.deliver(frame(number, str(number))) for number in range(1, 41)))
+    assert len(reads) == 2
+    assert await texts(world) == [str(number) for number in range(41)]
+
+
 async def test_the_log_is_sealed_when_the_job_ended_and_the_last_frame_came(world: World) -> None:
     await world.deliver(JobStarting(job=job(1, 1)))
     await world.deliver(frame(0, "a"))
@@ -120,6 +142,36 @@ async def test_the_log_is_sealed_when_the_job_ended_and_the_last_frame_came(worl
     await world.keeper.keep_logs()
     assert await texts(world) == ["a", "b"]
     assert len(await world.events()) == 1
+
+
+@pytest.mark.parametrize("state", ["succeeded", "failed", "cancelled", "timed_out"])
+async def test_the_log_of_a_job_whose_end_was_never_heard_is_sealed_all_the_same(world: World, state: str) -> None:
+    await world.deliver(frame(0, "a", last=True))
+    world.jobs.known["js1"] = job(2, 1).model_copy(update={"state": "running"})
+    await world.check.check()
+    assert not (await world.page()).complete
+    world.jobs.known["js1"] = job(3, 1).model_copy(update={"state": state})
+    await world.check.check()
+    await world.check.check()
+    assert (await world.page()).complete
+    await world.keeper.keep_logs()
+    assert await world.events() == ["nabla.evt.t1.log.sealed.v1"]
+
+
+async def test_every_live_log_is_checked_in_its_turn_though_the_scheduler_was_silent(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.storage.loops.ROWS_A_PASS", 2)
+    ids = [f"js{number}" for number in range(5)]
+    for job_id in ids:
+        await world.deliver(frame(0, "a", job_id=job_id))
+    world.jobs.silent = True
+    with pytest.raises(Unavailable):
+        await world.check.check()
+    world.jobs.silent = False
+    for _ in range(6):
+        await world.check.check()
+    assert world.jobs.asked == ids * 2
 
 
 async def test_a_job_that_never_started_has_an_empty_whole_log(world: World) -> None:

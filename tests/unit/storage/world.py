@@ -36,11 +36,11 @@ from libs.common.store import Store
 from services.storage.adapters.tail import Tail
 from services.storage.handlers import FilesetHandlers
 from services.storage.log_handlers import LogHandlers
-from services.storage.loops import LogKeeper, Sweeper
+from services.storage.loops import LogCheck, LogKeeper, Sweeper
 from services.storage.routes import routes
 from services.storage.settings import StorageSettings
 from services.storage.store import SKELETON, StorageUnit
-from tests.unit.storage.fakes import FakeObjects
+from tests.unit.storage.fakes import FakeJobs, FakeObjects
 
 M = TypeVar("M", bound=Message)
 
@@ -63,6 +63,8 @@ class World:
         self.filesets = FilesetHandlers(self.store, self.objects, self.objects)
         self.logs = LogHandlers(self.store, self.objects, self.tail, self.settings)
         self.keeper = LogKeeper(self.store, self.inbox, self.logs, self.objects, self.settings, clock=lambda: self.now)
+        self.jobs = FakeJobs()
+        self.check = LogCheck(self.store, self.inbox, self.logs, self.jobs, self.settings, clock=lambda: self.now)
         self.sweeper = Sweeper(self.store, self.objects, self.settings, clock=lambda: self.now)
         self.inbox.after_commit(self.tail.committed)
         self.routes = routes(self.filesets, self.logs)

@@ -57,6 +57,25 @@ export function soon(action, delay = 400) {
   };
 }
 
+// A stream of events that comes back. A browser does so by itself when the connection breaks, but gives up for good
+// when the answer is an error, as it is while the gateway starts again. `address` gets the last id seen, or "".
+export function follow(address, listeners) {
+  let last = "", pause = SECOND, source;
+  function open() {
+    source = new EventSource(address(last));
+    source.addEventListener("open", () => { pause = SECOND; });
+    source.addEventListener("error", () => {
+      if (source.readyState !== EventSource.CLOSED) return;
+      setTimeout(open, pause);
+      pause = Math.min(2 * pause, 30 * SECOND);
+    });
+    for (const [name, listener] of Object.entries(listeners))
+      source.addEventListener(name, (event) => { last = event.lastEventId || last; listener(event); });
+  }
+  open();
+  return { close: () => source.close() };
+}
+
 async function call(button) {
   if (button.dataset.confirm && !confirm(button.dataset.confirm)) return;
   button.disabled = true;
@@ -92,8 +111,9 @@ setInterval(tick, SECOND);
 
 const types = document.body.dataset.follow;
 if (types) {
-  const events = new EventSource(`/api/v1/events/stream?types=${encodeURIComponent(types)}`);
   const later = soon(refresh);
-  for (const name of document.body.dataset.events.split(" ")) events.addEventListener(name, later);
-  events.addEventListener("error", () => setTimeout(refresh, 2000));
+  const names = document.body.dataset.events.split(" ");
+  // What happened before the stream was open, for the first time or again, is on the page anew.
+  const listeners = Object.fromEntries([...names, "open"].map((name) => [name, later]));
+  follow(() => `/api/v1/events/stream?types=${encodeURIComponent(types)}`, listeners);
 }

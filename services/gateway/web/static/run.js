@@ -1,6 +1,6 @@
 // One run: its log line by line as it comes, its states, its metrics.
 import { drawCharts } from "./chart.js";
-import { refresh, soon } from "./nabla.js";
+import { follow as followStream, refresh, soon } from "./nabla.js";
 
 const KEPT = 5000;
 const FIRST = 2000;
@@ -54,21 +54,22 @@ function draw() {
   frame ||= requestAnimationFrame(() => { frame = 0; flush(); });
 }
 
-const log = new EventSource(`/api/v1/jobs/${job}/logs/stream?after=-${FIRST}`);
 const later = soon(refresh, 150);
 let state = document.body.dataset.state;
 
-log.addEventListener("line", (event) => { waiting.push(JSON.parse(event.data)); draw(); });
-log.addEventListener("state", (event) => {
-  const now = JSON.parse(event.data).state;
-  if (now !== state) later();
-  state = now;
-});
-log.addEventListener("end", () => {
-  log.close();
-  document.getElementById("live").textContent = "whole";
-  later();
-  charts();
+const log = followStream((last) => `/api/v1/jobs/${job}/logs/stream?after=${last || -FIRST}`, {
+  line: (event) => { waiting.push(JSON.parse(event.data)); draw(); },
+  state: (event) => {
+    const now = JSON.parse(event.data).state;
+    if (now !== state) later();
+    state = now;
+  },
+  end: () => {
+    log.close();
+    document.getElementById("live").textContent = "whole";
+    later();
+    charts();
+  },
 });
 
 // Scrolling up to read stops following; scrolling back to the end takes it up again.
