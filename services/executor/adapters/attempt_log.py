@@ -217,7 +217,7 @@ def _time(at_us: int) -> str:
 def _fitting(text: str) -> str:
     """Without what would make a frame too large: control characters take six bytes each, and so do escapes."""
     text = text.translate(_CONTROLS)
-    if len(text) > LINE_BYTES and len(_quoted(text)) > 6 * LINE_BYTES:
+    if len(text) > LINE_BYTES and len(_quoted(text).encode("utf-8", "replace")) > 6 * LINE_BYTES:
         return text[:LINE_BYTES] + " [nabla: cut]"
     return text
 

@@ -10,6 +10,7 @@ import http.client
 import os
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,17 +94,46 @@ def digests_of(descriptor: int) -> Digests:
 
 
 def remove_tree(path: Path) -> None:
-    """Deletes a tree that a job wrote: follows no link, and is not stopped by folders without permissions."""
+    """Deletes a tree that a job wrote: follows no link, and is not stopped by folders without permissions.
+
+    Nor by any depth: each folder is moved up to the top before it is emptied, so there is no recursion and no path
+    that is too long.
+    """
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return
     path.chmod(0o700)
-    for entry in list(os.scandir(path)):
-        if entry.is_dir(follow_symlinks=False):
-            remove_tree(Path(entry.path))
-        else:
-            os.unlink(entry.path)
+    top = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        while _empty(top, top):
+            for name in os.listdir(top):
+                _remove_shallow(name, top)
+    finally:
+        os.close(top)
     path.rmdir()
+
+
+def _remove_shallow(name: str, top: int) -> None:
+    folder = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
+    try:
+        _empty(folder, top)
+    finally:
+        os.close(folder)
+    os.rmdir(name, dir_fd=top)
+
+
+def _empty(folder: int, top: int) -> bool:
+    """Deletes the files of a folder and moves its folders up; whether there are any folders."""
+    found = False
+    for entry in list(os.scandir(folder)):
+        if not entry.is_dir(follow_symlinks=False):
+            os.unlink(entry.name, dir_fd=folder)
+            continue
+        found = True
+        os.chmod(entry.name, 0o700, dir_fd=folder)
+        if folder != top:
+            os.rename(entry.name, uuid.uuid4().hex, src_dir_fd=folder, dst_dir_fd=top)
+    return found
 
 
 def _pieces(source: BinaryIO, size_bytes: int) -> Iterator[bytes]:

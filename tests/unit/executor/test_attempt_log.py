@@ -131,6 +131,17 @@ async def test_hostile_bytes_never_make_a_frame_too_large(folder: Path) -> None:
     assert next(reversed(stream.frames.values())).last
 
 
+async def test_a_line_of_escapes_and_bytes_that_are_no_text_fits_into_a_frame(folder: Path) -> None:
+    """Six bytes for each escape and three for each bad byte: a frame that the bus refuses would hold the end up."""
+    stream = Stream()
+    log = attempt_log(folder, stream)
+    spooled(folder, b"\x1b" * 22_000 + b"\xff" * 43_000 + b"\n")
+    log.job_ended()
+    log.close()
+    await log.ship()
+    assert [text[-4:] for _, text in stream.lines()] == ["cut]"]
+
+
 async def test_unfinished_lines_wait_for_company_but_the_first_does_not(folder: Path) -> None:
     stream = Stream()
     log = attempt_log(folder, stream)
