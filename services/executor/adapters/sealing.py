@@ -68,6 +68,11 @@ class Sealing:
     def __init__(self, bus: AgentBus, front_door: str) -> None:
         self._bus = bus
         self._endpoint = urlsplit(front_door).netloc
+        self._threads = transfer.Threads(2 * AT_ONCE)
+
+    def close(self) -> None:
+        """Leaves what is under way to its end."""
+        self._threads.close()
 
     async def seal_artifacts(self, owner: Owner, folder: Path) -> int:
         """Keeps the whole folder; the number of files, 0 when there is nothing to keep.
@@ -88,7 +93,7 @@ class Sealing:
             relative = inner_path(wanted.path.removeprefix("/artifacts").strip("/") or ".")
         except BadArchive as error:
             raise NotKept(f"its folder {error}") from error
-        await asyncio.to_thread(_refuse_links, artifacts, relative)
+        await self._threads.run(_refuse_links, artifacts, relative)
         name = hashlib.sha256(wanted.name.encode()).hexdigest()[:8]
         sealed = await self._seal("model", owner, artifacts / relative, f"{owner.attempt_id}-{name}")
         if sealed is None:
@@ -107,7 +112,7 @@ class Sealing:
 
     async def _seal(self, kind: str, owner: Owner, folder: Path, key: str) -> Fileset | None:
         """Opens, uploads and seals; again from the start, under a new key, when URLs have run out."""
-        files = await asyncio.to_thread(_listed, folder)
+        files = await self._threads.run(_listed, folder)
         if not files:
             return None
         delay_s, turn = FIRST_DELAY_S, 0
@@ -141,7 +146,7 @@ class Sealing:
 
         async def upload(file: File) -> None:
             async with slots:
-                await asyncio.to_thread(_upload_one, folder, file)
+                await self._threads.run(_upload_one, folder, file)
 
         await asyncio.gather(*(upload(file) for file in grant.uploads))
 

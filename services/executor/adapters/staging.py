@@ -45,6 +45,11 @@ class Staging:
         self._cache = cache
         self._endpoint = urlsplit(front_door).netloc
         self._fetching: dict[Path, asyncio.Lock] = {}
+        self._threads = transfer.Threads(2 * AT_ONCE)
+
+    def close(self) -> None:
+        """Leaves what is under way to its end."""
+        self._threads.close()
 
     async def lay(self, template: JobTemplate, team_id: str, workspace: Path) -> None:
         """Fills the workspace, from its beginning: what an earlier try left is removed.
@@ -54,7 +59,7 @@ class Staging:
         """
         if not template.workspace_id and not template.inputs:
             return
-        await asyncio.to_thread(transfer.remove_tree, workspace)
+        await self._threads.run(transfer.remove_tree, workspace)
         if template.workspace_id:
             await self._lay_workspace(template.workspace_id, team_id, workspace)
         for wanted in template.inputs:
@@ -69,13 +74,13 @@ class Staging:
                 await self._fetch_archive(fileset_id, team_id, kept)
             os.utime(kept)  # the longest unused go when room is needed
         try:
-            await asyncio.to_thread(_unpack_file, kept, workspace)
+            await self._threads.run(_unpack_file, kept, workspace)
         except BadArchive as error:
             raise StagingFailed(f"the workspace cannot be unpacked: {error}") from error
 
     async def _fetch_archive(self, fileset_id: str, team_id: str, kept: Path) -> None:
         kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        await asyncio.to_thread(make_room, self._cache, CACHE_BYTES)
+        await self._threads.run(make_room, self._cache, CACHE_BYTES)
         beside = kept.with_suffix(".part")
         async for file in self._files(fileset_id, team_id, "the workspace"):
             if file.path == ARCHIVE:
@@ -125,7 +130,7 @@ class Staging:
         delay_s = FIRST_DELAY_S
         while True:
             try:
-                await asyncio.to_thread(_download_to, file, target)
+                await self._threads.run(_download_to, file, target)
             except WrongContent as error:
                 raise StagingFailed(f"{file.path} of {fileset_id} is damaged: {error}") from error
             except TransferBroken as error:

@@ -1,25 +1,44 @@
 """Bytes between a node and object storage, by presigned URL, streaming, with the standard library's client.
 
-Everything here blocks: call it in a thread.
+Everything here blocks: call it in `Threads`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import http.client
 import os
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from libs.common.errors import NablaError
 
 CHUNK_BYTES = 1024 * 1024
 TIMEOUT_S = 60.0
+T = TypeVar("T")
+
+
+class Threads:
+    """Threads of their own for what may wait for an object store.
+
+    One that hangs takes all of them for minutes, and must not take those that start jobs and end them.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix="nabla-transfer")
+
+    async def run(self, work: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class TransferBroken(NablaError):

@@ -106,6 +106,22 @@ async def test_a_death_at_any_frame_loses_and_doubles_nothing(dies_after: int, f
     assert texts == ["environment: default", *map(str, range(2000)), "exit code 0"]
 
 
+async def test_a_frame_whose_answer_was_lost_is_sent_again_as_it_was(folder: Path) -> None:
+    stream = Stream()
+    stream.dies_after = 1
+    log = attempt_log(folder, stream)
+    writer = SpoolWriter(folder / "spool", 1 << 20)
+    writer.write("o", b"one\n", NOW_US)
+    with pytest.raises(ConnectionAbortedError):
+        await log.ship()
+    writer.write("o", b"two\n", NOW_US)
+    writer.close(NOW_US)
+    log.job_ended()
+    log.close()
+    await log.ship()
+    assert [text for _, text in stream.lines()] == ["one", "two"]
+
+
 async def test_half_a_word_written_at_a_crash_is_forgotten(folder: Path) -> None:
     log = attempt_log(folder, Stream())
     log.say("a", "whole")
