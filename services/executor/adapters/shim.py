@@ -152,7 +152,8 @@ class _Attempt:
         self._check_at = 0.0
         self._peak_bytes = 0
         self._begun_at = time.monotonic()
-        self._contact_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+        self._begun_boottime_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+        self._contact_s = self._begun_boottime_s
 
     def run(self) -> ExitRecord:
         self._watch()
@@ -265,7 +266,7 @@ class _Attempt:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             record = json.loads(Path(str(self._spec.node_contact_file)).read_bytes())
             if record["boot_id"] == processes.boot_id():
-                self._contact_s = max(float(record["boottime_s"]), self._contact_s)
+                self._contact_s = max(float(record["boottime_s"]), self._begun_boottime_s)
         return self._contact_s
 
     def _check_memory(self, now: float) -> None:
