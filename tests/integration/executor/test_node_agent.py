@@ -16,7 +16,7 @@ import pytest
 
 from libs.common.contracts.messages import Environment, Execution, Input, JobTemplate, ModelOutput, Resources
 from libs.common.ids import new_id
-from services.executor.adapters import node_agent
+from services.executor.adapters import cgroup, node_agent
 from services.executor.adapters.attempt_folder import AttemptFolder
 from services.executor.adapters.node_agent import NodeAgent
 from services.executor.ports import AgentConfig, StartOrder
@@ -266,6 +266,15 @@ async def test_a_killed_shim_is_lost_and_takes_the_job_with_it(config: AgentConf
         assert shim
         os.kill(shim.pid, 9)
         assert (await ended(agent, asked.attempt_id)).reason == "lost"
+        groups = cgroup.folders_of(asked.attempt_id)
+        await until(lambda: asyncio.to_thread(lambda: not any(map(_has_processes, groups))))
+        await agent.drop(asked.attempt_id)
+    assert not any(group.exists() for group in groups)
+
+
+def _has_processes(group: Path) -> bool:
+    """Also the group of one that was killed a moment ago."""
+    return group.exists() and bool((group / "cgroup.procs").read_text())
 
 
 async def test_a_dead_zygote_is_replaced(config: AgentConfig, neighbours: Neighbours) -> None:
