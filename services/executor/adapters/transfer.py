@@ -6,6 +6,7 @@ Everything here blocks: call it in `Threads`.
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import http.client
 import os
@@ -63,7 +64,7 @@ def download(url: str, target: BinaryIO, size_bytes: int, sha256: str) -> None:
         sha256: hex; empty when it is not known.
 
     Raises:
-        TransferBroken, WrongContent.
+        TransferBroken, WrongContent; OSError where this disk is full, which no other URL would change.
     """
     digest, received = hashlib.sha256(), 0
     try:
@@ -75,6 +76,8 @@ def download(url: str, target: BinaryIO, size_bytes: int, sha256: str) -> None:
                 digest.update(chunk)
                 target.write(chunk)
     except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise TransferBroken(_told(error)) from error
     if received != size_bytes:
         raise TransferBroken(f"{received} of {size_bytes} bytes came")

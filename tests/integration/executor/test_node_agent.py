@@ -21,6 +21,7 @@ from services.executor.adapters.attempt_folder import AttemptFolder
 from services.executor.adapters.node_agent import NodeAgent
 from services.executor.ports import AgentConfig, StartOrder
 from tests.integration.executor.world import PROJECT, TEAM, Neighbours, reports, until
+from tests.support.disks import small_disk_at
 from tests.support.nats import NatsServer
 
 pytestmark = pytest.mark.integration
@@ -232,6 +233,23 @@ async def test_a_stop_is_heard_while_the_workspace_cannot_be_fetched(
         await asyncio.sleep(0.3)
         await agent.stop(asked.attempt_id, 5.0, "cancelled")
         assert (await ended(agent, asked.attempt_id, 5)).reason == "stopped"
+
+
+async def test_a_workspace_for_which_the_disk_has_no_room_is_refused_and_takes_none(
+    config: AgentConfig, neighbours: Neighbours, node_dir: Path
+) -> None:
+    large = neighbours.put_workspace({"large": os.urandom(12_000_000)})
+    many = neighbours.put_workspace({"zeros": bytes(12_000_000)})
+    with small_disk_at(node_dir / "node", 8) as disk:
+        async with running(config) as agent:
+            for workspace in (large, many):
+                asked = order("true", workspace_id=workspace)
+                await agent.start(asked)
+                end = await ended(agent, asked.attempt_id)
+                assert end.reason == "refused"
+                assert "No space left on device" in end.detail
+        used = sum(path.stat().st_blocks * 512 for path in disk.rglob("*"))
+    assert used < 1_000_000
 
 
 @pytest.mark.parametrize(
