@@ -20,7 +20,7 @@ from libs.common.contracts.message import Message
 from libs.common.contracts.messages import Principal
 from libs.common.contracts.problem import Problem, refusal_from
 from libs.common.contracts.subjects import stream_of, subject_for
-from libs.common.errors import Unavailable
+from libs.common.errors import TooLarge, Unavailable
 from libs.common.ids import new_id
 from libs.common.telemetry import current_traceparent, span
 
@@ -94,6 +94,9 @@ class AgentBus:
             client = await self._connected()
             subject = subject_for(type(message))
             answer = await client.request(subject, message.to_wire(), timeout=10, headers=envelope.headers())
+        except nats.errors.MaxPayloadError:
+            detail = f"What the {route.owner} service is asked is larger than a message on the bus may be."
+            raise TooLarge("request_too_large", detail, "Use fewer or shorter names.") from None
         except (nats.errors.Error, OSError, TimeoutError) as error:
             detail = f"the {route.owner} service does not answer ({type(error).__name__})"
             raise Unavailable("service_silent", detail) from None

@@ -6,6 +6,7 @@ synced): a reader sees the old one or the new one, never half of one, and a powe
 
     spec.json     what to run; written by the agent before anything is started
     lock          held by the living shim: two shims cannot run one attempt
+    reserve       room on the disk: a job that filled it can still be stopped, and its end still be said
     shim.json     which process is the shim; durable before the user's command exists
     started.json  the command was let go
     stop.json     the agent asks for the end; the soonest deadline of several counts
@@ -17,6 +18,7 @@ synced): a reader sees the old one or the new one, never half of one, and a powe
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -37,6 +39,7 @@ ExitReason = Literal["exited", "stopped", "timed_out", "out_of_memory", "fenced"
 WAKE = signal.SIGURG  # ignored by default: it cannot end a shim that does not listen for it yet
 
 _ATTEMPT_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")  # also the sandbox's host name
+_RESERVE_BYTES = 64 * 1024
 _LEAST_SPOOL_BYTES = 1024 * 1024  # below it a frame of the log could be larger than its share
 _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -176,6 +179,7 @@ class AttemptFolder:
         for path in (folder.path, folder.workspace, folder.artifacts, folder.tmp, folder.spool):
             path.mkdir(mode=0o700, exist_ok=True)
         if not (folder.path / "spec.json").exists():
+            _reserve(folder.path / "reserve")
             folder._write("spec.json", dataclasses.asdict(spec))
             _sync_folder(folder.path.parent)
         return folder
@@ -250,7 +254,14 @@ class AttemptFolder:
         return loaded
 
     def _write(self, name: str, value: Mapping[str, Any]) -> None:
-        write_durably(self.path / name, json.dumps(value).encode())
+        content = json.dumps(value).encode()
+        try:
+            write_durably(self.path / name, content)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            (self.path / "reserve").unlink(missing_ok=True)
+            write_durably(self.path / name, content)
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -258,12 +269,23 @@ def write_durably(path: Path, content: bytes) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}")
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        os.write(descriptor, content)
-        os.fsync(descriptor)
+        with os.fdopen(descriptor, "wb") as file:  # writes all of it: a nearly full disk takes only the beginning
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.rename(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _reserve(path: Path) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, _RESERVE_BYTES)
     finally:
         os.close(descriptor)
-    beside.rename(path)
-    _sync_folder(path.parent)
 
 
 def _sync_folder(path: Path) -> None:

@@ -8,6 +8,7 @@ after a crash sends exactly that frame again, under the same id, so JetStream st
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -105,8 +106,7 @@ class AttemptLog:
         if any(word.key == key for word in self._words):
             return
         word = Word(key, to_us(utc_now()), text[:2000], tail)
-        with (self._folder / "words.jsonl").open("a") as file:
-            file.write(json.dumps(asdict(word)) + "\n")
+        _append_whole(self._folder / "words.jsonl", json.dumps(asdict(word)).encode() + b"\n")
         self._words.append(word)
         self._changed.set()
 
@@ -179,6 +179,7 @@ class AttemptLog:
             place = replace(place, lines=place.lines // 2, last=False)
             body = self._compose(place)
         _write_place(self._folder / "shipping.json", place)
+        self._place = place  # whoever goes on after a failure sends exactly this one
         await self._send(place.line, body)
         self._place = place.after()
         if self._place.whole:
@@ -217,7 +218,7 @@ def _time(at_us: int) -> str:
 def _fitting(text: str) -> str:
     """Without what would make a frame too large: control characters take six bytes each, and so do escapes."""
     text = text.translate(_CONTROLS)
-    if len(text) > LINE_BYTES and len(_quoted(text)) > 6 * LINE_BYTES:
+    if len(text) > LINE_BYTES and len(_quoted(text).encode("utf-8", "replace")) > 6 * LINE_BYTES:
         return text[:LINE_BYTES] + " [nabla: cut]"
     return text
 
@@ -230,8 +231,17 @@ def _read_words(path: Path) -> list[Word]:
     # A crash in the middle of a line leaves half of one: it was never sent.
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        path.write_text(whole)
+        os.truncate(path, len(whole.encode()))
     return [Word(**json.loads(line)) for line in whole.splitlines()]
+
+
+def _append_whole(path: Path, content: bytes) -> None:
+    """All of it or nothing: half a line that a full disk left would spoil the next one."""
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        if file.write(content) != len(content):
+            file.truncate(before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def _read_place(path: Path) -> Place:

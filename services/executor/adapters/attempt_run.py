@@ -13,7 +13,7 @@ import json
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,13 @@ from services.executor.adapters.folder_watch import FolderWatch, wait_for_change
 from services.executor.adapters.job_spec import NodeFacts, job_uid, spec_for, told_isolation
 from services.executor.adapters.sealing import NotKept, Owner, Sealing
 from services.executor.adapters.staging import Staging, StagingFailed
+from services.executor.adapters.transfer import remove_tree
 from services.executor.domain.execution import ENDED, FINISHING, RUNNING, STARTING, short_reason
 from services.executor.ports import StartOrder
 
 LOOK_S = 1.0
 STARTED_PATIENCE_S = 0.2
+SHIP_AGAIN_S = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +90,7 @@ class AttemptRun:
         self._means.watch.watch(self._folder.path, self._changed)
         self._means.watch.watch(self._folder.path, self._log_changed)
         self._means.watch.watch(self._folder.spool, self._log_changed)
-        shipping = asyncio.create_task(self._log.ship())
+        shipping = asyncio.create_task(self._ship())
         try:
             await self._start()
             await self._until_started()
@@ -107,6 +109,17 @@ class AttemptRun:
             self._means.watch.forget(self._changed)
             self._means.watch.forget(self._log_changed)
 
+    async def _ship(self) -> None:
+        """Sends the log until it is whole. A disk that is full for a while delays it; the job may run for days."""
+        while True:
+            try:
+                await self._log.ship()
+            except Exception:
+                log.exception("the log is shipped again", extra={"attempt_id": self.order.attempt_id})
+                await asyncio.sleep(SHIP_AGAIN_S)
+            else:
+                return
+
     async def _start(self) -> None:
         """Stages and starts, unless that was done before; whatever forbids it becomes the attempt's end."""
         if self._folder.read_exit() or self._folder.read_shim():
@@ -119,11 +132,13 @@ class AttemptRun:
                 await asyncio.to_thread(self._start_shim)
         except _Stopped:
             stop = self._folder.read_stop()
-            self._never_started("stopped", stop.reason if stop else "")
+            await self._never_started("stopped", stop.reason if stop else "")
         except (StagingFailed, EnvironmentRefused, MalformedSpec, zygote.StartFailed, OSError) as error:
+            # First, as it may be what filled the disk: nothing could be said before.
+            await asyncio.to_thread(remove_tree, self._folder.workspace)
             for number, line in enumerate(str(error).splitlines() or [repr(error)]):
                 self._log.say(f"refused-{number}", line)
-            self._never_started("refused", str(error))
+            await self._never_started("refused", str(error))
 
     def _span(self, step: str) -> AbstractContextManager[object]:
         return span(f"agent {step}", self.order.traceparent, object=self.order.attempt_id)
@@ -166,7 +181,7 @@ class AttemptRun:
             else:
                 return
 
-    def _never_started(self, reason: Any, detail: str) -> None:
+    async def _never_started(self, reason: Any, detail: str) -> None:
         record = ExitRecord(
             code=None,
             signal=None,
@@ -176,7 +191,7 @@ class AttemptRun:
             started_at_us=None,
             ended_at_us=to_us(utc_now()),
         )
-        self._folder.write_exit(record)
+        await asyncio.to_thread(self._folder.write_exit, record)
 
     async def _until_started(self) -> None:
         while self._folder.read_started() is None:
@@ -193,7 +208,7 @@ class AttemptRun:
             if ended:
                 return ended
             if self._is_dead():
-                return self._lost()
+                return await asyncio.to_thread(self._lost)
             await wait_for_change(self._changed, LOOK_S)
 
     def _is_dead(self) -> bool:
@@ -236,7 +251,7 @@ class AttemptRun:
             self._log.say("artifacts", f"artifacts: not kept: {error}", tail=True)
         if ended.reason == "exited" and ended.code == 0:
             await self._keep_models(owner)
-        write_durably(marker, b"{}")
+        await asyncio.to_thread(write_durably, marker, b"{}")
 
     async def _keep_models(self, owner: Owner) -> None:
         for model in self.order.template.models:
@@ -267,9 +282,10 @@ class AttemptRun:
             sender=Principal(kind="service", id="agent", team_id=self.order.team_id),
         )
         await self._means.bus.publish(ReportExecution(execution=execution), envelope)
+        told = {"state": state, "told": [*self._reported.get("told", []), state]}
+        await asyncio.to_thread(write_durably, self._folder.path / "reported.json", json.dumps(told).encode())
+        self._reported = told
         self.phase = state
-        self._reported = {"state": state, "told": [*self._reported.get("told", []), state]}
-        write_durably(self._folder.path / "reported.json", json.dumps(self._reported).encode())
 
     def _execution(self, state: str) -> Execution:
         order, started, ended = self.order, self._folder.read_started(), self._folder.read_exit()
@@ -358,8 +374,10 @@ def read_order(folder: AttemptFolder) -> StartOrder | None:
     plain = read_json(folder.path / "order.json")
     if plain is None:
         return None
-    template = JobTemplate.from_wire(plain.pop("template").encode())
-    return StartOrder(**plain | {"template": template, "gpu_indices": tuple(plain["gpu_indices"])})
+    known = {field.name for field in fields(StartOrder)}  # an agent of another version may have written more
+    template = JobTemplate.from_wire(plain["template"].encode())
+    values = {name: value for name, value in plain.items() if name in known}
+    return StartOrder(**values | {"template": template, "gpu_indices": tuple(plain["gpu_indices"])})
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -108,7 +108,8 @@ def checked_requirements(text: str) -> list[str]:
     lines = [line.split(" #")[0].strip() for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
     for line in lines:
-        if not _REQUIREMENT.fullmatch(line) and not _HASH.fullmatch(line):
+        # Installers replace ${NAME} by what their environment holds, and say so when they fail.
+        if "$" in line or (not _REQUIREMENT.fullmatch(line) and not _HASH.fullmatch(line)):
             raise EnvironmentRefused(f"the requirement {line[:80]!r} is not a package's name and version")
     if not lines:
         raise EnvironmentRefused("the list of requirements is empty")
@@ -125,7 +126,8 @@ def _installer(python: str, prefix: Path) -> list[str]:
     uv = shutil.which("uv")
     target = str(prefix / "bin" / "python")
     if uv:
-        return [uv, "pip", "install", "--quiet", "--python", target]
+        # Bound read-only in jobs, where Python could not keep the bytecode that it makes.
+        return [uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", target]
     return [python, "-m", "pip", "--python", target, "install", "--quiet", "--disable-pip-version-check"]
 
 
@@ -140,13 +142,20 @@ async def _run(command: list[str]) -> None:
     )
     try:
         output, _ = await asyncio.wait_for(process.communicate(), BUILD_LIMIT_S)
-    except (TimeoutError, asyncio.CancelledError):
-        process.kill()
-        await process.wait()
+    except TimeoutError:
+        await _end(process)
+        raise EnvironmentRefused(f"the requirements could not be installed within {BUILD_LIMIT_S:.0f} s") from None
+    except asyncio.CancelledError:
+        await _end(process)
         raise
     if process.returncode:
         last = output.decode("utf-8", "replace").strip().splitlines()[-LAST_LINES:]
         raise EnvironmentRefused("the requirements cannot be installed:\n" + "\n".join(last))
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    process.kill()
+    await process.wait()
 
 
 def _installer_environment() -> dict[str, str]:

@@ -9,6 +9,7 @@ shim.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -130,11 +131,11 @@ def _enter(network: int | None, uid: int | None) -> None:
 
 def keep_only(descriptors: Sequence[int]) -> None:
     """Close all that a forked process inherited but these and its standard streams."""
-    edge = 3
-    for descriptor in sorted(descriptors):
-        os.closerange(edge, descriptor)
-        edge = descriptor + 1
-    os.closerange(edge, os.sysconf("SC_OPEN_MAX"))
+    kept = {0, 1, 2, *descriptors}
+    for name in os.listdir("/proc/self/fd"):  # not all that are allowed: containers may allow a billion
+        if int(name) not in kept:
+            with contextlib.suppress(OSError):  # the listing's own is closed already
+                os.close(int(name))
 
 
 class _End:

@@ -146,7 +146,7 @@ def _run_child(spec: AttemptSpec, folder: AttemptFolder, ends: _Ends, shim: int)
         if spec.isolation == "bwrap":
             _offer_to_oom_killer()
             os.umask(0o022)
-            sandbox.exec_in_bwrap(spec, folder, ends.status, ends.block)
+            sandbox.exec_in_bwrap(spec, folder, ends.status, ends.block, shim)
         _guard(spec, folder, ends, shim)
     except Exception as exception:
         os.write(ends.error, str(exception).encode()[:_MESSAGE_BYTES])

@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import IO
 
-from services.executor.adapters import isolation, zygote
+from services.executor.adapters import cgroup, isolation, zygote
 from services.executor.adapters.agent_bus import AgentBus
 from services.executor.adapters.attempt_folder import AttemptFolder
 from services.executor.adapters.attempt_run import AttemptRun, Means, read_order, write_order
@@ -68,33 +68,48 @@ class NodeAgent:
         self._probe = IsolationProbe("process", "", "")
 
     async def open(self) -> None:
-        """Takes the node folder over, and goes on with every attempt in it."""
+        """Takes the node folder over, and goes on with every attempt in it. May be tried again when it failed."""
+        try:
+            await self._open()
+        except BaseException:
+            await self.close()
+            self._runs.clear()
+            raise
+
+    async def _open(self) -> None:
         self._attempts.mkdir(parents=True, exist_ok=True, mode=0o700)
         # Jobs run as other users where the platform is root: they pass through to their own folders.
         self._node_dir.chmod(0o711)
         self._attempts.chmod(0o711)
         self._lock = await _take_lock(self._node_dir / "agent.lock")
-        await asyncio.to_thread(write_contact, self._contact)
+        write_contact(self._contact)
         self._zygote = _Zygote(self._node_dir)
         self._probe = await asyncio.to_thread(isolation.probe, self._config.isolation)
         self._means = self._make_means(self._zygote)
         for path in sorted(self._attempts.iterdir()):
-            self._adopt(AttemptFolder(path))
+            if path.is_dir():
+                self._take_up(AttemptFolder(path))
         self._tasks["contact"] = asyncio.create_task(self._keep_contact())
         log.info("agent is ready", extra={"attempts": len(self._runs), "isolation": self._probe.isolation})
 
     async def close(self) -> None:
         """Leaves; attempts run on, and the next agent finds them."""
-        for task in self._tasks.values():
+        tasks, self._tasks = list(self._tasks.values()), {}
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._means:
             self._means.watch.close()
+            self._means.staging.close()
+            self._means.sealing.close()
             await self._means.bus.close()
+            self._means = None
         if self._zygote:
             self._zygote.end()
+            self._zygote = None
         if self._lock:
             self._lock.close()
+            self._lock = None
 
     async def start(self, order: StartOrder) -> None:
         """Commits the order and begins with it. Told again, nothing happens."""
@@ -113,7 +128,7 @@ class NodeAgent:
             return True
         folder = AttemptFolder(self._attempts / attempt_id)
         folder.path.mkdir(mode=0o700, exist_ok=True)
-        folder.request_stop(grace_s, reason)
+        await asyncio.to_thread(folder.request_stop, grace_s, reason)
         return False
 
     async def drop(self, attempt_id: str) -> None:
@@ -126,10 +141,22 @@ class NodeAgent:
 
     async def look(self, believed: Mapping[str, str]) -> AgentView:
         """What there is, and what differs from what the executor believes. Being asked is being heard."""
-        await asyncio.to_thread(write_contact, self._contact)
+        write_contact(self._contact)
         news = [run.present() for run in self._runs.values() if _is_news(run, believed)]
         detail = isolation.in_words(self._probe)
         return AgentView(self._probe.isolation, detail, frozenset(self._runs), tuple(news))
+
+    def _take_up(self, folder: AttemptFolder) -> None:
+        """One attempt whose records a crash or another version spoiled must not keep the others from going on.
+
+        It is not among those that this agent holds, so it counts as lost, and must not run on.
+        """
+        try:
+            self._adopt(folder)
+        except (ValueError, KeyError, TypeError):
+            log.exception("attempt cannot be taken up; it is ended", extra={"attempt_id": folder.path.name})
+            with contextlib.suppress(ValueError, TypeError):
+                folder.request_stop(0.0, "its records on the node cannot be read")
 
     def _adopt(self, folder: AttemptFolder) -> None:
         order = read_order(folder)
@@ -156,8 +183,11 @@ class NodeAgent:
         interval_s = min(5.0, self._config.node_fence_s / 4)
         while True:
             await asyncio.sleep(interval_s)
-            if await self._head_hears():
-                await asyncio.to_thread(write_contact, self._contact)
+            try:
+                if await self._head_hears():
+                    write_contact(self._contact)
+            except Exception:  # without this loop the fence would end every job of the node
+                log.exception("contact is not recorded; trying again")
 
     def _make_means(self, zygote_process: _Zygote) -> Means:
         config = self._config
@@ -251,6 +281,7 @@ def _remove_attempt(path: Path) -> None:
     """The order goes last: half a folder still says whose it is, and is dropped again."""
     if not path.is_dir():
         return
+    cgroup.remove_leftover(path.name)  # of a shim that was killed
     for entry in list(path.iterdir()):
         if entry.name not in ("order.json", "reported.json"):
             remove_tree(entry)

@@ -150,8 +150,11 @@ def environment_mounts(prefix: str) -> list[Mount]:
     return [Mount(path, path) for path in shown]
 
 
-def exec_in_bwrap(spec: AttemptSpec, folder: AttemptFolder, status: int, block: int) -> NoReturn:
+def exec_in_bwrap(spec: AttemptSpec, folder: AttemptFolder, status: int, block: int, shim: int) -> NoReturn:
     """Turn this process into bwrap. It reports on `status` and holds the command until `block` is written to.
+
+    A dead shim closes `block`, and bwrap takes that for a write: without a death signal of its own until bwrap has
+    set one, a shim killed in between would leave a job that nobody watches.
 
     Options go through a descriptor and not on the command line, which every user of the node can read: the
     environment holds secrets.
@@ -168,6 +171,7 @@ def exec_in_bwrap(spec: AttemptSpec, folder: AttemptFolder, status: int, block: 
     for descriptor in (status, block):
         os.set_inheritable(descriptor, True)
     argument_file = str(_handed_over("\0".join(options).encode()))
+    kernel.end_with_parent(signal.SIGKILL, shim)
     os.execve(bwrap, ["bwrap", "--args", argument_file, "--", *wrapped_command(spec.command)], {})
 
 

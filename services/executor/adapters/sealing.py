@@ -36,6 +36,9 @@ from services.executor.adapters.transfer import TransferBroken
 from services.executor.adapters.unpacking import BadArchive, inner_path
 
 MAX_FILES = 10_000
+MAX_DEPTH = 200
+# Beneath the bus's limit of 8 MB a message, with 300 bytes for what is said of each file besides its path.
+MAX_NAMES_BYTES = 4 << 20
 AT_ONCE = 4
 # A seal refused because a file is missing or differs: uploaded again this often before it is believed.
 SEAL_TRIES = 3
@@ -65,6 +68,11 @@ class Sealing:
     def __init__(self, bus: AgentBus, front_door: str) -> None:
         self._bus = bus
         self._endpoint = urlsplit(front_door).netloc
+        self._threads = transfer.Threads(2 * AT_ONCE)
+
+    def close(self) -> None:
+        """Leaves what is under way to its end."""
+        self._threads.close()
 
     async def seal_artifacts(self, owner: Owner, folder: Path) -> int:
         """Keeps the whole folder; the number of files, 0 when there is nothing to keep.
@@ -85,7 +93,7 @@ class Sealing:
             relative = inner_path(wanted.path.removeprefix("/artifacts").strip("/") or ".")
         except BadArchive as error:
             raise NotKept(f"its folder {error}") from error
-        await asyncio.to_thread(_refuse_links, artifacts, relative)
+        await self._threads.run(_refuse_links, artifacts, relative)
         name = hashlib.sha256(wanted.name.encode()).hexdigest()[:8]
         sealed = await self._seal("model", owner, artifacts / relative, f"{owner.attempt_id}-{name}")
         if sealed is None:
@@ -104,7 +112,7 @@ class Sealing:
 
     async def _seal(self, kind: str, owner: Owner, folder: Path, key: str) -> Fileset | None:
         """Opens, uploads and seals; again from the start, under a new key, when URLs have run out."""
-        files = await asyncio.to_thread(_listed, folder)
+        files = await self._threads.run(_listed, folder)
         if not files:
             return None
         delay_s, turn = FIRST_DELAY_S, 0
@@ -138,7 +146,7 @@ class Sealing:
 
         async def upload(file: File) -> None:
             async with slots:
-                await asyncio.to_thread(_upload_one, folder, file)
+                await self._threads.run(_upload_one, folder, file)
 
         await asyncio.gather(*(upload(file) for file in grant.uploads))
 
@@ -161,31 +169,52 @@ def _refuse_links(artifacts: Path, relative: Path) -> None:
 
 
 def _listed(folder: Path) -> list[File]:
+    with _told_as_not_kept(folder):
+        return _list(folder)
+
+
+def _list(folder: Path) -> list[File]:
     files: list[File] = []
+    names_bytes = 0
     for path in _regular_files(folder):
-        if len(files) == MAX_FILES:
-            raise NotKept(f"more than {MAX_FILES} files: pack them into an archive")
+        name = path.relative_to(folder).as_posix()
+        names_bytes += len(name.encode())
+        if len(files) == MAX_FILES or names_bytes > MAX_NAMES_BYTES:
+            raise NotKept(
+                f"more than {MAX_FILES} files, or {MAX_NAMES_BYTES >> 20} MB of names: pack them into an archive"
+            )
         with _opened(path) as descriptor:
             if descriptor is not None:
                 found = transfer.digests_of(descriptor)
-                name = path.relative_to(folder).as_posix()
                 files.append(File(path=name, size_bytes=found.size_bytes, md5=found.md5, sha256=found.sha256))
     return files
 
 
-def _regular_files(folder: Path) -> Iterator[Path]:
+def _regular_files(folder: Path, depth: int = 0) -> Iterator[Path]:
     """Depth first, sorted, through real folders only."""
     if folder.is_symlink() or not folder.is_dir():
         return
+    if depth > MAX_DEPTH:
+        raise NotKept(f"folders are nested deeper than {MAX_DEPTH}: pack them into an archive")
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         try:
             entry.name.encode()
         except UnicodeEncodeError:
             raise NotKept(f"the name {entry.name!r} is not text") from None
         if entry.is_dir(follow_symlinks=False):
-            yield from _regular_files(Path(entry.path))
+            yield from _regular_files(Path(entry.path), depth + 1)
         elif entry.is_file(follow_symlinks=False):
             yield Path(entry.path)
+
+
+@contextmanager
+def _told_as_not_kept(folder: Path) -> Iterator[None]:
+    """A file that the job closed to everybody, or a name too long to open, is told and not tried again for ever."""
+    try:
+        yield
+    except OSError as error:
+        name = os.path.relpath(error.filename, folder) if error.filename else "a file"
+        raise NotKept(f"{name} cannot be read: {error.strerror or error}") from error
 
 
 @contextmanager
@@ -199,6 +228,6 @@ def _opened(path: Path) -> Iterator[int | None]:
 
 
 def _upload_one(folder: Path, file: File) -> None:
-    with _opened(folder / inner_path(file.path)) as descriptor:
+    with _told_as_not_kept(folder), _opened(folder / inner_path(file.path)) as descriptor:
         assert descriptor is not None, "it was a regular file when it was listed, and its job has ended"
         transfer.upload(file.url, descriptor, os.fstat(descriptor).st_size)

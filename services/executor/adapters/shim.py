@@ -28,7 +28,6 @@ from services.executor.adapters.attempt_folder import (
     MalformedSpec,
     ShimRecord,
     StartedRecord,
-    write_durably,
 )
 from services.executor.adapters.cgroup import Cgroup, Limits
 from services.executor.adapters.launch import Job, LaunchRefused, launch, shell_code
@@ -41,6 +40,8 @@ _SAMPLE_S = 0.25
 _SAMPLE_SHARE = 20  # memory is looked at for at most a twentieth of the time
 _DRAIN_LIMIT_S = 5.0
 _KILL_AGAIN_S = 1.0
+_WRITE_AGAIN_S = 1.0
+_CONTACT_BYTES = 128  # more than any record of a contact, so that each covers the one before
 _ERROR_TAIL_BYTES = 2000
 _NOT_STREAMS = 2  # registered with the selector besides stdout and stderr: the process, the wake-up pipe
 
@@ -79,16 +80,40 @@ def see_through(path: str | os.PathLike[str]) -> None:
             record = _run(folder, afterwards)
         except Exception as error:
             traceback.print_exc()
-            record = _refused(f"the shim failed: {error!r}")
+            started = folder.read_started()  # what it left is kept, although nobody knows how it ended
+            record = _refused(f"the shim failed: {error!r}", started.at_us if started else None)
         finally:
             processes.end_descendants()
-        folder.write_exit(record)
+        _write_end(folder, record)
 
 
 def write_contact(path: str | os.PathLike[str]) -> None:
-    """Say that this node is in contact now. The agent calls it; the shims of the node read it."""
+    """Say that this node is in contact now. The agent calls it; the shims of the node read it.
+
+    In place, so that a full disk cannot refuse it and have every job of the node fenced; not synced, as it says
+    nothing any more after a reboot.
+    """
     now_s = time.clock_gettime(time.CLOCK_BOOTTIME)
-    write_durably(Path(path), json.dumps({"boottime_s": now_s, "boot_id": processes.boot_id()}).encode())
+    record = json.dumps({"boottime_s": now_s, "boot_id": processes.boot_id()}).encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.pwrite(descriptor, record.ljust(_CONTACT_BYTES), 0)
+    finally:
+        os.close(descriptor)
+
+
+def _write_end(folder: AttemptFolder, record: ExitRecord) -> None:
+    """However long the disk is full: an end that is not written down would be taken for a killed shim."""
+    while True:
+        try:
+            folder.write_exit(record)
+        except FileNotFoundError:  # the folder is gone, and with it whoever would have asked
+            return
+        except OSError as error:
+            print(f"the end cannot be written down yet: {error}", flush=True)
+            time.sleep(_WRITE_AGAIN_S)
+        else:
+            return
 
 
 def _run(folder: AttemptFolder, afterwards: contextlib.ExitStack) -> ExitRecord:
@@ -98,7 +123,7 @@ def _run(folder: AttemptFolder, afterwards: contextlib.ExitStack) -> ExitRecord:
         return _refused(str(error))
     stop = folder.read_stop()
     if stop is not None:
-        return _never_started("stopped", stop.reason)
+        return _without_end("stopped", stop.reason)
     cgroup = Cgroup.create(spec.attempt_id, Limits(spec.memory_bytes, spec.cpu_count, spec.pids_limit))
     if cgroup is not None:
         afterwards.callback(cgroup.remove)
@@ -128,6 +153,7 @@ class _Attempt:
         self._peak_bytes = 0
         self._begun_at = time.monotonic()
         self._begun_boottime_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+        self._contact_s = self._begun_boottime_s
 
     def run(self) -> ExitRecord:
         self._watch()
@@ -234,14 +260,14 @@ class _Attempt:
             self._end("fenced", f"the node was out of contact for {silence_s:.0f} s", now, 0)
 
     def _last_contact_s(self) -> float:
-        """No contact on record, or one from before a reboot, counts from when the job began."""
-        try:
+        """No contact on record, or one from before a reboot, counts from when the job began; a record that cannot
+        be read just now, from the last one that could.
+        """
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             record = json.loads(Path(str(self._spec.node_contact_file)).read_bytes())
             if record["boot_id"] == processes.boot_id():
-                return max(float(record["boottime_s"]), self._begun_boottime_s)
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        return self._begun_boottime_s
+                self._contact_s = max(float(record["boottime_s"]), self._begun_boottime_s)
+        return self._contact_s
 
     def _check_memory(self, now: float) -> None:
         """With a control group the kernel enforces and this only records; without, this enforces."""
@@ -303,20 +329,20 @@ class _Attempt:
             self._detail = f"ended by {_signal_name(code - 128)}"
 
 
-def _never_started(reason: ExitReason, detail: str) -> ExitRecord:
+def _without_end(reason: ExitReason, detail: str, started_at_us: int | None = None) -> ExitRecord:
     return ExitRecord(
         code=None,
         signal=None,
         reason=reason,
         detail=detail,
         peak_rss_bytes=0,
-        started_at_us=None,
+        started_at_us=started_at_us,
         ended_at_us=_now_us(),
     )
 
 
-def _refused(detail: str) -> ExitRecord:
-    return _never_started("refused", detail)
+def _refused(detail: str, started_at_us: int | None = None) -> ExitRecord:
+    return _without_end("refused", detail, started_at_us)
 
 
 def _memory_detail(limit_bytes: int | None, what: str) -> str:

@@ -7,7 +7,9 @@ question, and what it did not is not found here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -23,6 +25,8 @@ ARCHIVE = "workspace.tar.gz"
 CACHE_BYTES = 10 << 30
 PATIENCE_S = 120.0
 AT_ONCE = 4
+# What a user calls a workspace becomes the name of a file.
+_ID = re.compile(r"[a-z0-9]{1,64}")
 
 
 class StagingFailed(NablaError):
@@ -41,6 +45,11 @@ class Staging:
         self._cache = cache
         self._endpoint = urlsplit(front_door).netloc
         self._fetching: dict[Path, asyncio.Lock] = {}
+        self._threads = transfer.Threads(2 * AT_ONCE)
+
+    def close(self) -> None:
+        """Leaves what is under way to its end."""
+        self._threads.close()
 
     async def lay(self, template: JobTemplate, team_id: str, workspace: Path) -> None:
         """Fills the workspace, from its beginning: what an earlier try left is removed.
@@ -50,30 +59,36 @@ class Staging:
         """
         if not template.workspace_id and not template.inputs:
             return
-        await asyncio.to_thread(transfer.remove_tree, workspace)
+        await self._threads.run(transfer.remove_tree, workspace)
         if template.workspace_id:
             await self._lay_workspace(template.workspace_id, team_id, workspace)
         for wanted in template.inputs:
             await self._lay_input(wanted, team_id, workspace)
 
     async def _lay_workspace(self, fileset_id: str, team_id: str, workspace: Path) -> None:
+        if not _ID.fullmatch(fileset_id):
+            raise StagingFailed(f"the workspace cannot be fetched: {fileset_id[:80]!r} is not the id of a file set")
         kept = self._cache / team_id / f"{fileset_id}.tar.gz"
         async with self._fetching.setdefault(kept, asyncio.Lock()):
             if not kept.exists():
                 await self._fetch_archive(fileset_id, team_id, kept)
+            os.utime(kept)  # the longest unused go when room is needed
         try:
-            await asyncio.to_thread(_unpack_file, kept, workspace)
+            await self._threads.run(_unpack_file, kept, workspace)
         except BadArchive as error:
             raise StagingFailed(f"the workspace cannot be unpacked: {error}") from error
 
     async def _fetch_archive(self, fileset_id: str, team_id: str, kept: Path) -> None:
         kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        await asyncio.to_thread(make_room, self._cache, CACHE_BYTES)
-        beside = kept.with_suffix(f".{os.getpid()}")
+        await self._threads.run(make_room, self._cache, CACHE_BYTES)
+        beside = kept.with_suffix(".part")
         async for file in self._files(fileset_id, team_id, "the workspace"):
             if file.path == ARCHIVE:
-                await self._fetch(file, beside, fileset_id, team_id)
-                beside.rename(kept)
+                try:
+                    await self._fetch(file, beside, fileset_id, team_id)
+                    beside.rename(kept)
+                finally:
+                    beside.unlink(missing_ok=True)
                 return
         raise StagingFailed(f"the workspace {fileset_id} has no {ARCHIVE}")
 
@@ -115,7 +130,7 @@ class Staging:
         delay_s = FIRST_DELAY_S
         while True:
             try:
-                await asyncio.to_thread(_download_to, file, target)
+                await self._threads.run(_download_to, file, target)
             except WrongContent as error:
                 raise StagingFailed(f"{file.path} of {fileset_id} is damaged: {error}") from error
             except TransferBroken as error:
@@ -135,10 +150,14 @@ class Staging:
 
 
 def make_room(folder: Path, limit_bytes: int) -> None:
-    """Deletes the longest unused files below `folder` until less than the limit is left."""
-    found = sorted((path.stat().st_atime, path.stat().st_size, path) for path in folder.glob("*/*.tar.gz"))
+    """Deletes the longest unused archives below `folder` until less than the limit is left."""
+    found = []
+    for path in folder.glob("*/*.tar.gz"):
+        with contextlib.suppress(FileNotFoundError):  # another fetch makes room just now
+            status = path.stat()
+            found.append((status.st_atime, status.st_size, path))
     total = sum(size for _, size, _ in found)
-    for _, size, path in found:
+    for _, size, path in sorted(found):
         if total <= limit_bytes:
             return
         path.unlink(missing_ok=True)
@@ -148,7 +167,6 @@ def make_room(folder: Path, limit_bytes: int) -> None:
 def _unpack_file(archive: Path, workspace: Path) -> None:
     with archive.open("rb") as source:
         unpack(source, workspace)
-    os.utime(archive)
 
 
 def _download_to(file: File, target: Path) -> None:

@@ -1,24 +1,45 @@
 """Bytes between a node and object storage, by presigned URL, streaming, with the standard library's client.
 
-Everything here blocks: call it in a thread.
+Everything here blocks: call it in `Threads`.
 """
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import hashlib
 import http.client
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from libs.common.errors import NablaError
 
 CHUNK_BYTES = 1024 * 1024
 TIMEOUT_S = 60.0
+T = TypeVar("T")
+
+
+class Threads:
+    """Threads of their own for what may wait for an object store.
+
+    One that hangs takes all of them for minutes, and must not take those that start jobs and end them.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix="nabla-transfer")
+
+    async def run(self, work: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class TransferBroken(NablaError):
@@ -43,7 +64,7 @@ def download(url: str, target: BinaryIO, size_bytes: int, sha256: str) -> None:
         sha256: hex; empty when it is not known.
 
     Raises:
-        TransferBroken, WrongContent.
+        TransferBroken, WrongContent; OSError where this disk is full, which no other URL would change.
     """
     digest, received = hashlib.sha256(), 0
     try:
@@ -55,6 +76,8 @@ def download(url: str, target: BinaryIO, size_bytes: int, sha256: str) -> None:
                 digest.update(chunk)
                 target.write(chunk)
     except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise TransferBroken(_told(error)) from error
     if received != size_bytes:
         raise TransferBroken(f"{received} of {size_bytes} bytes came")
@@ -93,17 +116,46 @@ def digests_of(descriptor: int) -> Digests:
 
 
 def remove_tree(path: Path) -> None:
-    """Deletes a tree that a job wrote: follows no link, and is not stopped by folders without permissions."""
+    """Deletes a tree that a job wrote: follows no link, and is not stopped by folders without permissions.
+
+    Nor by any depth: each folder is moved up to the top before it is emptied, so there is no recursion and no path
+    that is too long.
+    """
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return
     path.chmod(0o700)
-    for entry in list(os.scandir(path)):
-        if entry.is_dir(follow_symlinks=False):
-            remove_tree(Path(entry.path))
-        else:
-            os.unlink(entry.path)
+    top = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        while _empty(top, top):
+            for name in os.listdir(top):
+                _remove_shallow(name, top)
+    finally:
+        os.close(top)
     path.rmdir()
+
+
+def _remove_shallow(name: str, top: int) -> None:
+    folder = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
+    try:
+        _empty(folder, top)
+    finally:
+        os.close(folder)
+    os.rmdir(name, dir_fd=top)
+
+
+def _empty(folder: int, top: int) -> bool:
+    """Deletes the files of a folder and moves its folders up; whether there are any folders."""
+    found = False
+    for entry in list(os.scandir(folder)):
+        if not entry.is_dir(follow_symlinks=False):
+            os.unlink(entry.name, dir_fd=folder)
+            continue
+        found = True
+        os.chmod(entry.name, 0o700, dir_fd=folder)
+        if folder != top:
+            os.rename(entry.name, uuid.uuid4().hex, src_dir_fd=folder, dst_dir_fd=top)
+    return found
 
 
 def _pieces(source: BinaryIO, size_bytes: int) -> Iterator[bytes]:

@@ -11,13 +11,23 @@ import posixpath
 import tarfile
 import zlib
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Self
 
 from libs.common.errors import NablaError
 
 MAX_FILES = 200_000
 MAX_BYTES = 64 << 30
+MAX_DEPTH = 200
 CHUNK_BYTES = 1024 * 1024
+# tarfile reads these members into memory, whatever size they claim.
+_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+_MAX_HEADER_BYTES = 1024 * 1024
 
 
 class BadArchive(NablaError):
@@ -35,8 +45,9 @@ def unpack(source: IO[bytes], target: Path, max_files: int = MAX_FILES, max_byte
     left = max_bytes
     count = 0
     try:
-        with tarfile.open(fileobj=source, mode="r|gz") as archive:
+        with tarfile.open(fileobj=source, mode="r|gz", tarinfo=_Member) as archive:
             for member in archive:
+                archive.members.clear()  # type: ignore[attr-defined]  # or it would remember every one
                 count += 1
                 if count > max_files:
                     raise BadArchive(f"it holds more than {max_files} files")
@@ -46,11 +57,22 @@ def unpack(source: IO[bytes], target: Path, max_files: int = MAX_FILES, max_byte
                 _unpack_member(archive, member, target, links)
         for path, destination in links:
             path.symlink_to(destination)
-    except (tarfile.TarError, zlib.error, EOFError) as error:
+    except (tarfile.TarError, zlib.error, EOFError, ValueError, IndexError, OverflowError) as error:
         raise BadArchive(f"it is broken: {error}") from error
     except (FileExistsError, NotADirectoryError) as error:
         raise BadArchive(f"it names {Path(error.filename).name!r} twice") from error
     return count
+
+
+class _Member(tarfile.TarInfo):
+    """Refuses a header that would fill the memory: one gzipped megabyte can claim a gigabyte."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        member = super().frombuf(buf, encoding, errors)
+        if member.size < 0 or (member.type in _HEADERS and member.size > _MAX_HEADER_BYTES):
+            raise BadArchive(f"a header in it claims {member.size} bytes")
+        return member
 
 
 def _unpack_member(
@@ -78,6 +100,8 @@ def inner_path(name: str) -> Path:
     parts = PurePosixPath(name).parts
     if not name or "\0" in name or name.startswith("/") or ".." in parts:
         raise BadArchive(f"{name!r} is not a path inside of it")
+    if len(parts) > MAX_DEPTH:
+        raise BadArchive(f"{name[:80]!r}... is nested deeper than {MAX_DEPTH} folders")
     return Path(*parts)
 
 

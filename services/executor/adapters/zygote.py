@@ -149,9 +149,11 @@ def _fork_twice(folder: AttemptFolder, lock: int) -> int:
     report, report_write = os.pipe()
     middle = os.fork()
     if middle == 0:
-        if os.fork() == 0:
-            _run_shim(folder, lock, report_write)
-        os._exit(0)
+        try:
+            if os.fork() == 0:
+                _run_shim(folder, lock, report_write)
+        finally:  # also where no process more is allowed: this one must not go on as a second zygote
+            os._exit(0)
     os.close(report_write)
     os.waitpid(middle, 0)
     with os.fdopen(report, "rb") as file:

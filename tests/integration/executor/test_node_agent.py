@@ -6,18 +6,22 @@ import asyncio
 import os
 import urllib.request
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from libs.common.contracts.messages import Environment, Execution, Input, JobTemplate, ModelOutput, Resources
 from libs.common.ids import new_id
+from services.executor.adapters import cgroup, node_agent
 from services.executor.adapters.attempt_folder import AttemptFolder
 from services.executor.adapters.node_agent import NodeAgent
 from services.executor.ports import AgentConfig, StartOrder
 from tests.integration.executor.world import PROJECT, TEAM, Neighbours, reports, until
+from tests.support.disks import small_disk_at
 from tests.support.nats import NatsServer
 
 pytestmark = pytest.mark.integration
@@ -38,11 +42,12 @@ def config(node_dir: Path, nats_server: NatsServer, neighbours: Neighbours) -> A
     )
 
 
+async def never() -> bool:
+    return False
+
+
 @asynccontextmanager
 async def running(config: AgentConfig) -> AsyncIterator[NodeAgent]:
-    async def never() -> bool:
-        return False
-
     agent = NodeAgent(NODE, config, never)
     await agent.open()
     try:
@@ -230,6 +235,23 @@ async def test_a_stop_is_heard_while_the_workspace_cannot_be_fetched(
         assert (await ended(agent, asked.attempt_id, 5)).reason == "stopped"
 
 
+async def test_a_workspace_for_which_the_disk_has_no_room_is_refused_and_takes_none(
+    config: AgentConfig, neighbours: Neighbours, node_dir: Path
+) -> None:
+    large = neighbours.put_workspace({"large": os.urandom(12_000_000)})
+    many = neighbours.put_workspace({"zeros": bytes(12_000_000)})
+    with small_disk_at(node_dir / "node", 8) as disk:
+        async with running(config) as agent:
+            for workspace in (large, many):
+                asked = order("true", workspace_id=workspace)
+                await agent.start(asked)
+                end = await ended(agent, asked.attempt_id)
+                assert end.reason == "refused"
+                assert "No space left on device" in end.detail
+        used = sum(path.stat().st_blocks * 512 for path in disk.rglob("*"))
+    assert used < 1_000_000
+
+
 @pytest.mark.parametrize(
     ("template", "said"),
     [
@@ -262,6 +284,15 @@ async def test_a_killed_shim_is_lost_and_takes_the_job_with_it(config: AgentConf
         assert shim
         os.kill(shim.pid, 9)
         assert (await ended(agent, asked.attempt_id)).reason == "lost"
+        groups = cgroup.folders_of(asked.attempt_id)
+        await until(lambda: asyncio.to_thread(lambda: not any(map(_has_processes, groups))))
+        await agent.drop(asked.attempt_id)
+    assert not any(group.exists() for group in groups)
+
+
+def _has_processes(group: Path) -> bool:
+    """Also the group of one that was killed a moment ago."""
+    return group.exists() and bool((group / "cgroup.procs").read_text())
 
 
 async def test_a_dead_zygote_is_replaced(config: AgentConfig, neighbours: Neighbours) -> None:
@@ -273,6 +304,97 @@ async def test_a_dead_zygote_is_replaced(config: AgentConfig, neighbours: Neighb
         await agent.start(asked)
         await ended(agent, asked.attempt_id)
     assert await texts(neighbours, asked) == ["back"]
+
+
+async def test_an_agent_that_could_not_open_its_folder_can_try_again(
+    config: AgentConfig, neighbours: Neighbours, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_agent, "LOCK_PATIENCE_S", 0.5)
+    in_the_way = Path(config.node_dir) / "contact.json"
+    in_the_way.mkdir(parents=True)
+    agent = NodeAgent(NODE, config, never)
+    with pytest.raises(IsADirectoryError):
+        await agent.open()
+    in_the_way.rmdir()
+    await agent.open()
+    await agent.close()
+
+
+async def test_spoiled_records_of_one_attempt_do_not_keep_the_others_from_going_on(
+    config: AgentConfig, neighbours: Neighbours
+) -> None:
+    spoiled, whole = order("sleep 1000"), order("while [ ! -e go ]; do sleep 0.02; done; echo went on")
+    async with running(config) as agent:
+        for asked in (spoiled, whole):
+            await agent.start(asked)
+            await until(partial(_started, config, asked))
+    folder = AttemptFolder(Path(config.node_dir) / "attempts" / spoiled.attempt_id)
+    (folder.path / "words.jsonl").write_text("no record\n")
+    (folder.path.parent / "stray").touch()
+    (folder.path.parent / whole.attempt_id / "workspace" / "go").touch()
+    async with running(config) as agent:
+        await ended(agent, whole.attempt_id)
+        assert spoiled.attempt_id not in (await agent.look({})).held
+    assert await texts(neighbours, whole) == ["went on"]
+    end = await until(lambda: asyncio.to_thread(folder.read_exit))
+    assert end.reason == "stopped"
+
+
+async def test_contact_is_kept_after_a_question_that_failed(config: AgentConfig, neighbours: Neighbours) -> None:
+    asked: list[int] = []
+
+    async def fails_twice() -> bool:
+        asked.append(len(asked))
+        if len(asked) <= 2:
+            raise RuntimeError("Ray is restarting")
+        return True
+
+    agent = NodeAgent(NODE, replace(config, node_fence_s=0.2), fails_twice)
+    await agent.open()
+    try:
+        await until(lambda: asyncio.to_thread(lambda: len(asked) > 3))
+    finally:
+        await agent.close()
+
+
+async def test_the_log_goes_on_when_the_disk_refused_it_for_a_while(
+    config: AgentConfig, neighbours: Neighbours
+) -> None:
+    command = "echo one; for n in two three; do while [ ! -e $n ]; do sleep 0.02; done; echo $n; done; sleep 1000"
+    asked = order(command)
+    folder = Path(config.node_dir) / "attempts" / asked.attempt_id
+    async with running(config) as agent:
+        await agent.start(asked)
+        await until(lambda: _has_said(neighbours, asked, "one"))
+        (folder / "shipping.json").unlink()
+        (folder / "shipping.json").mkdir()
+        (folder / "workspace" / "two").touch()
+        await until(lambda: asyncio.to_thread(lambda: list(folder.glob(".shipping.json.*"))))
+        (folder / "shipping.json").rmdir()
+        (folder / "workspace" / "three").touch()
+        await until(lambda: _has_said(neighbours, asked, "three"))
+        await agent.stop(asked.attempt_id, 0.0, "enough")
+        await ended(agent, asked.attempt_id)
+    assert await texts(neighbours, asked) == ["one", "two", "three"]
+
+
+async def _has_said(neighbours: Neighbours, asked: StartOrder, text: str) -> bool:
+    return text in await texts(neighbours, asked)
+
+
+async def test_an_object_store_that_hangs_holds_up_no_other_job(config: AgentConfig, neighbours: Neighbours) -> None:
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+    keeps = order("for n in 1 2 3 4; do echo $n > /artifacts/$n; done")
+    other = order("echo fine")
+    async with running(config) as agent:
+        neighbours.objects.answers.clear()
+        await agent.start(keeps)
+        await until(lambda: asyncio.to_thread(lambda: neighbours.objects.asked >= 2))
+        await agent.start(other)
+        assert (await ended(agent, other.attempt_id)).exit_code == 0
+        neighbours.objects.answers.set()
+        await ended(agent, keeps.attempt_id)
+    assert len(neighbours.sealed("artifacts", keeps.job_id)) == 4
 
 
 async def test_only_what_is_over_is_dropped(config: AgentConfig, neighbours: Neighbours) -> None:

@@ -149,6 +149,27 @@ def test_kill_of_the_shim_ends_all_of_the_job(node: Node, isolation: Isolation) 
     assert not folder.shim_is_alive()
 
 
+def test_kill_of_the_shim_before_the_walls_stand_starts_nothing(node: Node) -> None:
+    slow = node.path / "slow-bwrap"
+    slow.write_text("#!/bin/sh\nexec sleep 1000\n")
+    slow.chmod(0o755)
+    folder = node.start("true", bwrap_path=str(slow))
+    builder = eventually(lambda: processes.descendants(shim_pid(folder)), "what builds the walls")[0]
+    eventually(lambda: Path(f"/proc/{builder}/comm").read_text() == "sleep\n", "bwrap")
+    os.kill(shim_pid(folder), signal.SIGKILL)
+    eventually(lambda: processes.start_ticks(builder) is None, "the end of what builds the walls")
+
+
+def test_what_a_failed_shim_had_started_is_kept(node: Node) -> None:
+    folder = node.start("echo ready; sleep 1000", isolation="process")
+    eventually(lambda: said(folder, "ready"), "the job's first line")
+    eventually(folder.read_started, "the record of the start")
+    (folder.path / "stop.json").write_text("no record")
+    ended = node.end_of(folder)
+    assert ended.record.detail.startswith("the shim failed")
+    assert ended.record.started_at_us
+
+
 def test_kill_of_the_zygote_is_not_noticed(node: Node, isolation: Isolation) -> None:
     folder = node.start("echo ready; while [ ! -e go ]; do sleep 0.02; done; echo done", isolation=isolation)
     eventually(lambda: said(folder, "ready"), "the job's first line")

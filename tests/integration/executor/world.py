@@ -59,11 +59,14 @@ def grants() -> list[local_nats.Grant]:
 
 
 class ObjectStore:
-    """Keeps what is PUT and gives it back; `away` makes it answer 503."""
+    """Keeps what is PUT and gives it back; `away` makes it answer 503, and while `answers` is not set it hangs."""
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
         self.away = False
+        self.answers = threading.Event()
+        self.answers.set()
+        self.asked = 0
         store = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -71,6 +74,8 @@ class ObjectStore:
 
             def do_PUT(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
+                store.asked += 1
+                store.answers.wait()
                 if not store.away:
                     store.objects[self.path] = body
                 self._answer(503 if store.away else 200, b"")
@@ -96,6 +101,7 @@ class ObjectStore:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def close(self) -> None:
+        self.answers.set()
         self._server.shutdown()
         self._server.server_close()
 

@@ -106,6 +106,22 @@ async def test_a_death_at_any_frame_loses_and_doubles_nothing(dies_after: int, f
     assert texts == ["environment: default", *map(str, range(2000)), "exit code 0"]
 
 
+async def test_a_frame_whose_answer_was_lost_is_sent_again_as_it_was(folder: Path) -> None:
+    stream = Stream()
+    stream.dies_after = 1
+    log = attempt_log(folder, stream)
+    writer = SpoolWriter(folder / "spool", 1 << 20)
+    writer.write("o", b"one\n", NOW_US)
+    with pytest.raises(ConnectionAbortedError):
+        await log.ship()
+    writer.write("o", b"two\n", NOW_US)
+    writer.close(NOW_US)
+    log.job_ended()
+    log.close()
+    await log.ship()
+    assert [text for _, text in stream.lines()] == ["one", "two"]
+
+
 async def test_half_a_word_written_at_a_crash_is_forgotten(folder: Path) -> None:
     log = attempt_log(folder, Stream())
     log.say("a", "whole")
@@ -129,6 +145,17 @@ async def test_hostile_bytes_never_make_a_frame_too_large(folder: Path) -> None:
     await log.ship()
     assert stream.lines()
     assert next(reversed(stream.frames.values())).last
+
+
+async def test_a_line_of_escapes_and_bytes_that_are_no_text_fits_into_a_frame(folder: Path) -> None:
+    """Six bytes for each escape and three for each bad byte: a frame that the bus refuses would hold the end up."""
+    stream = Stream()
+    log = attempt_log(folder, stream)
+    spooled(folder, b"\x1b" * 22_000 + b"\xff" * 43_000 + b"\n")
+    log.job_ended()
+    log.close()
+    await log.ship()
+    assert [text[-4:] for _, text in stream.lines()] == ["cut]"]
 
 
 async def test_unfinished_lines_wait_for_company_but_the_first_does_not(folder: Path) -> None:

@@ -77,7 +77,18 @@ def test_requirements_name_packages_and_nothing_else() -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["-r /etc/passwd", "--index-url http://x", "-e .", "./here", "/abs", "a @ file:///etc/x", "git+https://x", ""],
+    [
+        "-r /etc/passwd",
+        "--index-url http://x",
+        "-e .",
+        "./here",
+        "/abs",
+        "a @ file:///etc/x",
+        "git+https://x",
+        "a==${PIP_INDEX_URL}",
+        "a @ ${X}",
+        "",
+    ],
 )
 def test_requirements_that_read_other_places_are_refused(line: str) -> None:
     with pytest.raises(EnvironmentRefused):

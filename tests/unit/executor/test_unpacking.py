@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import io
+import random
 import tarfile
 from pathlib import Path
 
@@ -97,6 +100,53 @@ def test_a_torn_archive_says_so(tmp_path: Path) -> None:
     for torn in (whole[: len(whole) // 2], b"no archive"):
         with pytest.raises(BadArchive, match="broken"):
             unpack(io.BytesIO(torn), tmp_path / str(len(torn)))
+
+
+def test_a_header_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    claimed = file("x")
+    claimed.size = 1 << 40
+    for kind in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME):
+        claimed.type = kind
+        packed = io.BytesIO(gzip.compress(claimed.tobuf(tarfile.GNU_FORMAT) + bytes(1 << 20)))
+        with pytest.raises(BadArchive, match=f"claims {1 << 40} bytes"):
+            unpack(packed, tmp_path / "w")
+
+
+def test_a_path_deeper_than_any_tool_expects_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadArchive, match="nested deeper"):
+        unpack(archive((file("d/" * 1500 + "x"), b"")), tmp_path / "w")
+
+
+def test_whatever_is_wrong_with_an_archive_is_told_as_that(tmp_path: Path) -> None:
+    """Anything else would be taken for a fault of the node, and tried again for ever."""
+    whole = archive((file("a"), b"x" * 700), (special("l", tarfile.SYMTYPE, "a"), b""), (file("n" * 300), b"y"))
+    plain, randomness = gzip.decompress(whole.getvalue()), random.Random(7)
+    for turn in range(200):
+        torn = bytearray(plain)
+        for _ in range(randomness.randrange(1, 6)):
+            start = randomness.randrange(0, len(torn) - 8) // 512 * 512 + randomness.randrange(0, 345)
+            torn[start : start + 3] = randomness.randbytes(3)
+            torn[start // 512 * 512 : start // 512 * 512 + 512] = with_checksum(torn[start // 512 * 512 :][:512])
+        with contextlib.suppress(BadArchive, OSError):
+            unpack(io.BytesIO(gzip.compress(bytes(torn), 1)), tmp_path / str(turn))
+
+
+def test_a_sparse_map_that_never_ends_is_told_as_broken(tmp_path: Path) -> None:
+    member = file("sparse")
+    member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "x"}
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz", format=tarfile.PAX_FORMAT) as out:
+        content = b"no number\n".ljust(512, b"\0")
+        member.size = len(content)
+        out.addfile(member, io.BytesIO(content))
+    packed.seek(0)
+    with pytest.raises(BadArchive, match="broken"):
+        unpack(packed, tmp_path / "w")
+
+
+def with_checksum(header: bytes | bytearray) -> bytes:
+    total = sum(header[:148]) + 256 + sum(header[156:])
+    return bytes(header[:148]) + b"%06o\0 " % total + bytes(header[156:])
 
 
 @pytest.mark.parametrize("name", ["", "/a", "..", "a/../b", "a\0b"])
