@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -30,12 +33,13 @@ from libs.common.migrations import migrate
 from libs.common.service import Service
 from services.executor.adapters.ray_cluster import RayCluster
 from services.executor.app import agent_config, build
+from services.executor.ports import ClusterAway
 from services.executor.routes import routes
 from services.executor.settings import ExecutorSettings
 from tests.integration.executor.ray_head import RayHead, running_ray
 from tests.integration.executor.world import TEAM, Neighbours, ObjectStore, grants, meet_neighbours, until
 from tests.support.nats import NatsServer, running_nats
-from tests.unit.executor.cluster_suite import ClusterSuite
+from tests.unit.executor.cluster_suite import ClusterSuite, reservation
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 ROOT = Path(__file__).resolve().parents[3]
@@ -296,6 +300,35 @@ class TestRayCluster(ClusterSuite):
         assert ray_head.agent_pid() != before
         await newer.close()
 
+    async def test_it_can_be_closed_while_calls_are_under_way(
+        self, settings: ExecutorSettings, ray_head: RayHead
+    ) -> None:
+        config = json.dumps(asdict(agent_config(settings)))
+        command = [sys.executable, "-m", "tests.integration.executor.closing", ray_head.address, config]
+        process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stderr=asyncio.subprocess.PIPE)
+        _, said = await process.communicate()
+        assert process.returncode == 0, said.decode()[-2000:]
+
+
+@pytest.mark.full
+async def test_the_first_call_after_the_death_of_the_head_says_so(
+    settings: ExecutorSettings, neighbours: Neighbours, ray_head: RayHead
+) -> None:
+    cluster = RayCluster(settings.find_ray_address, agent_config(settings))
+    try:
+        await cluster.look({})
+        pid = ray_head.gcs_pid()
+        (node,) = await cluster.look({})
+        os.kill(pid, signal.SIGKILL)
+        while ray_head.answers():
+            await asyncio.sleep(0.01)
+        with pytest.raises(ClusterAway, match="does not answer"):
+            await cluster.reserve(reservation(node.id))
+    finally:
+        await cluster.close()
+        await asyncio.to_thread(ray_head.stop)
+        await asyncio.to_thread(ray_head.start)
+
 
 @pytest.mark.full
 async def test_a_job_outlives_ray_itself(
@@ -311,7 +344,7 @@ async def test_a_job_outlives_ray_itself(
         async def told() -> bool:
             return "does not answer" in service.describe()[1]
 
-        await until(told, 15)
+        await until(told, 40)
         await asyncio.to_thread(ray_head.start)
         end = await onlooker.end_of(asked.attempt_id, 60)
     assert (end.reason, end.exit_code) == ("exited", 0)
