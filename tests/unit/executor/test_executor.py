@@ -244,13 +244,25 @@ async def test_a_full_node_is_waited_for_and_given_up_in_the_end(bench: Bench) -
     for asked in (first, second):
         await bench.deliver(asked)
         await bench.work()
-    assert (await bench.row(second.attempt_id)).state == "accepted"
+    waiting = await bench.row(second.attempt_id)
+    assert (waiting.state, waiting.detail, waiting.revision) == ("accepted", "the node is full", 2)
     hasty = ExecutorSettings(home=bench.settings.home, reserve_patience_s=0.0)
     await _drive(Driver(bench.store, bench.cluster, hasty))
     row = await bench.row(second.attempt_id)
     assert (row.state, row.reason, row.detail) == ("ended", "lost", "it never started: the node is full")
     await bench.work()
     assert second.attempt_id not in await bench.cluster.reserved()
+
+
+async def test_a_reservation_that_came_late_leaves_no_reason_behind(bench: Bench) -> None:
+    first, second = (start(template=JobTemplate(command=("x",), resources=Resources(cpu_count=3))) for _ in "ab")
+    for asked in (first, second):
+        await bench.deliver(asked)
+        await bench.work()
+    await bench.deliver(report(first, "ended", reason="exited", exit_code=0))
+    await bench.work()
+    row = await bench.row(second.attempt_id)
+    assert (row.state, row.detail) == ("starting", "")
 
 
 async def _drive(driver: Driver) -> None:
