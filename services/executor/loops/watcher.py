@@ -102,10 +102,10 @@ class Watcher:
 
     async def _believed(self) -> dict[str, dict[str, str]]:
         async with self._store.view() as view:
-            rows = await view.unfinished()
+            unfinished = await view.unfinished()
         believed: dict[str, dict[str, str]] = {}
-        for row in rows:
-            believed.setdefault(row.node_id, {})[row.id] = row.state
+        for attempt_id, node_id, state in unfinished:
+            believed.setdefault(node_id, {})[attempt_id] = state
         return believed
 
     async def _learn(self, view: NodeView) -> None:
