@@ -142,7 +142,7 @@ async def test_the_loop_places_as_soon_as_a_job_is_committed(world):
     loop = asyncio.create_task(world.placer.run())
     await asyncio.sleep(0.05)
     job_id = await world.submit()
-    for _ in range(200):
+    for _ in range(2000):
         if (await world.job(job_id)).state == "starting":
             break
         await asyncio.sleep(0.01)

@@ -148,7 +148,7 @@ async def gateway(server: NatsServer) -> AsyncIterator[Bus]:
 
 
 async def reaches(gateway: Bus, job_id: str, state: str) -> Job:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(40):
         while True:
             job = (await gateway.ask(GetJob(job_id=job_id), JobDetail, USER)).job
             if job.state == state:
@@ -162,7 +162,7 @@ async def test_a_job_goes_from_request_to_command_to_end(server, executor, gatew
         submit = SubmitJob(project_id=PROJECT, template=template())
         job, again = [await gateway.ask(submit, Job, USER, key="k") for _ in range(2)]
         assert job == again
-        command = await asyncio.wait_for(executor.commands.get(), 5)
+        command = await asyncio.wait_for(executor.commands.get(), 40)
         assert isinstance(command, StartExecution)
         assert command.job_id == job.id
         execution = Execution(attempt_id=command.attempt_id, job_id=job.id, number=1, state="running", revision=1)
@@ -180,7 +180,7 @@ async def test_a_restarted_scheduler_learns_by_asking(server, executor, gateway,
     executor.nodes = (node(),)
     async with running_scheduler(server, database_url, tmp_path / "a"):
         job = await gateway.ask(SubmitJob(project_id=PROJECT, template=template()), Job, USER, key="k")
-        command = await asyncio.wait_for(executor.commands.get(), 10)
+        command = await asyncio.wait_for(executor.commands.get(), 40)
     assert isinstance(command, StartExecution)
     ended = {"state": "ended", "reason": "exited", "exit_code": 0, "revision": 2}
     known = Execution(attempt_id=command.attempt_id, job_id=job.id, number=1, **ended)
