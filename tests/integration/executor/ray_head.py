@@ -53,7 +53,7 @@ class RayHead:
 
     def processes(self) -> list[int]:
         """Ray's own name this head's folder or address; workers rename themselves, and are their children."""
-        marks = (str(self.folder).encode(), f"--gcs-address={self.address}".encode())
+        marks = (str(self.folder).encode(), f"address={self.address}".encode())
         own = [pid for pid in _all_processes() if any(mark in _command_line(pid) for mark in marks)]
         return sorted({*own, *(child for pid in own for child in processes.descendants(pid))} - {os.getpid()})
 
