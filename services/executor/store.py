@@ -140,8 +140,10 @@ class ExecutorUnit(UnitOfWork):
     async def executions_of_job(self, job_id: str) -> Sequence[ExecutionRow]:
         return (await self.session.exec(select(ExecutionRow).where(ExecutionRow.job_id == job_id))).all()
 
-    async def unfinished(self) -> Sequence[ExecutionRow]:
-        return (await self.session.exec(select(ExecutionRow).where(ExecutionRow.state != ENDED))).all()
+    async def unfinished(self) -> Sequence[tuple[str, str, str]]:
+        """Id, node and state of each, without the templates: this is read every two seconds."""
+        query = select(ExecutionRow.id, ExecutionRow.node_id, ExecutionRow.state).where(ExecutionRow.state != ENDED)
+        return (await self.session.exec(query)).all()
 
     async def due(self) -> Sequence[ExecutionRow]:
         """Executions with something to do, longest due first; at most PAGE."""

@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -52,13 +53,27 @@ class RayHead:
 
     def processes(self) -> list[int]:
         """Ray's own name this head's folder or address; workers rename themselves, and are their children."""
-        marks = (str(self.folder).encode(), f"--gcs-address={self.address}".encode())
+        marks = (str(self.folder).encode(), f"address={self.address}".encode())
         own = [pid for pid in _all_processes() if any(mark in _command_line(pid) for mark in marks)]
         return sorted({*own, *(child for pid in own for child in processes.descendants(pid))} - {os.getpid()})
 
+    def answers(self) -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", self.port), 1.0).close()
+        except OSError:
+            return False
+        return True
+
     def agent_pid(self) -> int:
         """The process of the node agent's actor."""
-        return next(pid for pid in self.processes() if b"RayNodeAgent" in _command_line(pid))
+        return self._pid_of(b"RayNodeAgent")
+
+    def gcs_pid(self) -> int:
+        """The process that is the head's memory."""
+        return self._pid_of(b"/gcs_server")
+
+    def _pid_of(self, mark: bytes) -> int:
+        return next(pid for pid in self.processes() if mark in _command_line(pid))
 
 
 def _all_processes() -> list[int]:

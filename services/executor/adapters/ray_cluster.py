@@ -2,7 +2,9 @@
 
 Ray blocks, may come up later than the executor, and dials a dead head for minutes. So every call runs in a thread
 with a limit, nothing is called before a quick look at the head's port, and a connection whose head went away is
-shut down and made again. If Ray ends this process instead, its supervisor starts it again from its database.
+shut down and made again, once no call is under way: a shutdown beneath a call is a segmentation fault (measured).
+A call that was under way when the head died hangs until there is one again, and after a minute Ray ends this
+process; its supervisor starts it again from its database.
 """
 
 from __future__ import annotations
@@ -37,14 +39,16 @@ NAMESPACE = "nabla"
 AGENT_PREFIX = "nabla-agent-"
 THREADS = 16
 PORT_ANSWERS_S = 1.0
-PORT_TRUSTED_S = 1.5
 CONNECT_LIMIT_S = 30.0
 CALL_LIMIT_S = 10.0
 AGENT_ANSWERS_S = 4.0
 ROOM_WAIT_S = 1.0
 GPU_READ_LIMIT_S = 60.0
 SWEEP_S = 30.0
+# Longer than calls to agents take; those to a dead head may hang for a minute, and are not waited for.
+CALLS_END_S = 9.0
 STARTING = "the Ray cluster is still starting"
+STOPPING = "the executor is stopping"
 _ROOT = str(Path(__file__).resolve().parents[3])
 _NODE_LABEL = "ray.io/node-id"
 
@@ -68,15 +72,20 @@ class RayCluster:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="ray")
         self._connecting: Future[None] | None = None
         self._guard = threading.Lock()
+        self._calls = 0
+        self._call_ended = threading.Condition(self._guard)
+        self._leaving = ""
+        self._closed = False
         self._address = ""
         self._agents: dict[str, Any] = {}
         self._alive: frozenset[str] = frozenset()
         self._seen_once = False
         self._swept_s = 0.0
-        self._answered_s = float("-inf")
 
     async def look(self, believed: Mapping[str, Mapping[str, str]]) -> tuple[NodeView, ...]:
-        return await self._in_thread(CONNECT_LIMIT_S, self._look, believed)
+        # Apart, so that a head that died is told of long before the patience with a new one is over.
+        await self._in_thread(CONNECT_LIMIT_S, self._join)
+        return await self._in_thread(CALL_LIMIT_S, self._look, believed)
 
     async def reserve(self, wanted: Reservation) -> tuple[int, ...]:
         return await self._in_thread(GPU_READ_LIMIT_S + CALL_LIMIT_S, self._reserve, wanted)
@@ -98,12 +107,15 @@ class RayCluster:
         await self._in_thread(CALL_LIMIT_S, self._call_agent, node_id, "drop", attempt_id)
 
     async def close(self) -> None:
-        """Leaves the cluster as it is: agents, reservations and jobs live on."""
+        """Leaves the cluster as it is: agents, reservations and jobs live on. Nothing is called after it."""
         with contextlib.suppress(ClusterAway, asyncio.CancelledError):
-            await self._in_thread(CALL_LIMIT_S, self._disconnect)
+            await self._in_thread(CALL_LIMIT_S, self._leave)
+        self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _in_thread(self, limit_s: float, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        if self._closed:
+            raise ClusterAway(STOPPING)
         call = functools.partial(work, *args, **kwargs)
         try:
             future = asyncio.get_running_loop().run_in_executor(self._threads, call)
@@ -111,56 +123,82 @@ class RayCluster:
         except TimeoutError:
             raise ClusterAway(f"the Ray cluster did not answer within {limit_s:.0f} s") from None
 
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[None]:
+        """A connection to the present head that stays until the block is left. Ray's own errors become ours."""
+        with self._guard:
+            self._connect()
+            self._calls += 1
+        try:
+            with _told_as_away():
+                yield
+        finally:
+            with self._guard:
+                self._calls -= 1
+                self._call_ended.notify_all()
+
     def _connect(self) -> None:
-        """Makes sure there is a connection to the present head. Raises ClusterAway."""
+        """Makes sure there is a connection to the present head; under the guard. Raises ClusterAway."""
         import ray
 
+        if self._closed or self._leaving:
+            raise ClusterAway(self._leaving or STOPPING)
         address = self._find_address()
         if not address:
             raise ClusterAway(STARTING)
-        with self._guard:
-            if self._address == address and time.monotonic() - self._answered_s < PORT_TRUSTED_S:
-                return
-            if not _answers(address):
-                self._disconnect()
-                raise ClusterAway(f"the Ray head at {address} does not answer" if self._seen_once else STARTING)
-            self._answered_s = time.monotonic()
-            if self._address == address and ray.is_initialized():
-                return
-            if self._connecting is None:
-                self._disconnect()
-                self._connecting = _in_own_thread(functools.partial(_init, address))
-            try:
-                self._connecting.result(CONNECT_LIMIT_S - 5)
-            except TimeoutError:
-                # The thread cannot be ended; it is waited for again instead of starting a second one beside it.
-                raise ClusterAway(f"the Ray head at {address} accepts no driver yet") from None
-            except Exception as error:
-                self._connecting = None
-                reason = short_reason(str(error), 200)
-                raise ClusterAway(f"the Ray head at {address} refuses us (wrong token?): {reason}") from error
+        if not _answers(address):
+            silent = f"the Ray head at {address} does not answer" if self._seen_once else STARTING
+            self._disconnect(silent)
+            raise ClusterAway(silent)
+        if self._address == address and ray.is_initialized():
+            return
+        if self._connecting is None:
+            self._disconnect(f"the Ray head at {address} is new")
+            self._connecting = _in_own_thread(functools.partial(_init, address))
+        try:
+            self._connecting.result(CONNECT_LIMIT_S - 5)
+        except TimeoutError:
+            # The thread cannot be ended; it is waited for again instead of starting a second one beside it.
+            raise ClusterAway(f"the Ray head at {address} accepts no driver yet") from None
+        except Exception as error:
             self._connecting = None
-            self._address, self._seen_once = address, True
-            log.info("connected to Ray", extra={"address": address})
+            reason = short_reason(str(error), 200)
+            raise ClusterAway(f"the Ray head at {address} refuses us (wrong token?): {reason}") from error
+        self._connecting = None
+        self._address, self._seen_once = address, True
+        log.info("connected to Ray", extra={"address": address})
 
-    def _disconnect(self) -> None:
+    def _join(self) -> None:
+        with self._guard:
+            self._connect()
+
+    def _leave(self) -> None:
+        self._closed = True
+        with self._guard:
+            self._disconnect(STOPPING)
+
+    def _disconnect(self, why: str) -> None:
+        """Shuts Ray down when the calls under way have ended; under the guard, and new ones are refused meanwhile."""
         import ray
 
-        self._agents.clear()
-        self._alive = frozenset()
-        if ray.is_initialized():
-            log.warning("leaving the Ray head", extra={"address": self._address})
-            ray.shutdown()
-        self._address = ""
+        self._address, self._leaving = "", why
+        try:
+            if not self._call_ended.wait_for(lambda: self._calls == 0, CALLS_END_S):
+                log.warning("leaving the Ray head while calls hang", extra={"calls": self._calls})
+            self._agents.clear()
+            self._alive = frozenset()
+            if ray.is_initialized():
+                log.warning("leaving the Ray head", extra={"reason": why})
+                ray.shutdown()
+        finally:
+            self._leaving = ""
 
     def _look(self, believed: Mapping[str, Mapping[str, str]]) -> tuple[NodeView, ...]:
-
-        self._connect()
-        with _told_as_away():
+        with self._connected():
             nodes = _living_nodes()
             self._alive = frozenset(nodes)
             for node_id in set(self._agents) - set(nodes):
-                del self._agents[node_id]
+                self._agents.pop(node_id, None)
             views = self._ask_agents(nodes, believed)
             self._sweep_agents()
         return tuple(_node_view(node, views.get(node_id)) for node_id, node in sorted(nodes.items()))
@@ -215,7 +253,8 @@ class RayCluster:
         import ray
 
         log.info("agent is replaced", extra={"node_id": node_id})
-        agent = self._agents.pop(node_id)
+        agent = self._agent(node_id)
+        self._agents.pop(node_id, None)
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get(agent.leave.remote(), timeout=AGENT_ANSWERS_S)
         ray.kill(agent, no_restart=True)
@@ -242,8 +281,7 @@ class RayCluster:
         import ray
         from ray.util.placement_group import placement_group
 
-        self._connect()
-        with _told_as_away():
+        with self._connected():
             if not self._is_alive(wanted.node_id):
                 raise NodeAway(f"the node {wanted.node_id[:12]} is not among the living ones")
             try:
@@ -272,8 +310,7 @@ class RayCluster:
         import ray
         from ray.util.placement_group import remove_placement_group
 
-        self._connect()
-        with _told_as_away():
+        with self._connected():
             try:
                 group = ray.util.get_placement_group(attempt_id)
             except ValueError:
@@ -283,16 +320,14 @@ class RayCluster:
     def _reserved(self) -> frozenset[str]:
         from ray.util.placement_group import placement_group_table
 
-        self._connect()
-        with _told_as_away():
+        with self._connected():
             groups = placement_group_table().values()
             return frozenset(group["name"] for group in groups if group["name"] and group["state"] != "REMOVED")
 
     def _call_agent(self, node_id: str, method: str, *args: Any) -> Any:
         import ray
 
-        self._connect()
-        with _told_as_away():
+        with self._connected():
             if not self._is_alive(node_id):
                 raise ClusterAway(f"the node {node_id[:12]} is not among the living ones")
             try:
@@ -383,10 +418,13 @@ def _told_amounts(amounts: Mapping[str, float]) -> str:
 
 @contextlib.contextmanager
 def _told_as_away() -> Iterator[None]:
-    """Ray's own errors become ours; whether a call took effect is not known then."""
+    """Ray's own errors become ours; whether a call took effect is not known then.
+
+    ValueError is how Ray says that a name is not there: somebody removed it a moment ago.
+    """
     import ray
 
     try:
         yield
-    except (ray.exceptions.RayError, ConnectionError, TimeoutError) as error:
+    except (ray.exceptions.RayError, ConnectionError, TimeoutError, ValueError) as error:
         raise ClusterAway(f"Ray: {short_reason(str(error), 300) or type(error).__name__}") from error

@@ -1,8 +1,9 @@
 """Which nodes there are, which can be counted on, and when a silent one may be given up.
 
 A node is in contact while the cluster's head or the executor hears its agent. Out of contact for `fence_s` its
-shims end their sandboxes by themselves; only LOST_MARGIN_S later may its runs be called lost. Durations only, on
-one clock that goes on while the machine sleeps.
+shims end their sandboxes by themselves; only LOST_MARGIN_S later may its runs be called lost. While the head does
+not answer us, a node that it heard when it last did may still be in contact with it, and its jobs run on: so its
+silence counts from the head's next answer. Durations only, on one clock that goes on while the machine sleeps.
 """
 
 from __future__ import annotations
@@ -37,10 +38,23 @@ def next_inventory(
 
     Args:
         known: what was believed before.
-        seen: the living nodes of this look; empty when the cluster did not answer.
+        seen: the living nodes of this look.
     """
     unseen = (_without_contact(node, now_s, fence_s) for node in known if node.id not in seen)
     return tuple(sorted([*seen.values(), *unseen], key=lambda node: node.id))
+
+
+def inventory_unasked(
+    known: Iterable[KnownNode], looked_s: float, now_s: float, fence_s: float
+) -> tuple[KnownNode, ...]:
+    """The inventory after a look that the cluster's head did not answer.
+
+    Args:
+        known: what was believed before.
+        looked_s: when the look before this one was: nodes heard since then are given the benefit of the doubt.
+    """
+    doubted = (replace(node, heard_s=now_s) if node.heard_s >= looked_s else node for node in known)
+    return next_inventory(doubted, {}, now_s, fence_s)
 
 
 def _without_contact(node: KnownNode, now_s: float, fence_s: float) -> KnownNode:

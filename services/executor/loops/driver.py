@@ -119,7 +119,7 @@ class Driver:
     async def _note_reserved(
         self, unit: ExecutorUnit, attempt_id: str, gpus: Sequence[int]
     ) -> tuple[ExecutionRow, str, int]:
-        row = await advance(unit, await load(unit, attempt_id), "reserve", gpu_indices=list(gpus))
+        row = await advance(unit, await load(unit, attempt_id), "reserve", gpu_indices=list(gpus), detail="")
         return row, *await self._prepare_order(unit, attempt_id)
 
     async def _prepare_order(self, unit: ExecutorUnit, attempt_id: str) -> tuple[str, int]:
@@ -131,9 +131,16 @@ class Driver:
     async def _wait_for_room(self, row: ExecutionRow, error: NoRoom) -> None:
         waited_s = (to_us(utc_now()) - row.accepted_us) / 1_000_000
         if waited_s < self._settings.reserve_patience_s:
-            await self._look_again(row, 0.0)
+            await self._store.run(lambda unit: self._note_waiting(unit, row.id, str(error)))
             return
         await self._end(row, "lost", f"it never started: {error}")
+
+    async def _note_waiting(self, unit: ExecutorUnit, attempt_id: str, why: str) -> None:
+        """Keeps why it does not start yet, for who asks; it is due again, after those that were due before."""
+        row = await load(unit, attempt_id)
+        if row.state == ACCEPTED and row.detail != why:
+            row = await unit.change(row, detail=why)
+        await unit.visit_again(row, to_us(utc_now()))
 
     async def _tell(self, row: ExecutionRow, token: str, uid: int) -> None:
         if row.stop_reason or row.state == ENDED:

@@ -9,7 +9,7 @@ import logging
 from services.executor.domain.execution import ENDED, FINISHING, RUNNING, STARTING, amounts_for
 from services.executor.loops.endings import ExecutorStore
 from services.executor.ports import Cluster, ClusterAway, NodeAway, NoRoom, Reservation
-from services.executor.store import ExecutionRow
+from services.executor.store import PAGE, ExecutionRow
 
 SWEEP_S = 30.0
 
@@ -34,13 +34,13 @@ class Sweeper:
         reserved = await self._cluster.reserved()
         async with self._store.view() as view:
             holders = await view.executions(reserved)
-            unfinished = await view.unfinished()
+            started = [each for each, _, state in await view.unfinished() if state in (STARTING, RUNNING, FINISHING)]
+            forgotten = await view.executions([each for each in started if each not in reserved][:PAGE])
         for row in holders:
             if row.state == ENDED:
                 await self._cluster.release(row.id)
-        for row in unfinished:
-            if row.id not in reserved and row.state in (STARTING, RUNNING, FINISHING):
-                await self._reserve_again(row)
+        for row in forgotten:
+            await self._reserve_again(row)
 
     async def _reserve_again(self, row: ExecutionRow) -> None:
         amounts = amounts_for(row.read_template().resources)

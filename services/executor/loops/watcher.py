@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from libs.common.clock import to_us, utc_now
 from libs.common.contracts.messages import Execution, NodesReported
+from libs.common.errors import IllegalTransition
 from libs.common.telemetry import meter
 from services.executor.domain.execution import ENDED, FINISHING, RUNNING, STARTING
-from services.executor.domain.inventory import GONE, READY, SILENT, KnownNode, changed, next_inventory
+from services.executor.domain.inventory import (
+    GONE,
+    READY,
+    SILENT,
+    KnownNode,
+    changed,
+    inventory_unasked,
+    next_inventory,
+)
 from services.executor.handlers import node_snapshot, take_report
 from services.executor.loops.endings import ExecutorStore, end_execution
 from services.executor.ports import Cluster, ClusterAway, NodeView
@@ -24,6 +34,7 @@ REPORT_S = 5.0
 ON_ITS_WAY_US = 30 * 1_000_000
 PLATFORM_TEAM = "platform"
 
+log = logging.getLogger(__name__)
 _nodes_gauge = meter().create_gauge("nabla_nodes_ready_count", description="Nodes that can take work")
 
 
@@ -45,6 +56,7 @@ class Watcher:
         self._clock_s = clock_s
         self._nodes: tuple[KnownNode, ...] = ()
         self._reported_s = float("-inf")
+        self._looked_s = float("-inf")
         self.detail = "the Ray cluster is still starting"
 
     async def run(self) -> None:
@@ -57,20 +69,20 @@ class Watcher:
         """Begins with the nodes known before a restart; each counts as heard now, which errs on the safe side."""
         async with self._store.view() as view:
             rows = await view.nodes()
-        self._nodes = tuple(known_node(row, self._clock_s()) for row in rows)
+        self._looked_s = self._clock_s()
+        self._nodes = tuple(known_node(row, self._looked_s) for row in rows)
 
     async def look(self) -> bool:
         """One pass; whether some node is ready."""
-        believed = await self._believed()
-        try:
-            views = await self._cluster.look(believed)
-            self.detail = "" if views else "no node of the Ray cluster is alive"
-        except (ClusterAway, TimeoutError) as error:
-            views, self.detail = (), str(error) or "the Ray cluster does not answer"
-        now_s = self._clock_s()
-        seen = {view.id: _known(view, now_s) for view in views}
-        after = next_inventory(self._nodes, seen, now_s, self._settings.node_fence_s)
-        for view in views:
+        views = await self._ask_cluster()
+        now_s, fence_s = self._clock_s(), self._settings.node_fence_s
+        if views is None:
+            after = inventory_unasked(self._nodes, self._looked_s, now_s, fence_s)
+        else:
+            seen = {view.id: _known(view, now_s) for view in views}
+            after = next_inventory(self._nodes, seen, now_s, fence_s)
+        self._looked_s = now_s
+        for view in views or ():
             await self._learn(view)
         await self._give_up(after)
         await self._save(after, now_s)
@@ -78,12 +90,22 @@ class Watcher:
         _nodes_gauge.set(ready)
         return ready > 0
 
+    async def _ask_cluster(self) -> tuple[NodeView, ...] | None:
+        """The living nodes; None when the cluster's head does not answer."""
+        try:
+            views = await self._cluster.look(await self._believed())
+        except (ClusterAway, TimeoutError) as error:
+            self.detail = str(error) or "the Ray cluster does not answer"
+            return None
+        self.detail = "" if views else "no node of the Ray cluster is alive"
+        return views
+
     async def _believed(self) -> dict[str, dict[str, str]]:
         async with self._store.view() as view:
-            rows = await view.unfinished()
+            unfinished = await view.unfinished()
         believed: dict[str, dict[str, str]] = {}
-        for row in rows:
-            believed.setdefault(row.node_id, {})[row.id] = row.state
+        for attempt_id, node_id, state in unfinished:
+            believed.setdefault(node_id, {})[attempt_id] = state
         return believed
 
     async def _learn(self, view: NodeView) -> None:
@@ -100,12 +122,23 @@ class Watcher:
                 await self._miss(row)
         for row in strays:
             if row.reason == "lost":
-                await self._cluster.stop(view.id, row.id, 0.0, "the attempt was given up")
+                await self._stop_stray(view.id, row)
+
+    async def _stop_stray(self, node_id: str, row: ExecutionRow) -> None:
+        """Ends what was given up and lives; told again at each look until its agent has heard it."""
+        try:
+            await self._cluster.stop(node_id, row.id, 0.0, "the attempt was given up")
+        except (ClusterAway, TimeoutError) as error:
+            log.warning("a stray is not stopped yet", extra={"attempt_id": row.id, "reason": str(error)})
 
     async def _take(self, unit: ExecutorUnit, report: Execution) -> None:
         row = await unit.execution(report.attempt_id)
-        if row:
+        if row is None:
+            return
+        try:
             await take_report(unit, row, report)
+        except IllegalTransition as error:
+            log.error("an agent tells what cannot be", extra={"attempt_id": row.id, "reason": str(error)})
 
     async def _miss(self, row: ExecutionRow) -> None:
         """The node's agent answers and has never heard of this attempt."""

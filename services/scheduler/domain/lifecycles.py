@@ -144,8 +144,7 @@ def follow_execution(case: Case, execution: Execution, now_us: int) -> Case:
         case "ended":
             return _ended(case.job, seen, execution, now_us)
         case _:
-            job = _move(case.job, "resume") if case.job.state == "unreachable" else case.job
-            return Case(job, _move_attempt(seen, "accept"))
+            return _accepted(case.job, _move_attempt(seen, "accept"))
 
 
 def lose_contact(case: Case, detail: str) -> Case:
@@ -235,6 +234,15 @@ def start_command(job: Job, attempt: Attempt) -> StartExecution:
 
 def stop_command(attempt: Attempt) -> StopExecution:
     return StopExecution(attempt_id=attempt.id, reason=CANCELLED)
+
+
+def _accepted(job: Job, attempt: Attempt) -> Case:
+    """Not running yet; why not, the executor may know."""
+    if job.state == "unreachable":
+        job = _move(job, "resume")
+    if job.desired_state != CANCELLED:
+        job = replace(job, detail=attempt.detail)
+    return Case(job, attempt)
 
 
 def _running(job: Job, attempt: Attempt, detail: str, now_us: int) -> Case:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import NamedTuple
 
 from services.scheduler.domain.lifecycles import memory_text
@@ -166,11 +167,21 @@ class Policy:
                 heapq.heappush(teams, (self._share(team), team))
         return placements
 
-    def newly_blocked(self) -> dict[str, str]:
-        """Jobs that came to wait since the last call and still do, with the reason."""
-        asked, self._unexplained = self._unexplained, {}
-        reasons = ((job_id, self.why_waiting(job_id)) for job_id in asked)
-        return {job_id: reason for job_id, reason in reasons if reason}
+    @property
+    def has_unexplained(self) -> bool:
+        """Whether jobs came to wait of which nobody has been told why."""
+        return bool(self._unexplained)
+
+    def newly_blocked(self, limit: int = 100) -> dict[str, str]:
+        """Up to `limit` jobs that came to wait and fit nowhere, with the reason; each is told once.
+
+        A job whose shape is still to be tried is left for later: the next decision may place it.
+        """
+        first = islice(self._unexplained, limit)
+        blocked = [job_id for job_id in first if self._demands[job_id].shape in self._blocked]
+        for job_id in blocked:
+            del self._unexplained[job_id]
+        return {job_id: self.why_waiting(job_id) for job_id in blocked}
 
     def why_waiting(self, job_id: str) -> str:
         """Why this job is not placed, for people; empty for one that does not wait, or waits for its time."""

@@ -19,6 +19,8 @@ MAX_PORTS = 16
 PEOPLE = frozenset({"command"})
 SERVICES = frozenset({"build", "replica"})
 
+# The scheduler counts in thousandths: less would count as nothing, and fit on a full machine without an end.
+LEAST_CPUS = 0.001
 # Beyond what any machine has, and within what a database's integers hold.
 MOST = {"cpu_count": 1e6, "memory_bytes": 2**60, "gpu_count": 1e6}
 
@@ -88,6 +90,9 @@ def _check_resources(resources: Resources) -> None:
         if not 0 <= value <= most:
             detail = f"resources.{name} is {value}; it is between 0 (no wish) and {most:g}."
             raise _invalid(f"resources.{name}", detail, "Give a number within these bounds.")
+    if 0 < resources.cpu_count < LEAST_CPUS:
+        detail = f"resources.cpu_count is {resources.cpu_count:g}; the least is {LEAST_CPUS:g}."
+        raise _invalid("resources.cpu_count", detail, "Leave it out for one CPU, or give a larger share.")
     if resources.gpu_count != int(resources.gpu_count):
         detail = f"resources.gpu_count is {resources.gpu_count:g}, and GPUs are given whole."
         raise _invalid("resources.gpu_count", detail, "Use 0, 1, 2 and so on.")

@@ -63,7 +63,7 @@ class Placer:
                 log.warning("placing waits for the database", extra={"reason": repr(error)})
                 await asyncio.sleep(BACK_OFF_S)
                 continue
-            if placed < BATCH:
+            if placed < BATCH and not self.policy.has_unexplained:
                 await self._wait_for_change()
 
     async def rebuild(self) -> None:
@@ -80,10 +80,10 @@ class Placer:
         await self._read_inventories()
 
     async def place_waiting(self) -> int:
-        """One decision and its commit; returns how many jobs have a node now."""
+        """One decision and its commit, of a bounded number of jobs; returns how many have a node now."""
         await self._catch_up()
         placements = self.policy.decide(to_us(self._clock()), BATCH)
-        reasons = self.policy.newly_blocked()
+        reasons = self.policy.newly_blocked(BATCH)
         if placements or reasons:
             try:
                 await self._store.run(lambda unit: _commit(unit, placements, reasons))

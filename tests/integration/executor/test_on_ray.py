@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -30,12 +33,13 @@ from libs.common.migrations import migrate
 from libs.common.service import Service
 from services.executor.adapters.ray_cluster import RayCluster
 from services.executor.app import agent_config, build
+from services.executor.ports import ClusterAway
 from services.executor.routes import routes
 from services.executor.settings import ExecutorSettings
 from tests.integration.executor.world import TEAM, Neighbours, ObjectStore, grants, meet_neighbours, until
 from tests.support.nats import NatsServer, running_nats
 from tests.support.ray import RayHead, running_ray
-from tests.unit.executor.cluster_suite import ClusterSuite
+from tests.unit.executor.cluster_suite import ClusterSuite, reservation
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 ROOT = Path(__file__).resolve().parents[3]
@@ -131,7 +135,7 @@ class Onlooker:
         found: str = await until(find, 40)
         return found
 
-    async def end_of(self, attempt_id: str, timeout_s: float = 30):  # type: ignore[no-untyped-def]
+    async def end_of(self, attempt_id: str, timeout_s: float = 60):  # type: ignore[no-untyped-def]
         async def find() -> ExecutionEnded | None:
             return self.ended.get(attempt_id)
 
@@ -167,7 +171,7 @@ async def test_the_executor_answers_before_ray_is_there(
         async def told() -> bool:
             return onlooker.detail == "the Ray cluster is still starting"
 
-        await until(told, 5)
+        await until(told, 30)
         assert service.describe() == (True, "the Ray cluster is still starting")
 
 
@@ -261,7 +265,7 @@ async def test_nothing_stays_reserved_when_all_has_ended(
     async def nothing() -> bool:
         return not await cluster.reserved()
 
-    await until(nothing, 10)
+    await until(nothing, 30)
     await cluster.close()
 
 
@@ -292,9 +296,18 @@ class TestRayCluster(ClusterSuite):
         async def answers() -> bool:
             return any(node.agent for node in await newer.look({}))
 
-        await until(answers, 20)
+        await until(answers, 40)
         assert ray_head.agent_pid() != before
         await newer.close()
+
+    async def test_it_can_be_closed_while_calls_are_under_way(
+        self, settings: ExecutorSettings, ray_head: RayHead
+    ) -> None:
+        config = json.dumps(asdict(agent_config(settings)))
+        command = [sys.executable, "-m", "tests.integration.executor.closing", ray_head.address, config]
+        process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stderr=asyncio.subprocess.PIPE)
+        _, said = await process.communicate()
+        assert process.returncode == 0, said.decode()[-2000:]
 
 
 @pytest.mark.full
@@ -311,9 +324,28 @@ async def test_a_job_outlives_ray_itself(
         async def told() -> bool:
             return "does not answer" in service.describe()[1]
 
-        await until(told, 15)
+        await until(told, 40)
         await asyncio.to_thread(ray_head.start)
         end = await onlooker.end_of(asked.attempt_id, 60)
     assert (end.reason, end.exit_code) == ("exited", 0)
     assert end.node_id != first
     assert await stdout(neighbours, asked.job_id) == [f"line {number}" for number in range(1, 151)]
+
+
+@pytest.mark.full
+async def test_the_first_call_after_the_death_of_the_head_says_so(
+    settings: ExecutorSettings, neighbours: Neighbours, ray_head: RayHead
+) -> None:
+    """The last test here, as it leaves no head behind."""
+    cluster = RayCluster(settings.find_ray_address, agent_config(settings))
+    try:
+        await cluster.look({})
+        pid = ray_head.gcs_pid()
+        (node,) = await cluster.look({})
+        os.kill(pid, signal.SIGKILL)
+        while ray_head.answers():
+            await asyncio.sleep(0.01)
+        with pytest.raises(ClusterAway, match="does not answer"):
+            await cluster.reserve(reservation(node.id))
+    finally:
+        await cluster.close()

@@ -27,12 +27,14 @@ class FakeCluster:
     Args:
         away: why there is no cluster.
         deaf: nodes whose agent does not answer.
+        mute: nodes whose agent can be looked at, and takes no order.
     """
 
     amounts: dict[str, float] = field(default_factory=lambda: {"CPU": 4.0, "memory": 8e9, "GPU": 2.0})
     alive: set[str] = field(default_factory=lambda: {NODE})
     away: str = ""
     deaf: set[str] = field(default_factory=set)
+    mute: set[str] = field(default_factory=set)
     held: dict[str, Reservation] = field(default_factory=dict)
     waiting: dict[str, Reservation] = field(default_factory=dict)
     gpus: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -129,5 +131,5 @@ class FakeCluster:
 
     def _check_agent(self, node_id: str) -> None:
         self._check()
-        if node_id in self.deaf or node_id not in self.alive:
+        if node_id in self.deaf | self.mute or node_id not in self.alive:
             raise ClusterAway(f"the agent of {node_id} does not answer")

@@ -10,7 +10,15 @@ from libs.common.clock import utc_now
 from libs.common.contracts.messages import Execution, Resources
 from libs.common.errors import IllegalTransition
 from services.executor.domain.execution import STATES, TABLE, amounts_for, facts_of, short_reason
-from services.executor.domain.inventory import GONE, READY, SILENT, KnownNode, changed, next_inventory
+from services.executor.domain.inventory import (
+    GONE,
+    READY,
+    SILENT,
+    KnownNode,
+    changed,
+    inventory_unasked,
+    next_inventory,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -92,6 +100,16 @@ def test_a_node_that_is_seen_again_is_what_was_seen() -> None:
 
 def test_a_gone_node_stays_gone_until_it_is_seen() -> None:
     assert next_inventory([node(GONE, heard_s=100.0)], {}, 100.0, 120.0)[0].state == GONE
+
+
+def test_a_node_that_the_silent_head_heard_last_may_still_be_in_contact_with_it() -> None:
+    (after,) = inventory_unasked([node(heard_s=5.0)], 5.0, 1000.0, fence_s=120.0)
+    assert (after.state, after.heard_s) == (SILENT, 1000.0)
+
+
+def test_a_node_that_the_head_had_lost_before_it_fell_silent_goes_on_to_be_gone() -> None:
+    (after,) = inventory_unasked([node(SILENT, heard_s=5.0)], 6.0, 155.0, fence_s=120.0)
+    assert (after.state, after.heard_s) == (GONE, 5.0)
 
 
 def test_hearing_of_a_node_again_is_no_change() -> None:

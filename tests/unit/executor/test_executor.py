@@ -244,13 +244,25 @@ async def test_a_full_node_is_waited_for_and_given_up_in_the_end(bench: Bench) -
     for asked in (first, second):
         await bench.deliver(asked)
         await bench.work()
-    assert (await bench.row(second.attempt_id)).state == "accepted"
+    waiting = await bench.row(second.attempt_id)
+    assert (waiting.state, waiting.detail, waiting.revision) == ("accepted", "the node is full", 2)
     hasty = ExecutorSettings(home=bench.settings.home, reserve_patience_s=0.0)
     await _drive(Driver(bench.store, bench.cluster, hasty))
     row = await bench.row(second.attempt_id)
     assert (row.state, row.reason, row.detail) == ("ended", "lost", "it never started: the node is full")
     await bench.work()
     assert second.attempt_id not in await bench.cluster.reserved()
+
+
+async def test_a_reservation_that_came_late_leaves_no_reason_behind(bench: Bench) -> None:
+    first, second = (start(template=JobTemplate(command=("x",), resources=Resources(cpu_count=3))) for _ in "ab")
+    for asked in (first, second):
+        await bench.deliver(asked)
+        await bench.work()
+    await bench.deliver(report(first, "ended", reason="exited", exit_code=0))
+    await bench.work()
+    row = await bench.row(second.attempt_id)
+    assert (row.state, row.detail) == ("starting", "")
 
 
 async def _drive(driver: Driver) -> None:
@@ -372,6 +384,53 @@ async def test_a_restarted_executor_counts_silence_from_its_start(bench: Bench) 
     await again.recall()
     await again.look()
     assert (await bench.row(asked.attempt_id)).state == "starting"
+
+
+async def test_a_head_that_does_not_answer_us_may_still_hear_its_nodes(bench: Bench) -> None:
+    asked = start()
+    await bench.deliver(asked)
+    await bench.work()
+    bench.cluster.away = "the Ray head does not answer"
+    for _ in range(3):
+        bench.now_s += 39.9
+        await bench.watcher.look()
+        assert (await bench.row(asked.attempt_id)).state == "starting"
+    bench.cluster.away = ""
+    bench.cluster.alive.clear()
+    bench.now_s += 39.9
+    await bench.watcher.look()
+    assert (await bench.row(asked.attempt_id)).state == "starting"
+    bench.now_s += 0.1
+    await bench.watcher.look()
+    assert (await bench.row(asked.attempt_id)).reason == "lost"
+
+
+async def test_a_stray_whose_agent_is_deaf_is_stopped_when_it_hears_and_holds_up_nobody(bench: Bench) -> None:
+    asked = start()
+    await bench.deliver(asked)
+    await bench.work()
+    bench.cluster.alive.clear()
+    bench.now_s += 100
+    await bench.watcher.look()
+    bench.cluster.alive.add(NODE)
+    bench.cluster.mute.add(NODE)
+    assert await bench.watcher.look()
+    assert bench.cluster.stops == []
+    bench.cluster.mute.clear()
+    await bench.watcher.look()
+    assert bench.cluster.stops == [(asked.attempt_id, "the attempt was given up")]
+
+
+async def test_impossible_news_of_one_attempt_harm_no_other(bench: Bench) -> None:
+    unreserved, fine = start(), start()
+    await bench.deliver(fine)
+    await bench.work()
+    await bench.deliver(unreserved)
+    bench.cluster.report(NODE, unreserved.attempt_id, state="running")
+    bench.cluster.report(NODE, fine.attempt_id, state="running")
+    assert await bench.watcher.look()
+    assert (await bench.row(unreserved.attempt_id)).state == "accepted"
+    assert (await bench.row(fine.attempt_id)).state == "running"
 
 
 async def test_a_lost_run_that_comes_back_is_stopped(bench: Bench) -> None:

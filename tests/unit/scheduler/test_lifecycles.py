@@ -96,6 +96,16 @@ def test_an_attempt_runs_finishes_and_succeeds():
     assert (case.attempt.state, case.job.state, case.job.exit_code) == ("succeeded", "succeeded", 0)
 
 
+def test_a_job_that_does_not_start_yet_says_what_the_executor_waits_for():
+    case = placed()
+    waiting = follow_execution(case, said(case, "accepted", 2, detail="Ray has not reserved 1 CPU"), NOW)
+    assert (waiting.job.state, waiting.job.detail) == ("starting", "Ray has not reserved 1 CPU")
+    reserved = follow_execution(waiting, said(case, "starting", 4), NOW)
+    assert (reserved.job.state, reserved.job.detail) == ("starting", "")
+    stopping = ask_to_stop(case, NOW)
+    assert follow_execution(stopping, said(case, "accepted", 2, detail="x"), NOW).job.detail == "is being stopped"
+
+
 def test_an_end_that_overtakes_all_other_reports_is_enough():
     case = placed()
     ended = follow_execution(case, said(case, "ended", 5, reason="exited", exit_code=0), NOW)

@@ -116,6 +116,23 @@ def test_the_limit_leaves_the_rest_for_the_next_decision():
     assert [len(policy.decide(0, limit=2)) for _ in range(4)] == [2, 2, 1, 0]
 
 
+def test_a_job_that_the_next_decision_may_place_is_not_told_that_it_waits():
+    policy = policy_with(*(job(f"j{n}", n) for n in range(5)), n1=shape_of(4, 0, 0))
+    assert len(policy.decide(0, limit=2)) == 2
+    assert policy.newly_blocked() == {}
+    assert policy.has_unexplained
+    assert len(policy.decide(0, limit=9)) == 2
+    assert policy.newly_blocked() == {"j4": "waits for 1 CPU to become free on one node"}
+    assert not policy.has_unexplained
+
+
+def test_reasons_come_in_portions_and_reach_everybody():
+    policy = policy_with(*(job(f"j{n}", n) for n in range(5)))
+    assert policy.decide(0) == []
+    portions = [sorted(policy.newly_blocked(limit=2)) for _ in range(4)]
+    assert portions == [["j0", "j1"], ["j2", "j3"], ["j4"], []]
+
+
 def test_a_hundred_thousand_waiting_jobs_cost_a_decision_nothing():
     policy = policy_with(n1=shape_of(4, 0, 0), n2=shape_of(4, 0, 0))
     shapes = [shape_of(cpus, 0, 0) for cpus in (1, 2, 4)]

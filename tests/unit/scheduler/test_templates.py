@@ -31,6 +31,7 @@ def test_a_bare_template_gets_its_defaults():
         ("resources.cpu_count", {"resources": Resources(cpu_count=-1)}),
         ("resources.cpu_count", {"resources": Resources(cpu_count=math.nan)}),
         ("resources.cpu_count", {"resources": Resources(cpu_count=math.inf)}),
+        ("resources.cpu_count", {"resources": Resources(cpu_count=0.0004)}),
         ("resources.memory_bytes", {"resources": Resources(memory_bytes=-1)}),
         ("resources.memory_bytes", {"resources": Resources(memory_bytes=2**63)}),
         ("resources.gpu_count", {"resources": Resources(gpu_count=-1)}),
