@@ -29,6 +29,7 @@ from services.executor.domain.isolation import is_loopback, refusal
 
 UP_TIMEOUT_S = 120.0
 DOWN_TIMEOUT_S = 60.0
+DEPARTURE_S = 40.0
 # Children of a killed supervisor were told to end by the kernel; services close their databases in this time.
 LEFTOVER_PATIENCE_S = 3.0
 # How a supervisor's last words to people begin, in its log.
@@ -136,6 +137,8 @@ def down(settings: LocalSettings, say: Callable[[str], None]) -> None:
             if time.monotonic() > deadline:
                 raise InstallationError(f"The supervisor (process {pid}) does not end. Look at {installation.logs}.")
             time.sleep(0.1)
+    if settings.ray_address:
+        _leave_their_ray(installation, say)
     leftovers.end_processes(installation.home, LEFTOVER_PATIENCE_S)
     leftovers.end_attempts(installation.home / "node" / "attempts")
     shutil.rmtree(installation.ray_folder, ignore_errors=True)
@@ -144,6 +147,17 @@ def down(settings: LocalSettings, say: Callable[[str], None]) -> None:
             with contextlib.suppress(OSError):
                 socket_file.unlink()
     say("Nabla is stopped; all data are kept" if pid else "Nabla was not running")
+
+
+def _leave_their_ray(installation: Installation, say: Callable[[str], None]) -> None:
+    """Ends our agents on a cluster that goes on without us."""
+    address = installation.settings.ray_address
+    command = [sys.executable, "-m", "services.executor.adapters.ray_departure", address]
+    env = os.environ | servers.ray_environment(installation)
+    try:
+        subprocess.run(command, cwd=CHECKOUT, env=env, capture_output=True, text=True, timeout=DEPARTURE_S, check=True)
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
+        say(f"Our agents may be left on the Ray cluster at {address}, as it does not answer: call `nabla down` again.")
 
 
 def supervisor_pid(installation: Installation) -> int:
