@@ -43,12 +43,17 @@ def provision_theirs(installation: Installation, config: str) -> None:
     users = installation.run / "nats-users.json"
     users.write_text(json.dumps({"authorization": json.loads(config)["authorization"]}, indent=2))
     try:
-        asyncio.run(asyncio.wait_for(provision(installation), PROVISION_S))
+        asyncio.run(_provision_in_time(installation))
     except (nats.errors.Error, OSError, TimeoutError) as error:
         raise InstallationError(
             f"{installation.nats_url} does not let us in: {str(error) or type(error).__name__}. "
             f"Its configuration needs the users in {users} (public keys and subjects, no secrets), and JetStream."
         ) from None
+
+
+async def _provision_in_time(installation: Installation) -> None:
+    async with asyncio.timeout(PROVISION_S):
+        await provision(installation)
 
 
 def start_services(supervisor: Supervisor, installation: Installation) -> None:

@@ -23,6 +23,7 @@ from libs.common.clock import Clock, to_us, utc_now
 from libs.common.errors import Unavailable
 from libs.common.faults import crash_point
 from libs.common.store import Store
+from libs.common.waiting import happens
 
 BATCH = 100
 LOOK_S = 5.0
@@ -142,15 +143,11 @@ class Relay:
     async def _wait_for_more(self) -> bool:
         """Whether something was committed; False when it is time to look at the table."""
         marked = not self._unmarked
-        try:
-            await asyncio.wait_for(self._store.outbox_filled.wait(), LOOK_S if marked else MARK_S)
-        except TimeoutError:
-            if marked:
-                return False
+        more = await happens(self._store.outbox_filled, LOOK_S if marked else MARK_S)
+        if marked and not more:
+            return False
+        if not more or len(self._unmarked) >= BATCH:
             await self.mark()
-        else:
-            if len(self._unmarked) >= BATCH:
-                await self.mark()
         return True
 
     def _lose_trust(self) -> None:

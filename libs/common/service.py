@@ -31,6 +31,7 @@ from libs.common.settings import Settings
 from libs.common.store import Store, is_outage
 from libs.common.upkeep import Upkeep
 from libs.common.version import VERSION
+from libs.common.waiting import end
 from libs.common.watchdog import Watchdog
 
 STATUS_RULE = Rule(role="viewer", scope="read", services=frozenset({"gateway"}))
@@ -90,9 +91,7 @@ class Service:
             yield
         finally:
             await self.bus.stop()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end(tasks)
             await probes.stop()
             for inbox in self._inboxes:
                 await inbox.store.close()

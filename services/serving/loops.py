@@ -17,6 +17,7 @@ from libs.common.clock import Clock, from_us, to_us, utc_now
 from libs.common.errors import Unavailable
 from libs.common.store import Store
 from libs.common.telemetry import meter
+from libs.common.waiting import happens
 from services.serving.domain.front import Base, Endpoint, front_config
 from services.serving.domain.plan import (
     CheckHealth,
@@ -119,8 +120,7 @@ class Reconciler:
         while True:
             self.wake.clear()
             pause_s = await self.run_pass()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.wake.wait(), pause_s)
+            await happens(self.wake, pause_s)
 
     async def run_pass(self) -> float:
         """Looks at up to BATCH deployments that are due, and answers in how many seconds the next one is."""

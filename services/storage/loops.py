@@ -7,7 +7,6 @@ removing an object twice is the same as once.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
@@ -22,6 +21,7 @@ from libs.common.inbox import Inbox
 from libs.common.routing import INTERNAL, Route
 from libs.common.store import Store
 from libs.common.telemetry import meter
+from libs.common.waiting import happens
 from services.storage.domain.filesets import FILESET
 from services.storage.domain.logs import (
     ENDED,
@@ -102,8 +102,7 @@ class LogKeeper:
         while True:
             self._wake.clear()
             await _calmly("keep logs", self.keep_logs)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), self._settings.reconcile_s)
+            await happens(self._wake, self._settings.reconcile_s)
 
     async def keep_logs(self) -> None:
         """One pass over a bounded number of logs."""

@@ -20,8 +20,8 @@ from pathlib import Path
 from libs.common.clock import from_us, to_us, utc_now
 from libs.common.contracts.message import WIRE
 from libs.common.contracts.messages import LogFrame
+from libs.common.waiting import happens
 from services.executor.adapters import spool
-from services.executor.adapters.folder_watch import wait_for_change
 
 BATCH_S = 0.05
 FRAME_LINES = 800
@@ -128,7 +128,7 @@ class AttemptLog:
             self._changed.clear()
             frame = self._next_frame()
             if frame is None:
-                await wait_for_change(self._changed, LOOK_S)
+                await happens(self._changed, LOOK_S)
             elif (wait_s := self._hold_back_s(frame)) > 0:
                 await asyncio.sleep(wait_s)
                 self._sent_s = float("-inf")

@@ -21,12 +21,13 @@ from libs.common.clock import from_us, to_us, utc_now
 from libs.common.contracts.envelope import Envelope
 from libs.common.contracts.messages import Execution, JobTemplate, LogFrame, Principal, ReportExecution
 from libs.common.telemetry import span
+from libs.common.waiting import happens
 from services.executor.adapters import zygote
 from services.executor.adapters.agent_bus import AgentBus
 from services.executor.adapters.attempt_folder import AttemptFolder, ExitRecord, MalformedSpec, write_durably
 from services.executor.adapters.attempt_log import AttemptLog, Identity
 from services.executor.adapters.environments import EnvironmentRefused, Environments
-from services.executor.adapters.folder_watch import FolderWatch, wait_for_change
+from services.executor.adapters.folder_watch import FolderWatch
 from services.executor.adapters.job_spec import NodeFacts, job_uid, spec_for, told_isolation
 from services.executor.adapters.sealing import NotKept, Owner, Sealing
 from services.executor.adapters.staging import Staging, StagingFailed
@@ -151,7 +152,7 @@ class AttemptRun:
                 self._changed.clear()
                 if self._folder.read_stop():
                     raise _Stopped
-                waiting = asyncio.create_task(wait_for_change(self._changed, LOOK_S))
+                waiting = asyncio.create_task(happens(self._changed, LOOK_S))
                 await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
                 waiting.cancel()
             await task
@@ -198,7 +199,7 @@ class AttemptRun:
             self._changed.clear()
             if self._folder.read_exit() or self._is_dead():
                 return
-            await wait_for_change(self._changed, STARTED_PATIENCE_S)
+            await happens(self._changed, STARTED_PATIENCE_S)
         await self._report(RUNNING)
 
     async def _until_ended(self) -> ExitRecord:
@@ -209,7 +210,7 @@ class AttemptRun:
                 return ended
             if self._is_dead():
                 return await asyncio.to_thread(self._lost)
-            await wait_for_change(self._changed, LOOK_S)
+            await happens(self._changed, LOOK_S)
 
     def _is_dead(self) -> bool:
         """The shim was killed, and all of the job with it. It may have written its end just before."""

@@ -141,7 +141,8 @@ async def _run(command: list[str]) -> None:
         env=_installer_environment(),
     )
     try:
-        output, _ = await asyncio.wait_for(process.communicate(), BUILD_LIMIT_S)
+        async with asyncio.timeout(BUILD_LIMIT_S):
+            output, _ = await process.communicate()
     except TimeoutError:
         await _end(process)
         raise EnvironmentRefused(f"the requirements could not be installed within {BUILD_LIMIT_S:.0f} s") from None

@@ -1,6 +1,6 @@
 """Hears of changes in folders at once and without polling: inotify, through ctypes, on the running loop.
 
-Where the kernel has no watch left, `wait` only returns at its timeout, which callers keep short enough.
+Where the kernel has no watch left, no event is ever set: whoever waits for one also looks now and then.
 """
 
 from __future__ import annotations
@@ -66,11 +66,3 @@ class FolderWatch:
             numbers = self._changed if number == -1 else (number,)
             for event in (event for each in numbers for event in self._changed.get(each, ())):
                 event.set()
-
-
-async def wait_for_change(changed: asyncio.Event, timeout_s: float) -> None:
-    """Returns at a change or after the timeout; clear the event before looking, then wait."""
-    try:
-        await asyncio.wait_for(changed.wait(), timeout_s)
-    except TimeoutError:
-        return

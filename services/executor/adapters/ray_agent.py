@@ -86,6 +86,7 @@ async def _head_answers() -> bool:
     import ray
 
     try:
-        return bool(await asyncio.wait_for(asyncio.to_thread(ray.nodes), HEAD_ANSWERS_S))
+        async with asyncio.timeout(HEAD_ANSWERS_S):
+            return bool(await asyncio.to_thread(ray.nodes))
     except Exception:
         return False

@@ -118,8 +118,8 @@ class RayCluster:
             raise ClusterAway(STOPPING)
         call = functools.partial(work, *args, **kwargs)
         try:
-            future = asyncio.get_running_loop().run_in_executor(self._threads, call)
-            return await asyncio.wait_for(future, limit_s)
+            async with asyncio.timeout(limit_s):
+                return await asyncio.get_running_loop().run_in_executor(self._threads, call)
         except TimeoutError:
             raise ClusterAway(f"the Ray cluster did not answer within {limit_s:.0f} s") from None
 

@@ -10,6 +10,7 @@ from libs.common.clock import to_us, utc_now
 from libs.common.faults import crash_point
 from libs.common.ids import new_secret, secret_hash
 from libs.common.telemetry import span
+from libs.common.waiting import happens
 from services.executor.domain.execution import ACCEPTED, ENDED, RESERVED, amounts_for
 from services.executor.domain.inventory import GONE
 from services.executor.domain.isolation import PROCESS, refusal
@@ -44,7 +45,7 @@ class Driver:
             while True:
                 self._woken.clear()
                 await self.look_for_work()
-                await _wait_for(self._woken, min(1.0, self._settings.reconcile_s))
+                await happens(self._woken, min(1.0, self._settings.reconcile_s))
         finally:
             for task in self._busy.values():
                 task.cancel()
@@ -210,10 +211,3 @@ class Driver:
 
     async def _visit_at(self, row: ExecutionRow, at_us: int) -> None:
         await self._store.run(lambda unit: unit.visit_again(row, at_us))
-
-
-async def _wait_for(event: asyncio.Event, timeout_s: float) -> None:
-    try:
-        await asyncio.wait_for(event.wait(), timeout_s)
-    except TimeoutError:
-        return

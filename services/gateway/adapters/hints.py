@@ -42,7 +42,8 @@ class QueuedListener:
         if self._closing:
             raise Closing
         try:
-            hint = await asyncio.wait_for(self._queue.get(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                hint = await self._queue.get()
         except TimeoutError:
             return None
         if self._closing:

@@ -7,7 +7,6 @@ placement that the database does not confirm is read again from there.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from dataclasses import replace
 from datetime import timedelta
@@ -19,6 +18,7 @@ from libs.common.clock import Clock, to_us, utc_now
 from libs.common.errors import StaleRevision
 from libs.common.ids import new_id
 from libs.common.telemetry import meter, span
+from libs.common.waiting import happens
 from services.scheduler.domain.lifecycles import CANCELLED, place
 from services.scheduler.domain.model import Case
 from services.scheduler.domain.policy import Demand, Placement, Policy, Shape, shape_of
@@ -129,8 +129,7 @@ class Placer:
         wait_s = self._pass_s
         if self.policy.next_ready_us is not None:
             wait_s = min(wait_s, max(0.0, (self.policy.next_ready_us - to_us(self._clock())) / 1_000_000))
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._store.changes.happened.wait(), wait_s)
+        await happens(self._store.changes.happened, wait_s)
 
     def _queue_depth(self, _options: CallbackOptions) -> list[Observation]:
         return [Observation(self.policy.waiting)]
