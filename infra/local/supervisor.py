@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,9 @@ POLL_S = 0.2
 MAX_BACKOFF_S = 30.0
 STABLE_S = 60.0
 SERVICE_STOP_S = 25.0
+# A log that is larger becomes the older one, of which one is kept.
+LOG_BYTES = 32 << 20
+LOG_LOOK_S = 60.0
 
 log = logging.getLogger("nabla.supervisor")
 
@@ -63,6 +67,7 @@ class Supervisor:
     children: dict[str, Child] = field(default_factory=dict)
     stopping: bool = False
     _shown: str = ""
+    _logs_seen_s: float = 0.0
 
     def add_server(self, server: Server) -> None:
         self._add(Child(server.name, lambda: self._spawn(server), server.stop_s, is_service=False))
@@ -93,6 +98,9 @@ class Supervisor:
             if not child.pid and now >= child.next_start:
                 self._start_again(child)
         self._write_state()
+        if now - self._logs_seen_s > LOG_LOOK_S:
+            self._logs_seen_s = now
+            turn_logs(self.logs)
 
     def stop_all(self) -> None:
         """Stops in reverse order of starting: services before the servers they need."""
@@ -159,6 +167,19 @@ class Supervisor:
 
     def _ask_to_stop(self, _number: int, _frame: object) -> None:
         self.stopping = True
+
+
+def turn_logs(folder: Path, largest_bytes: int = LOG_BYTES) -> None:
+    """Keeps each log of the folder, and one older one, below a size.
+
+    Copied and emptied, as their writers keep them open (for appending): what is written in between is lost.
+    """
+    for file in folder.glob("*.log"):
+        # A disk that is too full for the copy is full of something else.
+        with contextlib.suppress(OSError):
+            if file.stat().st_size > largest_bytes:
+                shutil.copyfile(file, file.with_suffix(".log.1"))
+                os.truncate(file, 0)
 
 
 def die_with_parent() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from infra.local.servers import Server
-from infra.local.supervisor import MAX_BACKOFF_S, Child, Supervisor
+from infra.local.supervisor import MAX_BACKOFF_S, Child, Supervisor, turn_logs
 
 pytestmark = pytest.mark.unit
 
@@ -93,3 +93,15 @@ def test_a_state_that_could_not_be_written_is_written_later(supervisor: Supervis
     state = json.loads((supervisor.run_folder / "supervisor.json").read_text())
     assert state["children"] == {"sleeper": supervisor.children["sleeper"].pid}
     supervisor.stop_all()
+
+
+def test_logs_are_kept_below_a_size_while_their_writers_go_on(tmp_path: Path) -> None:
+    with (tmp_path / "a.log").open("ab", buffering=0) as writer:
+        writer.write(b"0123456789")
+        turn_logs(tmp_path, 10)
+        assert not (tmp_path / "a.log.1").exists()
+        writer.write(b"more")
+        turn_logs(tmp_path, 10)
+        writer.write(b"new")
+    assert (tmp_path / "a.log.1").read_bytes() == b"0123456789more"
+    assert (tmp_path / "a.log").read_bytes() == b"new"
