@@ -78,8 +78,8 @@ def running_nats(folder: Path, grants: Sequence[local_nats.Grant]) -> Iterator[N
         host="127.0.0.1", port=server.port, store=folder / "store", public_keys=keys, grants=everyone
     )
     (folder / "nats.conf").write_text(text)
-    server.start()
     try:
+        server.start()
         yield server
     finally:
         server.stop(signal.SIGKILL)

@@ -21,6 +21,7 @@ from services.executor.adapters import processes
 from tests.support.ports import free_port
 
 START_LIMIT_S = 60
+AGENT = b"RayNodeAgent"
 
 
 @dataclass
@@ -66,14 +67,17 @@ class RayHead:
 
     def agent_pid(self) -> int:
         """The process of the node agent's actor."""
-        return self._pid_of(b"RayNodeAgent")
+        return next(self._named(AGENT))
 
     def gcs_pid(self) -> int:
         """The process that is the head's memory."""
-        return self._pid_of(b"/gcs_server")
+        return next(self._named(b"/gcs_server"))
 
-    def _pid_of(self, mark: bytes) -> int:
-        return next(pid for pid in self.processes() if mark in _command_line(pid))
+    def has_agents(self) -> bool:
+        return any(self._named(AGENT))
+
+    def _named(self, mark: bytes) -> Iterator[int]:
+        return (pid for pid in self.processes() if mark in _command_line(pid))
 
 
 def _all_processes() -> list[int]:
