@@ -6,12 +6,13 @@ are created, never replaced, and links are made last, so that no file is ever wr
 
 from __future__ import annotations
 
+import gzip
 import os
 import posixpath
 import tarfile
 import zlib
 from pathlib import Path, PurePosixPath
-from typing import IO, Self
+from typing import IO
 
 from libs.common.errors import NablaError
 
@@ -19,15 +20,6 @@ MAX_FILES = 200_000
 MAX_BYTES = 64 << 30
 MAX_DEPTH = 200
 CHUNK_BYTES = 1024 * 1024
-# tarfile reads these members into memory, whatever size they claim.
-_HEADERS = (
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-)
-_MAX_HEADER_BYTES = 1024 * 1024
 
 
 class BadArchive(NablaError):
@@ -45,34 +37,37 @@ def unpack(source: IO[bytes], target: Path, max_files: int = MAX_FILES, max_byte
     left = max_bytes
     count = 0
     try:
-        with tarfile.open(fileobj=source, mode="r|gz", tarinfo=_Member) as archive:
+        with _Unzipped(source) as plain, tarfile.TarFile(fileobj=plain) as archive:
             for member in archive:
                 archive.members.clear()  # type: ignore[attr-defined]  # or it would remember every one
                 count += 1
                 if count > max_files:
                     raise BadArchive(f"it holds more than {max_files} files")
                 left -= member.size
-                if left < 0:
+                if left < 0 or member.size < 0:
                     raise BadArchive(f"it unpacks to more than {max_bytes} bytes")
                 _unpack_member(archive, member, target, links)
         for path, destination in links:
             path.symlink_to(destination)
-    except (tarfile.TarError, zlib.error, EOFError, ValueError, IndexError, OverflowError) as error:
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError, IndexError, OverflowError) as error:
         raise BadArchive(f"it is broken: {error}") from error
     except (FileExistsError, NotADirectoryError) as error:
         raise BadArchive(f"it names {Path(error.filename).name!r} twice") from error
     return count
 
 
-class _Member(tarfile.TarInfo):
-    """Refuses a header that would fill the memory: one gzipped megabyte can claim a gigabyte."""
+class _Unzipped(gzip.GzipFile):
+    """What tarfile reads. It takes a header of any claimed size into memory, and a gzipped megabyte can hold one of a
+    gigabyte; so nobody gets more than a chunk at once.
+    """
 
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        member = super().frombuf(buf, encoding, errors)
-        if member.size < 0 or (member.type in _HEADERS and member.size > _MAX_HEADER_BYTES):
-            raise BadArchive(f"a header in it claims {member.size} bytes")
-        return member
+    def __init__(self, source: IO[bytes]) -> None:
+        super().__init__(fileobj=source, mode="rb")
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= CHUNK_BYTES:
+            raise BadArchive(f"a header in it claims {size} bytes")
+        return super().read(size)
 
 
 def _unpack_member(

@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from glob import glob
 from pathlib import Path
 
 import pytest
@@ -180,8 +181,8 @@ def serve_job(stub: StubServer) -> None:
 
 def pythons() -> list[str]:
     """This one, and the oldest ones where they are installed."""
-    root = Path(os.environ.get("PYENV_ROOT") or "/root/.pyenv") / "versions"
-    old = [str(next(iter(sorted(root.glob(f"{v}.*/bin/python"))), f"python{v}")) for v in OLD_PYTHONS]
+    root = os.environ.get("PYENV_ROOT") or os.path.expanduser("~/.pyenv")
+    old = [next(iter(sorted(glob(f"{root}/versions/{v}.*/bin/python"))), f"python{v}") for v in OLD_PYTHONS]
     return [sys.executable, *old]
 
 

@@ -6,6 +6,7 @@ Three kinds of rule, strongest first: never (secrets and what only makes sense o
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -34,7 +35,8 @@ def is_secret(name: str) -> bool:
 
 def is_machine_folder(folder: Path) -> bool:
     """Environments, caches and version control: remade in the job, or of no use there."""
-    return folder.name in MACHINE_FOLDERS or (folder / "pyvenv.cfg").is_file()
+    # os.path, as pathlib raises where a folder is closed to us, which its reader tells better.
+    return folder.name in MACHINE_FOLDERS or os.path.isfile(folder / "pyvenv.cfg")
 
 
 @dataclass(frozen=True)
