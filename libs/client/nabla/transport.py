@@ -95,12 +95,13 @@ class Transport:
         with self._errors(), self._http.send("POST", f"{self.url}{path}", headers, _encoded(body), 300.0) as response:
             return _decoded(response)
 
-    def server_time(self) -> float | None:
-        """The server's clock in seconds since the epoch, as its Date header says."""
+    def health(self) -> tuple[dict[str, object], float | None]:
+        """What the server says of itself, and its clock in seconds since the epoch, as its Date header says."""
         with self._errors(), self._send("GET", "/health", None, {}, {}) as response:
-            response.read()
-            header = response.header("Date")
-        return email.utils.parsedate_to_datetime(header).timestamp() if header else None
+            answer, header = _decoded(response), response.header("Date")
+        if not (isinstance(answer, dict) and "installation_id" in answer):
+            raise NablaError(f"What answers at {self.url} is not Nabla.", NOT_OURS)
+        return answer, email.utils.parsedate_to_datetime(header).timestamp() if header else None
 
     @contextlib.contextmanager
     def stream(self, path: str, params: Params, last_id: str) -> Iterator[Iterator[bytes]]:

@@ -174,7 +174,7 @@ STATUS = {
 def test_status_and_doctor_tell_what_is_wrong(nabla: Nabla, server: StubServer) -> None:
     server.on("GET", "/status", Reply(200, STATUS))
     server.on("GET", "/whoami", Reply(200, {"id": "us1", "role": "owner"}))
-    server.on("GET", "/health", Reply(200, {"status": "ok"}))
+    server.on("GET", "/health", Reply(200, {"status": "ok", "installation_id": ""}))
     status = nabla("status")
     assert "sudo aa-" in status.out
     assert "not ready" in status.out
@@ -185,6 +185,14 @@ def test_status_and_doctor_tell_what_is_wrong(nabla: Nabla, server: StubServer) 
     assert found["isolation"]["verdict"] == "warning"
     assert found["isolation"]["remedy"] == "run `sudo aa-...`"
     assert {"client", "context", "server", "token", "node n1", "disk (cache)"} <= set(found)
+
+
+def test_the_doctor_does_not_take_another_web_server_for_nabla(nabla: Nabla, server: StubServer) -> None:
+    server.on("GET", "/health", Reply(200, {"status": "ok"}))
+    doctor = nabla("doctor")
+    assert doctor.code == 1
+    assert "is not Nabla" in doctor.out
+    assert "ok    server" not in doctor.out
 
 
 def test_up_without_the_platform_says_where_it_works(nabla: Nabla, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import click
 import pytest
 
+from nabla import installations
 from nabla.cli import environment
 from nabla.cli.output import one_line
 from nabla.cli.submission import model_output, name_of
@@ -262,11 +263,18 @@ def test_the_active_environment_is_bound_on_the_same_machine(
     serve_run(server)
     assert kind() == "default"
     monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path / "venv"))
-    server.on("GET", "/status", Reply(200, {"nodes": [{"hostname": socket.gethostname()}]}))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "1.home").write_text(str(tmp_path / "gone"))
+    (tmp_path / "notes" / "2.home").write_text(str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "context.json").write_text(json.dumps({"installation_id": "our-own"}))
+    monkeypatch.setattr(installations, "notes", lambda: tmp_path / "notes")
+    server.on("GET", "/health", Reply(200, {"installation_id": "our-own"}))
     assert kind() == "venv"
     assert kind("--env", "default") == "default"
-    server.on("GET", "/status", Reply(200, {"nodes": [{"hostname": "elsewhere"}]}))
-    assert kind() == "default"
+    for other in ("behind-a-tunnel", ""):
+        server.on("GET", "/health", Reply(200, {"installation_id": other}))
+        assert kind() == "default"
     (folder / "needs.txt").write_text("numpy\n")
     assert kind("--env", "needs.txt", "--env", "A=1") == "requirements"
 

@@ -7,7 +7,6 @@ virtualenv or conda environment of this terminal) or a requirements file.
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from urllib.parse import urlsplit
 
 import click
 
+from nabla import installations
 from nabla.address import is_loopback
 from nabla.cli.output import note
 from nabla.cli.values import pairs
@@ -63,12 +63,16 @@ def active_environment(env: Mapping[str, str]) -> Path | None:
 
 
 def same_machine(client: Client) -> bool:
-    """Whether jobs see this machine's files. A loopback address alone does not tell: it may be an ssh tunnel."""
+    """Whether jobs see this machine's files. A loopback address alone does not tell: it may be an ssh tunnel.
+
+    Where it cannot be told the answer is no: packages sent along needlessly cost time, a folder that is not there
+    costs the job.
+    """
     if not is_loopback(urlsplit(client.context.url).hostname or ""):
         return False
     if client.context.installed_here:
         return True
-    return socket.gethostname() in [node.hostname for node in client.status().nodes]
+    return installations.is_here(client.installation_id())
 
 
 def _offered(active: Path, client: Client) -> Environment:
