@@ -16,6 +16,7 @@ from nabla.cli import environment
 from nabla.cli.output import one_line
 from nabla.cli.submission import model_output, name_of
 from nabla.cli.values import size, span
+from nabla.errors import NablaError
 
 from .conftest import Nabla
 from .stub import JOB, Reply, Seen, StubServer, line, serve_run, sse
@@ -277,6 +278,70 @@ def test_the_active_environment_is_bound_on_the_same_machine(
         assert kind() == "default"
     (folder / "needs.txt").write_text("numpy\n")
     assert kind("--env", "needs.txt", "--env", "A=1") == "requirements"
+
+
+def installed(environment: Path, name: str, version: str, folder: Path | None = None, **files: str) -> None:
+    """As an installer leaves it: a distribution's metadata in the environment, or in a `folder` of its own."""
+    packages = next((environment / "lib").glob("python*")) / "site-packages"
+    info = (folder or packages) / f"{name}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    for file, text in files.items():
+        (info / file.replace("_json", ".json")).write_text(text)
+    if folder:
+        (packages / f"{name}.pth").write_text(f"{folder}\n")
+
+
+@pytest.fixture
+def venv(tmp_path: Path) -> Path:
+    """An environment as uv makes them: without pip."""
+    path = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(path)], check=True, timeout=60)
+    return path
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the folders of an environment are others on Windows")
+def test_an_active_environment_without_pip_goes_elsewhere_as_requirements(
+    nabla: Nabla, server: StubServer, folder: Path, venv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    editable = json.dumps({"url": "file:///src/mine", "dir_info": {"editable": True}})
+    installed(venv, "numpy", "2.1.0")
+    installed(venv, "torch", "2.4.0+cu118")
+    installed(venv, "mkl_fft", "1.3", INSTALLER="conda\n", direct_url_json='{"url": "file:///home/conda/x"}')
+    installed(venv, "mine", "0.1", direct_url_json=editable)
+    installed(venv, "older", "0.2", tmp_path / "src")
+    installed(venv, "nabla", "0.1.0")
+    monkeypatch.setenv("VIRTUAL_ENV", str(venv))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+    serve_run(server)
+    server.on("GET", "/health", Reply(200, {"installation_id": "elsewhere"}))
+    outcome = nabla("run", "--env", "active", "--", "true")
+    assert outcome.code == 0, outcome.err
+    sent = server.calls("POST", "/experiments")[0].json["template"]["environment"]  # type: ignore[index]
+    assert sent["requirements"] == "mkl_fft==1.3\nnumpy==2.1.0\ntorch==2.4.0\n"
+    assert "Left out (not from a package index): mine, older\n" in outcome.err
+    assert "the 3 packages of" in outcome.err
+
+
+@pytest.mark.parametrize("python", [None, "#!/bin/sh\necho broken >&2; exit 1\n"])
+def test_an_environment_that_cannot_be_read_is_said_with_what_to_do(tmp_path: Path, python: str | None) -> None:
+    if python:
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "python").write_text(python)
+        (tmp_path / "bin" / "python").chmod(0o755)
+    with pytest.raises(NablaError, match="broken" if python else "No such file") as caught:
+        environment.freeze(tmp_path)
+    assert "requirements.txt" in caught.value.remedy
+
+
+def test_an_empty_environment_is_not_sent_for_the_server_to_refuse(
+    nabla: Nabla, server: StubServer, folder: Path, venv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIRTUAL_ENV", str(venv))
+    server.on("GET", "/health", Reply(200, {"installation_id": "elsewhere"}))
+    outcome = nabla("run", "--env", "active", "--", "true")
+    assert outcome.code == 1
+    assert "no package of" in outcome.err
 
 
 def test_the_platforms_own_environment_is_not_offered(tmp_path: Path) -> None:
