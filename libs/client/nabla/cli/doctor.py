@@ -6,17 +6,20 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from nabla import __version__, contexts, paths
 from nabla.cli.output import print_json
 from nabla.cli.session import Command, Session, pass_session
-from nabla.client import Client
 from nabla.errors import NablaError, Unavailable, Unreachable
 from nabla.hints import readable_size
 from nabla.objects import Status
 from nabla.record import Record
+
+if TYPE_CHECKING:
+    from nabla.client import Client
 
 CLOCK_TOLERANCE_S = 30.0
 DISK_NEEDED_BYTES = 2 << 30

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import click
@@ -21,9 +21,11 @@ from nabla import installations
 from nabla.address import is_loopback
 from nabla.cli.output import note
 from nabla.cli.values import pairs
-from nabla.client import Client
 from nabla.errors import NablaError, WorkspaceError
 from nabla.objects import Environment
+
+if TYPE_CHECKING:
+    from nabla.client import Client
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,8 @@ _NOT_SENT = frozenset({"pip", "nabla"})
 
 def freeze(environment: Path) -> Frozen:
     """The packages of an environment, read by its own Python."""
+    import subprocess
+
     python = environment / ("python.exe" if os.name == "nt" else "bin/python")
     if os.name == "nt" and not python.exists():
         python = environment / "Scripts" / "python.exe"

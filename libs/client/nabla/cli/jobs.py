@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import TYPE_CHECKING
 
 import click
 
 from nabla.cli.output import details, note, print_json, table
 from nabla.cli.projects import LIMIT
 from nabla.cli.session import Group, Session, pass_session
-from nabla.client import Client
 from nabla.hints import LAST_LINES, readable_size
 from nabla.objects import Attempt, Job, JobDetail, LogLine
+
+if TYPE_CHECKING:
+    from nabla.client import Client
 
 STATES = (
     "submitted", "waiting", "queued", "starting", "running", "unreachable", "succeeded", "failed", "cancelled",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nabla.cli.output import note
-from nabla.client import Client
 from nabla.errors import BadConfig, NotFound
 from nabla.remembered import Folders, project_name
+
+if TYPE_CHECKING:
+    from nabla.client import Client
 
 
 def choose_project(client: Client, named: str, folder: Path, folders: Folders | None = None) -> str:

@@ -7,7 +7,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, TypeVar
+from typing import TYPE_CHECKING, Callable, TypeVar
 
 import click
 
@@ -17,10 +17,12 @@ from nabla.cli.output import note, print_json, progress
 from nabla.cli.project_choice import choose_project
 from nabla.cli.session import Session
 from nabla.cli.values import size, span
-from nabla.client import Client
 from nabla.hints import readable_size
 from nabla.objects import Experiment, JobTemplate, ModelOutput, Resources
-from nabla.packing import Workspace, pack
+
+if TYPE_CHECKING:
+    from nabla.client import Client
+    from nabla.packing import Workspace
 
 ASK_ABOVE_BYTES = 1 << 30
 ASK_ABOVE_FILES = 50_000
@@ -129,6 +131,8 @@ def _started(session: Session, client: Client, experiment: Experiment, detach: b
 
 def send_workspace(client: Client, project: str, folder: Path, yes: bool) -> tuple[str, dict[str, str]]:
     """The id of the sealed workspace and where it came from."""
+    from nabla.packing import pack
+
     workspace = pack(folder)
     tell_left_out(workspace)
     confirm_size(workspace, yes)
