@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Dict, Iterator, List, Tuple, Union
 
 from nabla.errors import TransferError
+from nabla.progress import Progress, Stages, silent, unseen
 
 PathLike = Union[str, "os.PathLike[str]"]
 CHUNK_BYTES = 1 << 20
@@ -43,7 +44,7 @@ class Manifest:
         return sum(file.size_bytes for file in self.files)
 
 
-def describe(path: PathLike) -> Manifest:
+def describe(path: PathLike, stages: Stages = unseen) -> Manifest:
     """Reads a file, or every file below a folder, once.
 
     Links to files are followed, because caches of model hubs are made of them; links to folders are not.
@@ -51,7 +52,9 @@ def describe(path: PathLike) -> Manifest:
     root = Path(path)
     if not root.exists():
         raise TransferError(f"There is no file or folder {str(root)!r}.", "Check the path.")
-    files = [_hashed(name, source) for name, source in _walk(root)]
+    found = list(_walk(root))
+    told = stages("Reading", sum(os.path.getsize(source) for _, source in found if source.is_file()))
+    files = [_hashed(name, source, told) for name, source in found]
     if not files:
         raise TransferError(f"The folder {str(root)!r} holds no file.", "Give a folder that is not empty.")
     return Manifest(digest_of(files), tuple(files))
@@ -70,7 +73,7 @@ def new_md5() -> hashlib._Hash:
         return hashlib.md5()  # noqa: S324
 
 
-def hash_file(source: Path) -> Tuple[int, str, str]:
+def hash_file(source: Path, progress: Progress = silent) -> Tuple[int, str, str]:
     """Size in bytes, MD5 and SHA-256, in one pass and constant memory."""
     md5, sha256, size_bytes = new_md5(), hashlib.sha256(), 0
     with source.open("rb") as stream:
@@ -81,6 +84,7 @@ def hash_file(source: Path) -> Tuple[int, str, str]:
             md5.update(chunk)
             sha256.update(chunk)
             size_bytes += len(chunk)
+            progress(len(chunk))
 
 
 def _walk(root: Path) -> Iterator[Tuple[str, Path]]:
@@ -101,13 +105,13 @@ def _refuse(error: OSError) -> None:
     ) from error
 
 
-def _hashed(path: str, source: Path) -> LocalFile:
+def _hashed(path: str, source: Path, progress: Progress) -> LocalFile:
     if source.exists() and not source.is_file():
         raise TransferError(f"{str(source)!r} is neither a file nor a folder.", "Take it out of the folder.")
     if "\0" in path or path.encode("utf-8", "replace").decode() != path:
         raise TransferError(f"The name {path!r} is not UTF-8.", "Rename the file.")
     try:
-        size_bytes, md5, sha256 = hash_file(source)
+        size_bytes, md5, sha256 = hash_file(source, progress)
     except OSError as error:
         raise TransferError(f"Cannot read {str(source)!r}: {error.strerror}.") from error
     return LocalFile(path, source, size_bytes, md5, sha256)

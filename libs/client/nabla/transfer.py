@@ -14,16 +14,11 @@ from nabla.errors import TransferError
 from nabla.http import BrokenConnection, Http, Response
 from nabla.manifest import CHUNK_BYTES, LocalFile, hash_file
 from nabla.objects import File
+from nabla.progress import Progress, silent
 
-# Told how many bytes went over; negative when a broken transfer starts again.
-Progress = Callable[[int], None]
 ATTEMPTS = 6
 TIMEOUT_S = 60.0
 _WORTH_REPEATING = frozenset({429, 500, 502, 503, 504})
-
-
-def silent(size_bytes: int) -> None:
-    """A Progress that nobody looks at."""
 
 
 class ExpiredUrl(TransferError):

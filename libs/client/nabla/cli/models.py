@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from nabla.cli.output import details, note, print_json, progress, table
+from nabla.cli.output import details, note, print_json, table
+from nabla.cli.progress import progress
 from nabla.cli.projects import LIMIT
 from nabla.cli.session import Group, Session, pass_session
 from nabla.cli.values import named_version, numbers
@@ -76,7 +77,7 @@ def upload(
     values = numbers(metrics, "--metric")
     client = session.client(60.0)
     chosen = choose_project(client, project, Path.cwd())
-    with progress("Uploading", None) as told:
+    with progress() as stages:
         version = client.models.upload(
             path,
             name=name,
@@ -84,7 +85,7 @@ def upload(
             project=chosen,
             description=description,
             metrics=values,
-            progress=told,
+            stages=stages,
         )
     if session.as_json:
         return print_json(version)
@@ -100,8 +101,8 @@ def download(session: Session, model: str, folder: Path | None) -> None:
     """Download the files of a version, the newest when none is named."""
     name, number = named_version(model)
     folder = folder or Path(name)
-    with progress("Downloading", None) as told:
-        version, paths = session.client(60.0).models.download(name, folder, number, told)
+    with progress() as stages:
+        version, paths = session.client(60.0).models.download(name, folder, number, stages)
     if session.as_json:
         return print_json({"version": version, "paths": [str(path) for path in paths]})
     for path in paths:

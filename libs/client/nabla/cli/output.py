@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
@@ -14,8 +13,6 @@ import click
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from nabla.transfer import Progress
 
 STATE_STYLES = {
     "running": "cyan", "starting": "cyan", "building": "cyan", "succeeded": "green", "ready": "green",
@@ -116,17 +113,3 @@ def span(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s"
-
-
-@contextlib.contextmanager
-def progress(title: str, total_bytes: int | None) -> Iterator[Progress]:
-    """A bar on standard error while bytes move, where somebody looks."""
-    if not sys.stderr.isatty():
-        yield lambda size_bytes: None
-        return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=total_bytes)
-        yield lambda size_bytes: bar.advance(task, size_bytes)

@@ -13,7 +13,8 @@ import click
 
 from nabla.cli import environment
 from nabla.cli.follow import follow
-from nabla.cli.output import note, print_json, progress
+from nabla.cli.output import note, print_json
+from nabla.cli.progress import progress
 from nabla.cli.project_choice import choose_project
 from nabla.cli.session import Session
 from nabla.cli.values import size, span
@@ -136,8 +137,8 @@ def send_workspace(client: Client, project: str, folder: Path, yes: bool) -> tup
     workspace = pack(folder)
     tell_left_out(workspace)
     confirm_size(workspace, yes)
-    with progress("Uploading workspace", None) as told:
-        fileset = workspace.upload(client.filesets, project, told)
+    with progress() as stages:
+        fileset = workspace.upload(client.filesets, project, stages)
     return fileset.id, workspace.origin
 
 

@@ -16,6 +16,7 @@ from nabla import jsonfile, paths
 from nabla.errors import BadConfig, WorkspaceError
 from nabla.manifest import hash_file
 from nabla.packing.tree import Entry
+from nabla.progress import Progress, silent
 
 SETTLED_NS = 2_000_000_000
 
@@ -48,8 +49,8 @@ class HashCache:
         row = self._files.get(entry.path)
         return str(row[3]) if row and row[:3] == [entry.size_bytes, entry.mtime_ns, entry.inode] else None
 
-    def sha256(self, entry: Entry) -> str:
-        sha256 = self.known(entry) or self._hash(entry)
+    def sha256(self, entry: Entry, progress: Progress = silent) -> str:
+        sha256 = self.known(entry) or self._hash(entry, progress)
         if time.time_ns() - entry.mtime_ns > SETTLED_NS:
             self._kept[entry.path] = [entry.size_bytes, entry.mtime_ns, entry.inode, sha256]
         return sha256
@@ -65,9 +66,9 @@ class HashCache:
         with contextlib.suppress(BadConfig):
             jsonfile.write(self._path, {"root": str(self._root), "files": self._kept, "archive": {digest: row}})
 
-    def _hash(self, entry: Entry) -> str:
+    def _hash(self, entry: Entry, progress: Progress) -> str:
         try:
-            return hash_file(self._root / entry.path)[2]
+            return hash_file(self._root / entry.path, progress)[2]
         except OSError as error:
             raise WorkspaceError(
                 f"Cannot read {entry.path!r}: {error.strerror}.",
