@@ -51,6 +51,7 @@ class Recorder:
         self._steps: Dict[str, int] = {}
         self._dropped = 0
         self._sending = False
+        self._in_flight = 0
         self._closed = False
         self._changed = threading.Condition()
         self._thread: Optional[threading.Thread] = None
@@ -85,8 +86,10 @@ class Recorder:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        if not self.flush(timeout_s):
-            _warn(f"{len(self._points)} points could not be sent before the process ended.")
+        if self.flush(timeout_s):
+            return
+        unsent = len(self._points) + self._in_flight
+        _warn(f"{f'{unsent} points' if unsent else 'parameters'} could not be sent before the process ended.")
 
     def _append(self, name: str, number: float, step: Optional[int], at: str) -> None:
         with self._changed:
@@ -120,27 +123,26 @@ class Recorder:
             if points or params:
                 self._deliver({"points": points, "params": params})
             with self._changed:
-                self._sending = False
+                self._sending, self._in_flight = False, 0
                 self._changed.notify_all()
 
     def _take(self) -> Tuple[List[Point], Dict[str, str]]:
         points = [self._points.popleft() for _ in range(min(len(self._points), BATCH_POINTS))]
         params, self._params = self._params, {}
-        self._sending = bool(points or params)
+        self._sending, self._in_flight = bool(points or params), len(points)
         if self._dropped and points:
             _warn(f"{self._dropped} points were dropped while the buffer was full.")
             self._dropped = 0
         return points, params
 
     def _deliver(self, body: Body) -> None:
+        """Tries until it is sent or refused; at the end of the process the last try ends with it."""
         while True:
             try:
                 self._send(body)
                 return
             except (Unreachable, Unavailable) as error:
                 _warn(f"metrics are waiting: {error}")
-                if self._closed:
-                    return
                 time.sleep(self._interval_s)
             except Exception as error:  # the training goes on whatever happens to its metrics
                 _warn(f"metrics were refused: {error}")
