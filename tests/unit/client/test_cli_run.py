@@ -17,6 +17,7 @@ from nabla.cli.output import one_line
 from nabla.cli.submission import model_output, name_of
 from nabla.cli.values import size, span
 from nabla.errors import NablaError
+from nabla.remembered import Folders
 
 from .conftest import Nabla
 from .stub import JOB, Reply, Seen, StubServer, line, serve_run, sse
@@ -47,6 +48,43 @@ def test_run_makes_a_project_of_the_folder_says_so_and_remembers_it(
     assert template["models"] == [{"name": "digits", "path": "m", "framework": "sklearn"}]
     assert template["origin"]["folder"] == "My Digits"
     assert not any(path.name.startswith("folders") for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("known", ["remembered", "named like the folder"])
+def test_an_archived_project_is_said_before_anything_is_packed(
+    nabla: Nabla, server: StubServer, folder: Path, known: str
+) -> None:
+    serve_run(server)
+    server.on("POST", "/projects", Reply(409, {"title": "Taken", "code": "project_exists", "project_id": "pj1"}))
+    server.on("GET", "/projects/pj1", Reply(200, {"id": "pj1", "name": "my-digits", "state": "archived"}))
+    if known == "remembered":
+        Folders().remember(server.url, folder, "pj1")
+    outcome = nabla("run", "--", "true")
+    assert outcome.code == 1
+    assert "project my-digits is archived" in outcome.err
+    assert "nabla projects restore pj1" in outcome.err
+    assert "Left out" not in outcome.err
+    assert not server.calls("POST", "/filesets")
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (Reply(200, {"id": "pj0", "name": "old", "state": "deleted"}), "Project old, the last one in this folder, is"),
+        (Reply(404, {"title": "Not found", "code": "project_not_found"}), "is gone"),
+    ],
+)
+def test_a_deleted_project_is_followed_by_one_named_after_the_folder(
+    nabla: Nabla, server: StubServer, folder: Path, answer: Reply, said: str
+) -> None:
+    serve_run(server)
+    server.on("GET", "/projects/pj0", answer)
+    Folders().remember(server.url, folder, "pj0")
+    outcome = nabla("run", "--", "true")
+    assert outcome.code == 0
+    assert said in outcome.err
+    assert "Project my-digits (created" in outcome.err
+    assert Folders().project(server.url, folder) == "pj1"
 
 
 def test_the_commands_own_options_are_left_alone(nabla: Nabla, server: StubServer, folder: Path) -> None:
