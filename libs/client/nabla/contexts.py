@@ -48,14 +48,13 @@ def resolve(
 ) -> Context:
     """The context in force, or NoServer. All arguments but the first are there for tests."""
     env = os.environ if env is None else env
-    book = ContextBook(config or paths.config_file())
     if name:
-        return book.get(name)
+        return _book(config).get(name)
     found = (
         _from_variables(env, "NABLA_URL")
         or _from_variables(env, "NABLA_API_URL")
         or _from_installation(env, Path(prefix or sys.prefix))
-        or book.current()
+        or _book(config).current()
     )
     if found is None:
         raise NoServer(
@@ -63,6 +62,11 @@ def resolve(
             "Start one with `nabla up`, or name one with `nabla login http://HOST:PORT`.",
         )
     return found
+
+
+def _book(config: Path | None) -> ContextBook:
+    """Opened only where it is needed: it lies in the home folder, which not every user has."""
+    return ContextBook(config or paths.config_file())
 
 
 def _from_variables(env: Mapping[str, str], variable: str) -> Context | None:

@@ -10,7 +10,9 @@ from pathlib import Path
 import click
 import pytest
 
+from nabla import paths
 from nabla.cli import COMMANDS, platform, root
+from nabla.contexts import ContextBook
 
 from .conftest import Nabla
 from .stub import JOB, Reply, StubServer, line, serve_run
@@ -193,6 +195,21 @@ def test_the_doctor_does_not_take_another_web_server_for_nabla(nabla: Nabla, ser
     assert doctor.code == 1
     assert "is not Nabla" in doctor.out
     assert "ok    server" not in doctor.out
+
+
+def test_the_doctor_looks_at_the_disk_of_the_context_that_was_named(
+    nabla: Nabla, stub: StubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "context.json").write_text(json.dumps({"url": stub.url, "token": "t"}))
+    monkeypatch.setenv("NABLA_HOME", str(tmp_path))
+    ContextBook(paths.config_file()).save("elsewhere", stub.url, "t")
+
+    def disks(*options: str) -> set[str]:
+        found = nabla("doctor", "--json", *options).json
+        return {check["name"] for check in found if "disk" in check["name"]}  # type: ignore[attr-defined]
+
+    assert disks() == {"disk", "disk (cache)"}
+    assert disks("--context", "elsewhere") == {"disk (cache)"}
 
 
 def test_up_without_the_platform_says_where_it_works(nabla: Nabla, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -454,6 +454,38 @@ def test_a_folder_whose_project_cannot_be_remembered_runs_all_the_same(
     assert "not remembered" in outcome.err
 
 
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user that the system does not know, as in a container that runs under any number."""
+
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("NABLA_CONFIG", "NABLA_CACHE", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", unknown)
+
+
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_folder_all_works_that_needs_none(nabla: Nabla, server: StubServer, folder: Path) -> None:
+    serve_run(server, line(1, "hello"))
+    outcome = nabla("run", "--", "true")
+    assert (outcome.code, outcome.out) == (0, "hello\n"), outcome.err
+    assert "not remembered" in outcome.err
+    assert nabla("run", "--project", "p", "--", "true").code == 0
+    assert "You have no home folder" not in nabla("doctor").out
+
+
+@pytest.mark.usefixtures("homeless")
+def test_a_missing_home_folder_is_said_where_it_is_needed(nabla: Nabla, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "prefix", "/usr")
+    for command in (("whoami",), ("contexts", "list"), ("logout",), ("jobs", "list", "--context", "x")):
+        outcome = nabla(*command)
+        assert outcome.code == 1
+        assert "You have no home folder" in outcome.err
+        assert "NABLA_CONFIG" in outcome.err
+
+
 def test_ctrl_c_while_a_job_is_submitted_says_that_it_may_be_there(
     nabla: Nabla, server: StubServer, folder: Path
 ) -> None:

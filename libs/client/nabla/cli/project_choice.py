@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from nabla.cli.output import note
 from nabla.errors import BadConfig, NablaError, NotFound
 from nabla.objects import Project
+from nabla.paths import NoHome
 from nabla.remembered import Folders, project_name
 
 if TYPE_CHECKING:
@@ -29,7 +31,9 @@ def choose_project(client: Client, named: str, folder: Path, folders: Folders | 
 
 def _remembered(client: Client, folder: Path, folders: Folders) -> str:
     """Asked for, since it may have been deleted or archived meanwhile; one that is gone is followed by a new one."""
-    project_id = folders.project(client.context.url, folder)
+    project_id = ""
+    with contextlib.suppress(NoHome):
+        project_id = folders.project(client.context.url, folder)
     if not project_id:
         return ""
     try:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Callable, TypeVar
 
 import click
 
+from nabla import paths
 from nabla.cli import environment
 from nabla.cli.follow import follow
 from nabla.cli.output import note, print_json
@@ -20,6 +22,7 @@ from nabla.cli.session import Session
 from nabla.cli.values import size, span
 from nabla.hints import readable_size
 from nabla.objects import Experiment, JobTemplate, ModelOutput, Resources
+from nabla.paths import NoHome
 
 if TYPE_CHECKING:
     from nabla.client import Client
@@ -144,25 +147,27 @@ def send_workspace(client: Client, project: str, folder: Path, yes: bool) -> tup
 
 def tell_left_out(workspace: Workspace) -> None:
     tree = workspace.tree
-    for paths, why in (
+    for names, why in (
         (tree.secrets, "Left out for safety"),
         (tree.machine, "Left out (made anew in the job)"),
         (tree.links_outside, "Left out (links that lead out of the folder)"),
         (tree.special, "Left out (not a file)"),
     ):
-        if paths:
-            more = f" and {len(paths) - LISTED} more" if len(paths) > LISTED else ""
-            note(f"{why}: {', '.join(paths[:LISTED])}{more}")
+        if names:
+            more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+            note(f"{why}: {', '.join(names[:LISTED])}{more}")
 
 
 def confirm_place(folder: Path, yes: bool) -> None:
     """A home folder or a whole disk is hardly ever meant."""
-    real, home = folder.resolve(), Path.home().resolve()
+    real, home = folder.resolve(), None
+    with contextlib.suppress(NoHome):
+        home = paths.home().resolve()
     if real == Path(real.anchor):
         place = "is the root of the file system"
     elif real == home:
         place = "is your home folder"
-    elif real in home.parents:
+    elif home and real in home.parents:
         place = "holds your home folder"
     else:
         return

@@ -36,9 +36,10 @@ class HashCache:
     def __init__(self, root: Path, folder: Path | None = None) -> None:
         self._root = root
         name = hashlib.sha256(str(root).encode()).hexdigest()[:32]
-        self._path = (folder or paths.cache_dir() / "hashes") / f"{name}.json"
+        self._path: Path | None = None
         data: dict[str, object] = {}
         with contextlib.suppress(BadConfig):
+            self._path = (folder or paths.cache_dir() / "hashes") / f"{name}.json"
             data = jsonfile.read(self._path)
         self._files = _table(data.get("files"))
         self._archive = _table(data.get("archive"))
@@ -61,7 +62,7 @@ class HashCache:
 
     def save(self, digest: str, facts: ArchiveFacts) -> None:
         row = [facts.size_bytes, facts.md5, facts.sha256]
-        if self._kept == self._files and self._archive == {digest: row}:
+        if self._path is None or (self._kept == self._files and self._archive == {digest: row}):
             return
         with contextlib.suppress(BadConfig):
             jsonfile.write(self._path, {"root": str(self._root), "files": self._kept, "archive": {digest: row}})
