@@ -124,6 +124,24 @@ def test_logs_follow_on_where_the_page_ended(nabla: Nabla, server: StubServer) -
     assert [json.loads(text)["text"] for text in nabla("jobs", "logs", "js1", "--json").out.splitlines()] == ["a", "b"]
 
 
+def test_stopping_goes_on_after_a_job_that_cannot_be_stopped(nabla: Nabla, server: StubServer) -> None:
+    server.on("POST", "/jobs/js1/stop", Reply(200, {"id": "js1", "state": "running"}))
+    server.on("POST", "/jobs/js2/stop", Reply(404, {"title": "Not found", "detail": "There is no job 'js2'"}))
+    server.on("POST", "/jobs/js3/stop", Reply(200, {"id": "js3", "state": "succeeded"}))
+    people = nabla("jobs", "stop", "js1", "js2", "js3")
+    assert (people.code, people.out) == (1, "")
+    assert people.err.splitlines() == [
+        "Stopping job js1.",
+        "Error: Not found: There is no job 'js2'",
+        "Job js3 is succeeded.",
+    ]
+    programs = nabla("jobs", "stop", "js1", "js2", "js3", "--json")
+    assert programs.code == 1
+    assert [job["id"] for job in programs.json] == ["js1", "js3"]  # type: ignore[attr-defined]
+    assert "no job 'js2'" in programs.err
+    assert nabla("jobs", "stop", "js1").code == 0
+
+
 def test_login_saves_a_context_and_logout_forgets_it(
     nabla: Nabla, stub: StubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
