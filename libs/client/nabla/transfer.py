@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Callable
 
 from nabla.errors import TransferError
-from nabla.http import BrokenConnection, Http, Response
+from nabla.http import WHAT_TO_TRUST, BrokenConnection, Http, Response, Untrusted
 from nabla.manifest import CHUNK_BYTES, LocalFile, hash_file
 from nabla.objects import File
 from nabla.progress import Progress, silent
@@ -28,8 +28,8 @@ class ExpiredUrl(TransferError):
 class Transfers:
     """A connection pool of its own: presigned URLs carry their authority, so no token may go along."""
 
-    def __init__(self, sleep: Callable[[float], None] = time.sleep) -> None:
-        self._http = Http()
+    def __init__(self, sleep: Callable[[float], None] = time.sleep, ca: str = "") -> None:
+        self._http = Http(ca)
         self._sleep = sleep
 
     def close(self) -> None:
@@ -87,6 +87,8 @@ class Transfers:
             try:
                 once()
                 return
+            except Untrusted as error:
+                raise TransferError(f"Object storage cannot be asked: {error}.", WHAT_TO_TRUST) from error
             except BrokenConnection as error:
                 told.take_back()
                 if attempt == ATTEMPTS or self._http.aborted:

@@ -18,7 +18,7 @@ from uuid import uuid4
 import nabla
 from nabla import tracing
 from nabla.errors import BadConfig, NablaError, Unavailable, Unreachable, from_problem
-from nabla.http import BrokenConnection, Http, Response, split_address
+from nabla.http import WHAT_TO_TRUST, BrokenConnection, Http, Response, Untrusted, split_address
 
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.2, 5.0
 PATIENCE_S = 60.0
@@ -38,7 +38,8 @@ class Transport:
     """One server, one token. `patience_s` bounds how long a request that gets no answer is repeated.
 
     `on_retry` is called each time before waiting, with the reason and for how many seconds more it is tried. With
-    `traceparent` all requests belong to one trace, without it each to its own. `sleep` is a seam for tests.
+    `traceparent` all requests belong to one trace, without it each to its own. `ca` is a file of certificates to
+    trust. `sleep` is a seam for tests.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Transport:
         patience_s: float = PATIENCE_S,
         on_retry: OnRetry | None = None,
         traceparent: str = "",
+        ca: str = "",
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.url = _checked_address(url)
@@ -57,7 +59,8 @@ class Transport:
         self.sleep = sleep
         self._traceparent = traceparent
         self._headers = {"Authorization": f"Bearer {_checked_token(token)}", "User-Agent": f"nabla/{nabla.__version__}"}
-        self._http = Http()
+        self.ca = ca
+        self._http = Http(ca)
 
     def close(self) -> None:
         self._http.close()
@@ -140,6 +143,8 @@ class Transport:
     def _errors(self) -> Iterator[None]:
         try:
             yield
+        except Untrusted as error:
+            raise NablaError(f"Nabla at {self.url} cannot be asked: {error}.", WHAT_TO_TRUST) from error
         except BrokenConnection as error:
             raise Unreachable(
                 f"Nabla at {self.url} does not answer: {error}.",

@@ -22,7 +22,7 @@ PARALLEL_TRANSFERS = 4
 class Filesets(Resource):
     @cached_property
     def transfers(self) -> Transfers:
-        return Transfers(self._transport.sleep)
+        return Transfers(self._transport.sleep, self._transport.ca)
 
     def close(self) -> None:
         if "transfers" in self.__dict__:
@@ -65,7 +65,7 @@ class Filesets(Resource):
 
     def _put_all(self, files: Sequence[tuple[str, LocalFile]], progress: Progress) -> None:
         """Several at a time; the first that fails, or Ctrl-C, ends them all without waiting for the others."""
-        transfers = Transfers(self._transport.sleep)
+        transfers = Transfers(self._transport.sleep, self._transport.ca)
         pool = ThreadPoolExecutor(PARALLEL_TRANSFERS)
         try:
             for upload in as_completed([pool.submit(transfers.put, url, file, progress) for url, file in files]):
