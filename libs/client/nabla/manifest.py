@@ -34,10 +34,14 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a file set will hold; `digest` is the SHA-256 over the sorted lines "path NUL sha256 LF"."""
+    """What a file set will hold; `digest` is the SHA-256 over the sorted lines "path NUL sha256 LF".
+
+    `left_out` are the links to folders, which are not followed.
+    """
 
     digest: str
     files: Tuple[LocalFile, ...]
+    left_out: Tuple[str, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -47,17 +51,19 @@ class Manifest:
 def describe(path: PathLike, stages: Stages = unseen) -> Manifest:
     """Reads a file, or every file below a folder, once.
 
-    Links to files are followed, because caches of model hubs are made of them; links to folders are not.
+    Links to files are followed, because caches of model hubs are made of them; links to folders are not, and the
+    manifest names them.
     """
     root = Path(path)
     if not root.exists():
         raise TransferError(f"There is no file or folder {str(root)!r}.", "Check the path.")
-    found = list(_walk(root))
+    left_out: List[str] = []
+    found = list(_walk(root, left_out))
     told = stages("Reading", sum(os.path.getsize(source) for _, source in found if source.is_file()))
     files = [_hashed(name, source, told) for name, source in found]
     if not files:
         raise TransferError(f"The folder {str(root)!r} holds no file.", "Give a folder that is not empty.")
-    return Manifest(digest_of(files), tuple(files))
+    return Manifest(digest_of(files), tuple(files), tuple(left_out))
 
 
 def digest_of(files: List[LocalFile]) -> str:
@@ -87,12 +93,14 @@ def hash_file(source: Path, progress: Progress = silent) -> Tuple[int, str, str]
             progress(len(chunk))
 
 
-def _walk(root: Path) -> Iterator[Tuple[str, Path]]:
+def _walk(root: Path, left_out: List[str]) -> Iterator[Tuple[str, Path]]:
     if not root.is_dir():
         yield root.name, root
         return
     for folder, folders, names in os.walk(str(root), onerror=_refuse):
         folders.sort()
+        links = (Path(folder, name) for name in folders if os.path.islink(os.path.join(folder, name)))
+        left_out.extend(f"{link.relative_to(root).as_posix()}/" for link in links)
         for name in sorted(names):
             source = Path(folder, name)
             yield source.relative_to(root).as_posix(), source

@@ -353,3 +353,52 @@ def test_a_model_whose_urls_grow_old_is_sent_on_with_new_ones(
     stub.on("POST", "/filesets/fs1/seal", Reply(200, {"id": "fs1", "state": "sealed"}))
     stub.on("POST", "/models/m/versions", Reply(201, {"model_name": "m", "version": 1}))
     assert nabla.save_model(tmp_path, name="m", framework="sklearn").version == 1
+
+
+def in_this_job(stub: StubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> Path:
+    """A model of these files, and a server that asks for all of them."""
+    for name, value in in_job(stub, tmp_path).items():
+        monkeypatch.setenv(name, value)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text(name)
+    uploads = [{"path": name, "url": f"{stub.url}/s3/{name}"} for name in names]
+    stub.on("POST", "/filesets", Reply(201, {"fileset": {"id": "fs1", "state": "open"}, "uploads": uploads}))
+    stub.on("POST", "/filesets/fs1/seal", Reply(200, {"id": "fs1", "state": "sealed"}))
+    stub.on("POST", "/models/m/versions", Reply(201, {"model_name": "m", "version": 1}))
+    return folder
+
+
+def test_a_models_files_are_sent_several_at_a_time(
+    stub: StubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("a", "b", "c", "d")
+    folder = in_this_job(stub, tmp_path, monkeypatch, *names)
+    together = threading.Barrier(len(names), timeout=60)
+    for name in names:
+        stub.on("PUT", f"/s3/{name}", lambda seen: Reply(200, together.wait()))
+    assert nabla.save_model(folder, name="m", framework="sklearn").version == 1
+
+
+def test_a_model_of_which_a_file_is_refused_is_not_registered(
+    stub: StubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = in_this_job(stub, tmp_path, monkeypatch, "a", "b", "c")
+    for name, status in (("a", 200), ("b", 400), ("c", 200)):
+        stub.on("PUT", f"/s3/{name}", Reply(status))
+    with pytest.raises(nabla.NablaError, match="Uploading 'b' failed"):
+        nabla.save_model(folder, name="m", framework="sklearn")
+    assert not stub.calls("POST", "/filesets/fs1/seal")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no symbolic links for ordinary users")
+def test_a_linked_folder_is_left_out_of_a_model_with_a_warning(
+    stub: StubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = in_this_job(stub, tmp_path, monkeypatch, "a")
+    stub.on("PUT", "/s3/a", Reply(200))
+    (folder / "sub").mkdir()
+    (folder / "sub" / "more").symlink_to(tmp_path)
+    with pytest.warns(RuntimeWarning, match=r"left out .*: sub/more/"):
+        nabla.save_model(folder, name="m", framework="sklearn")

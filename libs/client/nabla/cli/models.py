@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from nabla.cli.output import details, note, print_json, table
+from nabla.cli.output import details, note, print_json, table, tell_left_out
 from nabla.cli.progress import progress
 from nabla.cli.projects import LIMIT
 from nabla.cli.session import Group, Session, pass_session
@@ -73,13 +73,17 @@ def upload(
 ) -> None:
     """Upload a file or folder as the next version of a model."""
     from nabla.cli.project_choice import choose_project
+    from nabla.manifest import describe
 
     values = numbers(metrics, "--metric")
     client = session.client(60.0)
     chosen = choose_project(client, project, Path.cwd())
     with progress() as stages:
+        manifest = describe(path, stages)
+    tell_left_out(manifest.left_out, "Left out (links to folders, which are not followed)")
+    with progress() as stages:
         version = client.models.upload(
-            path,
+            manifest,
             name=name,
             framework=framework,
             project=chosen,

@@ -27,6 +27,8 @@ _REASON = re.compile(
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # A pipe has no width: nothing in it is cut or wrapped.
 PIPE_WIDTH = 10_000
+# Of what was left out.
+LISTED = 10
 
 
 def print_json(value: object) -> None:
@@ -38,6 +40,12 @@ def print_json(value: object) -> None:
 def note(text: str) -> None:
     """A word to the person at the terminal."""
     click.echo(text, err=True)
+
+
+def tell_left_out(names: Sequence[str], why: str) -> None:
+    if names:
+        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+        note(f"{why}: {', '.join(names[:LISTED])}{more}")
 
 
 def one_line(text: str) -> str:

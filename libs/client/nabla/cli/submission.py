@@ -15,7 +15,7 @@ import click
 from nabla import paths
 from nabla.cli import environment
 from nabla.cli.follow import follow
-from nabla.cli.output import note, print_json
+from nabla.cli.output import note, print_json, tell_left_out
 from nabla.cli.progress import progress
 from nabla.cli.project_choice import choose_project
 from nabla.cli.session import Session
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 ASK_ABOVE_BYTES = 1 << 30
 ASK_ABOVE_FILES = 50_000
-LISTED = 10
 F = TypeVar("F", bound=Callable[..., object])
 
 
@@ -138,14 +137,14 @@ def send_workspace(client: Client, project: str, folder: Path, yes: bool) -> tup
     from nabla.packing import pack
 
     workspace = pack(folder)
-    tell_left_out(workspace)
+    tell_what_stays(workspace)
     confirm_size(workspace, yes)
     with progress() as stages:
         fileset = workspace.upload(client.filesets, project, stages)
     return fileset.id, workspace.origin
 
 
-def tell_left_out(workspace: Workspace) -> None:
+def tell_what_stays(workspace: Workspace) -> None:
     tree = workspace.tree
     for names, why in (
         (tree.secrets, "Left out for safety"),
@@ -153,9 +152,7 @@ def tell_left_out(workspace: Workspace) -> None:
         (tree.links_outside, "Left out (links that lead out of the folder)"),
         (tree.special, "Left out (not a file)"),
     ):
-        if names:
-            more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-            note(f"{why}: {', '.join(names[:LISTED])}{more}")
+        tell_left_out(names, why)
 
 
 def confirm_place(folder: Path, yes: bool) -> None:
