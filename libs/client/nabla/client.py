@@ -118,11 +118,11 @@ class Client:
 
     def server_time(self) -> float | None:
         """The server's clock, in seconds since the epoch; needs no valid token."""
-        return self._transport.health()[1]
+        return self._transport.server_time()
 
     def installation_id(self) -> str:
         """Which installation answers; empty where its gateway was started by hand. Needs no valid token."""
-        return str(self._transport.health()[0]["installation_id"] or "")
+        return self._transport.installation_id()
 
     def sign_in_link(self) -> SignInLink:
         """A link that signs one browser in, once."""

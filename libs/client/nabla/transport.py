@@ -98,13 +98,20 @@ class Transport:
         with self._errors(), self._http.send("POST", f"{self.url}{path}", headers, _encoded(body), 300.0) as response:
             return _decoded(response)
 
-    def health(self) -> tuple[dict[str, object], float | None]:
-        """What the server says of itself, and its clock in seconds since the epoch, as its Date header says."""
+    def installation_id(self) -> str:
+        return self._id_in(self.get("/health"))
+
+    def server_time(self) -> float | None:
+        """The server's clock in seconds since the epoch, as its Date header says. Asked once, as clocks go on."""
         with self._errors(), self._send("GET", "/health", None, {}, {}) as response:
-            answer, header = _decoded(response), response.header("Date")
+            self._id_in(_decoded(response))
+            header = response.header("Date")
+        return email.utils.parsedate_to_datetime(header).timestamp() if header else None
+
+    def _id_in(self, answer: object) -> str:
         if not (isinstance(answer, dict) and "installation_id" in answer):
             raise NablaError(f"What answers at {self.url} is not Nabla.", NOT_OURS)
-        return answer, email.utils.parsedate_to_datetime(header).timestamp() if header else None
+        return str(answer["installation_id"] or "")
 
     @contextlib.contextmanager
     def stream(self, path: str, params: Params, last_id: str) -> Iterator[Iterator[bytes]]:
