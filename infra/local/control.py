@@ -229,6 +229,7 @@ def service_environment(installation: Installation) -> dict[str, str]:
         | servers.ray_environment(installation)
         | {
             "NABLA_HOME": str(installation.home),
+            "NABLA_INSTALLATION_ID": installation.id,
             "NABLA_NATS_URL": installation.nats_url,
             "NABLA_FRONT_DOOR": installation.front_door,
             "NABLA_S3_ADDRESS": installation.s3_endpoint,
@@ -249,7 +250,12 @@ def service_environment(installation: Installation) -> dict[str, str]:
         env["NABLA_SETTINGS"] = str(installation.home / "nabla.toml")
     lines = [f"export {name}={shlex.quote(value)}" for name, value in sorted(env.items())]
     write_private(installation.run / "environment", "\n".join(lines) + "\n")
-    context = {"url": installation.front_door, "token": token, "ui": installation.ui}
+    context = {
+        "url": installation.front_door,
+        "token": token,
+        "ui": installation.ui,
+        "installation_id": installation.id,
+    }
     write_private(installation.home / "context.json", json.dumps(context, indent=2))
     return env
 

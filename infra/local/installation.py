@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import socket
 import stat
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from infra.local.credentials import write_private
+from infra.local.credentials import secret_file, write_private
 from infra.local.settings import LocalSettings
 
 # Below Ray's workers (10002-19999) and beside the usual defaults, so that strangers are rarely met.
@@ -87,6 +88,11 @@ class Installation:
         return self.home / "traefik" / "dynamic"
 
     @cached_property
+    def id(self) -> str:
+        """Random, made once: by it a client learns that the installation it talks to is one on its own machine."""
+        return secret_file(self.home / "installation-id", secrets.token_hex(16))
+
+    @cached_property
     def ray_folder(self) -> Path:
         """Ray's session folder: in /tmp, as its socket paths must stay under 108 characters."""
         tag = hashlib.sha256(str(self.home).encode()).hexdigest()[:10]
@@ -150,7 +156,10 @@ def private_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def neighbours(home: Path) -> Iterator[set[int]]:
-    """The ports of this user's other installations; nobody else claims any meanwhile."""
+    """The ports of this user's other installations; nobody else claims any meanwhile.
+
+    The folder is also where this user's client looks for the installations on this machine (`nabla.installations`).
+    """
     folder = Path(f"/tmp/nabla-homes-{os.getuid()}")
     private_folder(folder)
     with (folder / "lock").open("w") as lock:

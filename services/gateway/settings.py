@@ -13,6 +13,8 @@ class GatewaySettings(Settings):
     # Where the API and the web interface listen; the front door forwards here. Port 0 picks a free one.
     http_host: str = "127.0.0.1"
     http_port: int = 0
+    # Random, made once by the launcher; tells a client whether this installation is one on its own machine.
+    installation_id: str = ""
     # Host names that are answered, besides loopback and the front door's own.
     allowed_hosts: tuple[str, ...] = ()
     # Host on which browsers fetch stored files. Empty: 127.0.0.1 for an interface on localhost, else s3.<apps_domain>.

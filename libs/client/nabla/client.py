@@ -34,8 +34,8 @@ class Client:
     """Talks to one server as one principal.
 
     Without arguments it finds its server as the command line does (see nabla.contexts); `context` names a saved
-    one; `url` and `token` say both outright. With `traceparent` (W3C) all of its requests
-    belong to one trace. Not meant to be shared between threads while it is being closed,
+    one; `url` and `token` say both outright, with `ca` as a file of certificates to trust. With `traceparent` (W3C)
+    all of its requests belong to one trace. Not meant to be shared between threads while it is being closed,
     otherwise safe to share. `sleep` is a seam for tests.
     """
 
@@ -48,15 +48,17 @@ class Client:
         patience_s: float = PATIENCE_S,
         on_retry: OnRetry | None = None,
         traceparent: str = "",
+        ca: str = "",
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.context = _context(url, token, context)
+        self.context = _context(url, token, context, ca)
         self._transport = Transport(
             self.context.url,
             self.context.token,
             patience_s=patience_s,
             on_retry=on_retry,
             traceparent=traceparent,
+            ca=self.context.ca,
             sleep=sleep,
         )
 
@@ -118,6 +120,10 @@ class Client:
         """The server's clock, in seconds since the epoch; needs no valid token."""
         return self._transport.server_time()
 
+    def installation_id(self) -> str:
+        """Which installation answers; empty where its gateway was started by hand. Needs no valid token."""
+        return self._transport.installation_id()
+
     def sign_in_link(self) -> SignInLink:
         """A link that signs one browser in, once."""
         return decode(SignInLink, self._transport.post("/sign-in-links"))
@@ -136,9 +142,9 @@ class Client:
         self.close()
 
 
-def _context(url: str | None, token: str | None, name: str | None) -> Context:
+def _context(url: str | None, token: str | None, name: str | None, ca: str) -> Context:
     if url is None and token is None:
         return contexts.resolve(name)
     if not (url and token):
         raise NoServer("Client() needs url and token together, or neither.", "Give both.")
-    return Context("given", front_door(url), token, "the caller")
+    return Context("given", front_door(url), token, "the caller", ca)

@@ -25,12 +25,16 @@ from nabla.errors import BadConfig, NoServer
 
 @dataclass(frozen=True)
 class Context:
-    """A server and a token for it; `source` says for people where they come from."""
+    """A server and a token for it; `source` says for people where they come from.
+
+    `ca` is a file of certificates to trust for it, besides those of the system.
+    """
 
     name: str
     url: str
     token: str = field(repr=False)
     source: str
+    ca: str = ""
 
     @property
     def installed_here(self) -> bool:
@@ -48,14 +52,13 @@ def resolve(
 ) -> Context:
     """The context in force, or NoServer. All arguments but the first are there for tests."""
     env = os.environ if env is None else env
-    book = ContextBook(config or paths.config_file())
     if name:
-        return book.get(name)
+        return _book(config).get(name)
     found = (
         _from_variables(env, "NABLA_URL")
         or _from_variables(env, "NABLA_API_URL")
         or _from_installation(env, Path(prefix or sys.prefix))
-        or book.current()
+        or _book(config).current()
     )
     if found is None:
         raise NoServer(
@@ -63,6 +66,11 @@ def resolve(
             "Start one with `nabla up`, or name one with `nabla login http://HOST:PORT`.",
         )
     return found
+
+
+def _book(config: Path | None) -> ContextBook:
+    """Opened only where it is needed: it lies in the home folder, which not every user has."""
+    return ContextBook(config or paths.config_file())
 
 
 def _from_variables(env: Mapping[str, str], variable: str) -> Context | None:
@@ -115,9 +123,9 @@ class ContextBook:
             raise NoServer(f"There is no context {name!r}; known: {known}.", "Add one with `nabla login URL`.")
         return contexts[name]
 
-    def save(self, name: str, url: str, token: str) -> None:
+    def save(self, name: str, url: str, token: str, ca: str = "") -> None:
         """Adds or replaces a context and makes it the current one."""
-        contexts = {**self.all(), name: Context(name, front_door(url), token, str(self.path))}
+        contexts = {**self.all(), name: Context(name, front_door(url), token, str(self.path), ca)}
         self._write(contexts, name)
 
     def use(self, name: str) -> None:
@@ -134,10 +142,12 @@ class ContextBook:
         return jsonfile.read(self.path)
 
     def _write(self, contexts: Mapping[str, Context], current: str) -> None:
-        entries = {name: {"url": c.url, "token": c.token} for name, c in contexts.items()}
+        entries = {
+            name: {"url": c.url, "token": c.token, **({"ca": c.ca} if c.ca else {})} for name, c in contexts.items()
+        }
         jsonfile.write(self.path, {"contexts": entries, "current": current})
 
     def _context(self, name: str, entry: object) -> Context:
         if not isinstance(entry, dict):
             raise BadConfig(f"The context {name!r} in {self.path} is damaged.", "Correct the file, or delete it.")
-        return Context(name, str(entry.get("url")), str(entry.get("token")), str(self.path))
+        return Context(name, str(entry.get("url")), str(entry.get("token")), str(self.path), str(entry.get("ca") or ""))

@@ -16,11 +16,15 @@ import select
 import socket
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from types import TracebackType
-from typing import Union
+from typing import TYPE_CHECKING, Union
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from nabla.address import is_loopback
+
+if TYPE_CHECKING:
+    import ssl
 
 CONNECT_TIMEOUT_S = 5.0
 CHUNK_BYTES = 1 << 16
@@ -31,6 +35,16 @@ Body = Union[bytes, Iterable[bytes], None]
 
 class BrokenConnection(Exception):
     """Nothing or only part of an answer came: refused, reset, timed out, or not HTTP."""
+
+
+class Untrusted(BrokenConnection):
+    """The other side's certificate is not one that is believed here; trying again does not help."""
+
+
+WHAT_TO_TRUST = (
+    "Is the address right? For a certificate authority of your own set SSL_CERT_FILE=FILE, or sign in with "
+    "`nabla login URL --ca FILE`."
+)
 
 
 class Response:
@@ -86,9 +100,10 @@ class Response:
 
 
 class Http:
-    """A pool of connections, safe to share between threads."""
+    """A pool of connections, safe to share between threads. `ca` is a file of certificates to trust besides others."""
 
-    def __init__(self) -> None:
+    def __init__(self, ca: str = "") -> None:
+        self._ca = ca
         self._idle: dict[Origin, list[http.client.HTTPConnection]] = {}
         self._used: set[http.client.HTTPConnection] = set()
         self.aborted = False
@@ -102,7 +117,7 @@ class Http:
         origin = _origin(parts)
         connection = None
         try:
-            connection = self._idle_connection(origin) or _connected(origin)
+            connection = self._idle_connection(origin) or self._connected(origin)
             self._use(connection)
             connection.sock.settimeout(timeout_s)
             connection.request(method, _target(parts, connection), body=body, headers=_sent(headers, parts, connection))
@@ -111,7 +126,7 @@ class Http:
             if connection is not None:
                 self.drop(connection)
             if isinstance(error, (OSError, http.client.HTTPException)):
-                raise BrokenConnection(_reason(error)) from error
+                raise _broken(error) from error
             raise
 
     def keep(self, origin: Origin, connection: http.client.HTTPConnection) -> None:
@@ -142,6 +157,35 @@ class Http:
             for connection in [one for kept in self._idle.values() for one in kept]:
                 connection.close()
             self._idle.clear()
+
+    def _connected(self, origin: Origin) -> http.client.HTTPConnection:
+        scheme, host, port = origin
+        proxy = _proxy(scheme, host, port)
+        near = (proxy.hostname or "", proxy.port or 80) if proxy else (host, port)
+        if scheme == "http":
+            connection = http.client.HTTPConnection(near[0], near[1], timeout=CONNECT_TIMEOUT_S)
+        else:
+            connection = http.client.HTTPSConnection(
+                near[0], near[1], timeout=CONNECT_TIMEOUT_S, context=self._certificates
+            )
+            if proxy:
+                connection.set_tunnel(host, port, _credentials(proxy))
+        connection.connect()
+        return connection
+
+    @cached_property
+    def _certificates(self) -> ssl.SSLContext:
+        """Reading them takes longer than a request, so once is enough."""
+        import ssl
+
+        context = ssl.create_default_context()
+        context.set_alpn_protocols(["http/1.1"])
+        if self._ca:
+            try:
+                context.load_verify_locations(self._ca)
+            except OSError as error:
+                raise Untrusted(f"{self._ca} cannot be used as --ca: {_reason(error)}") from error
+        return context
 
     def _idle_connection(self, origin: Origin) -> http.client.HTTPConnection | None:
         """One that the server has not closed meanwhile: on a closed one there is an end of file to read."""
@@ -183,18 +227,6 @@ def _origin(parts: SplitResult) -> Origin:
     return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
 
 
-def _connected(origin: Origin) -> http.client.HTTPConnection:
-    scheme, host, port = origin
-    proxy = _proxy(scheme, host, port)
-    near = (proxy.hostname or "", proxy.port or 80) if proxy else (host, port)
-    kind = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
-    connection = kind(near[0], near[1], timeout=CONNECT_TIMEOUT_S)
-    if proxy and scheme == "https":
-        connection.set_tunnel(host, port, _credentials(proxy))
-    connection.connect()
-    return connection
-
-
 def _proxy(scheme: str, host: str, port: int) -> SplitResult | None:
     """From `http_proxy`, `https_proxy` and `no_proxy`, in either case; never for this machine itself.
 
@@ -234,6 +266,11 @@ def _target(parts: SplitResult, connection: http.client.HTTPConnection) -> str:
     if _is_proxied(parts, connection):
         return parts._replace(fragment="").geturl()
     return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+
+
+def _broken(error: Exception) -> BrokenConnection:
+    refused = getattr(error, "verify_message", "")  # of an ssl.SSLCertVerificationError
+    return Untrusted(f"its certificate is not trusted ({refused})") if refused else BrokenConnection(_reason(error))
 
 
 def _reason(error: Exception) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Dict, Iterator, List, Tuple, Union
 
 from nabla.errors import TransferError
+from nabla.progress import Progress, Stages, silent, unseen
 
 PathLike = Union[str, "os.PathLike[str]"]
 CHUNK_BYTES = 1 << 20
@@ -33,28 +34,36 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a file set will hold; `digest` is the SHA-256 over the sorted lines "path NUL sha256 LF"."""
+    """What a file set will hold; `digest` is the SHA-256 over the sorted lines "path NUL sha256 LF".
+
+    `left_out` are the links to folders, which are not followed.
+    """
 
     digest: str
     files: Tuple[LocalFile, ...]
+    left_out: Tuple[str, ...] = ()
 
     @property
     def size_bytes(self) -> int:
         return sum(file.size_bytes for file in self.files)
 
 
-def describe(path: PathLike) -> Manifest:
+def describe(path: PathLike, stages: Stages = unseen) -> Manifest:
     """Reads a file, or every file below a folder, once.
 
-    Links to files are followed, because caches of model hubs are made of them; links to folders are not.
+    Links to files are followed, because caches of model hubs are made of them; links to folders are not, and the
+    manifest names them.
     """
     root = Path(path)
     if not root.exists():
         raise TransferError(f"There is no file or folder {str(root)!r}.", "Check the path.")
-    files = [_hashed(name, source) for name, source in _walk(root)]
+    left_out: List[str] = []
+    found = list(_walk(root, left_out))
+    told = stages("Reading", sum(os.path.getsize(source) for _, source in found if source.is_file()))
+    files = [_hashed(name, source, told) for name, source in found]
     if not files:
         raise TransferError(f"The folder {str(root)!r} holds no file.", "Give a folder that is not empty.")
-    return Manifest(digest_of(files), tuple(files))
+    return Manifest(digest_of(files), tuple(files), tuple(left_out))
 
 
 def digest_of(files: List[LocalFile]) -> str:
@@ -70,7 +79,7 @@ def new_md5() -> hashlib._Hash:
         return hashlib.md5()  # noqa: S324
 
 
-def hash_file(source: Path) -> Tuple[int, str, str]:
+def hash_file(source: Path, progress: Progress = silent) -> Tuple[int, str, str]:
     """Size in bytes, MD5 and SHA-256, in one pass and constant memory."""
     md5, sha256, size_bytes = new_md5(), hashlib.sha256(), 0
     with source.open("rb") as stream:
@@ -81,14 +90,17 @@ def hash_file(source: Path) -> Tuple[int, str, str]:
             md5.update(chunk)
             sha256.update(chunk)
             size_bytes += len(chunk)
+            progress(len(chunk))
 
 
-def _walk(root: Path) -> Iterator[Tuple[str, Path]]:
+def _walk(root: Path, left_out: List[str]) -> Iterator[Tuple[str, Path]]:
     if not root.is_dir():
         yield root.name, root
         return
     for folder, folders, names in os.walk(str(root), onerror=_refuse):
         folders.sort()
+        links = (Path(folder, name) for name in folders if os.path.islink(os.path.join(folder, name)))
+        left_out.extend(f"{link.relative_to(root).as_posix()}/" for link in links)
         for name in sorted(names):
             source = Path(folder, name)
             yield source.relative_to(root).as_posix(), source
@@ -101,13 +113,13 @@ def _refuse(error: OSError) -> None:
     ) from error
 
 
-def _hashed(path: str, source: Path) -> LocalFile:
+def _hashed(path: str, source: Path, progress: Progress) -> LocalFile:
     if source.exists() and not source.is_file():
         raise TransferError(f"{str(source)!r} is neither a file nor a folder.", "Take it out of the folder.")
     if "\0" in path or path.encode("utf-8", "replace").decode() != path:
         raise TransferError(f"The name {path!r} is not UTF-8.", "Rename the file.")
     try:
-        size_bytes, md5, sha256 = hash_file(source)
+        size_bytes, md5, sha256 = hash_file(source, progress)
     except OSError as error:
         raise TransferError(f"Cannot read {str(source)!r}: {error.strerror}.") from error
     return LocalFile(path, source, size_bytes, md5, sha256)

@@ -6,13 +6,30 @@ import os
 import sys
 from pathlib import Path
 
+from nabla.errors import BadConfig
+
+
+class NoHome(BadConfig):
+    """This user has no home folder, as in many containers: nothing can be remembered, and all else still works."""
+
+
+def home() -> Path:
+    """Raises NoHome."""
+    try:
+        return Path.home()
+    except (RuntimeError, KeyError) as error:  # KeyError before Python 3.10
+        raise NoHome(
+            "You have no home folder: HOME is not set, and the system does not know this user.",
+            "Set HOME, or NABLA_CONFIG to a file that may be written; NABLA_URL with NABLA_TOKEN need neither.",
+        ) from error
+
 
 def config_dir() -> Path:
     if sys.platform == "win32":
-        return Path(os.environ.get("APPDATA") or Path.home() / "AppData" / "Roaming") / "nabla"
+        return Path(os.environ.get("APPDATA") or home() / "AppData" / "Roaming") / "nabla"
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support" / "nabla"
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "nabla"
+        return home() / "Library" / "Application Support" / "nabla"
+    return Path(os.environ.get("XDG_CONFIG_HOME") or home() / ".config") / "nabla"
 
 
 def config_file() -> Path:
@@ -25,8 +42,8 @@ def cache_dir() -> Path:
     if os.environ.get("NABLA_CACHE"):
         return Path(os.environ["NABLA_CACHE"])
     if sys.platform == "win32":
-        local = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+        local = os.environ.get("LOCALAPPDATA") or home() / "AppData" / "Local"
         return Path(local) / "nabla" / "Cache"
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "nabla"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nabla"
+        return home() / "Library" / "Caches" / "nabla"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home() / ".cache") / "nabla"

@@ -13,7 +13,11 @@ from nabla import jsonfile, paths
 
 class Folders:
     def __init__(self, path: Path | None = None) -> None:
-        self._path = path or paths.config_file().with_name("folders.json")
+        self._given = path
+
+    @property
+    def _path(self) -> Path:
+        return self._given or paths.config_file().with_name("folders.json")
 
     def project(self, url: str, folder: Path) -> str:
         """The project's id, or an empty string."""

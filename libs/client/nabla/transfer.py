@@ -11,19 +11,14 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Callable
 
 from nabla.errors import TransferError
-from nabla.http import BrokenConnection, Http, Response
+from nabla.http import WHAT_TO_TRUST, BrokenConnection, Http, Response, Untrusted
 from nabla.manifest import CHUNK_BYTES, LocalFile, hash_file
 from nabla.objects import File
+from nabla.progress import Progress, silent
 
-# Told how many bytes went over; negative when a broken transfer starts again.
-Progress = Callable[[int], None]
 ATTEMPTS = 6
 TIMEOUT_S = 60.0
 _WORTH_REPEATING = frozenset({429, 500, 502, 503, 504})
-
-
-def silent(size_bytes: int) -> None:
-    """A Progress that nobody looks at."""
 
 
 class ExpiredUrl(TransferError):
@@ -33,8 +28,8 @@ class ExpiredUrl(TransferError):
 class Transfers:
     """A connection pool of its own: presigned URLs carry their authority, so no token may go along."""
 
-    def __init__(self, sleep: Callable[[float], None] = time.sleep) -> None:
-        self._http = Http()
+    def __init__(self, sleep: Callable[[float], None] = time.sleep, ca: str = "") -> None:
+        self._http = Http(ca)
         self._sleep = sleep
 
     def close(self) -> None:
@@ -92,6 +87,8 @@ class Transfers:
             try:
                 once()
                 return
+            except Untrusted as error:
+                raise TransferError(f"Object storage cannot be asked: {error}.", WHAT_TO_TRUST) from error
             except BrokenConnection as error:
                 told.take_back()
                 if attempt == ATTEMPTS or self._http.aborted:

@@ -18,7 +18,7 @@ from uuid import uuid4
 import nabla
 from nabla import tracing
 from nabla.errors import BadConfig, NablaError, Unavailable, Unreachable, from_problem
-from nabla.http import BrokenConnection, Http, Response, split_address
+from nabla.http import WHAT_TO_TRUST, BrokenConnection, Http, Response, Untrusted, split_address
 
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.2, 5.0
 PATIENCE_S = 60.0
@@ -38,7 +38,8 @@ class Transport:
     """One server, one token. `patience_s` bounds how long a request that gets no answer is repeated.
 
     `on_retry` is called each time before waiting, with the reason and for how many seconds more it is tried. With
-    `traceparent` all requests belong to one trace, without it each to its own. `sleep` is a seam for tests.
+    `traceparent` all requests belong to one trace, without it each to its own. `ca` is a file of certificates to
+    trust. `sleep` is a seam for tests.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Transport:
         patience_s: float = PATIENCE_S,
         on_retry: OnRetry | None = None,
         traceparent: str = "",
+        ca: str = "",
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.url = _checked_address(url)
@@ -57,7 +59,8 @@ class Transport:
         self.sleep = sleep
         self._traceparent = traceparent
         self._headers = {"Authorization": f"Bearer {_checked_token(token)}", "User-Agent": f"nabla/{nabla.__version__}"}
-        self._http = Http()
+        self.ca = ca
+        self._http = Http(ca)
 
     def close(self) -> None:
         self._http.close()
@@ -95,12 +98,20 @@ class Transport:
         with self._errors(), self._http.send("POST", f"{self.url}{path}", headers, _encoded(body), 300.0) as response:
             return _decoded(response)
 
+    def installation_id(self) -> str:
+        return self._id_in(self.get("/health"))
+
     def server_time(self) -> float | None:
-        """The server's clock in seconds since the epoch, as its Date header says."""
+        """The server's clock in seconds since the epoch, as its Date header says. Asked once, as clocks go on."""
         with self._errors(), self._send("GET", "/health", None, {}, {}) as response:
-            response.read()
+            self._id_in(_decoded(response))
             header = response.header("Date")
         return email.utils.parsedate_to_datetime(header).timestamp() if header else None
+
+    def _id_in(self, answer: object) -> str:
+        if not (isinstance(answer, dict) and "installation_id" in answer):
+            raise NablaError(f"What answers at {self.url} is not Nabla.", NOT_OURS)
+        return str(answer["installation_id"] or "")
 
     @contextlib.contextmanager
     def stream(self, path: str, params: Params, last_id: str) -> Iterator[Iterator[bytes]]:
@@ -139,6 +150,8 @@ class Transport:
     def _errors(self) -> Iterator[None]:
         try:
             yield
+        except Untrusted as error:
+            raise NablaError(f"Nabla at {self.url} cannot be asked: {error}.", WHAT_TO_TRUST) from error
         except BrokenConnection as error:
             raise Unreachable(
                 f"Nabla at {self.url} does not answer: {error}.",

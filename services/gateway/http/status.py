@@ -30,6 +30,7 @@ router = APIRouter(prefix=API, tags=["status"], responses=RESPONSES)
 
 class Health(BaseModel):
     status: str = "ok"
+    installation_id: str = ""
 
 
 class PlatformStatus(BaseModel):
@@ -41,9 +42,9 @@ class PlatformStatus(BaseModel):
     nodes_detail: str = ""
 
 
-@public.get("/health", summary="Whether the API answers; needs no token")
-async def health() -> Health:
-    return Health()
+@public.get("/health", summary="Whether the API answers, and of which installation; needs no token")
+async def health(parts: Wired) -> Health:
+    return Health(installation_id=parts.settings.installation_id)
 
 
 @router.get("/status", summary="All services and nodes, and how well jobs are isolated")

@@ -356,7 +356,7 @@ async def test_it_answers_before_the_bus_is_there(tmp_path: Path) -> None:
     file = tmp_path / "run" / "gateway.json"
     await until(lambda: file.exists() and '"http"' in file.read_text())
     async with httpx.AsyncClient(base_url=json.loads(file.read_text())["http"]) as client:
-        assert (await client.get("/api/v1/health")).json() == {"status": "ok"}
+        assert (await client.get("/api/v1/health")).json() == {"status": "ok", "installation_id": ""}
         answer = await client.get("/api/v1/whoami", headers=BEARER)
         assert (answer.status_code, answer.json()["code"]) == (503, "bus_not_connected")
     running.cancel()

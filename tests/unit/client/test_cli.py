@@ -10,7 +10,9 @@ from pathlib import Path
 import click
 import pytest
 
+from nabla import paths
 from nabla.cli import COMMANDS, platform, root
+from nabla.contexts import ContextBook
 
 from .conftest import Nabla
 from .stub import JOB, Reply, StubServer, line, serve_run
@@ -122,6 +124,24 @@ def test_logs_follow_on_where_the_page_ended(nabla: Nabla, server: StubServer) -
     assert [json.loads(text)["text"] for text in nabla("jobs", "logs", "js1", "--json").out.splitlines()] == ["a", "b"]
 
 
+def test_stopping_goes_on_after_a_job_that_cannot_be_stopped(nabla: Nabla, server: StubServer) -> None:
+    server.on("POST", "/jobs/js1/stop", Reply(200, {"id": "js1", "state": "running"}))
+    server.on("POST", "/jobs/js2/stop", Reply(404, {"title": "Not found", "detail": "There is no job 'js2'"}))
+    server.on("POST", "/jobs/js3/stop", Reply(200, {"id": "js3", "state": "succeeded"}))
+    people = nabla("jobs", "stop", "js1", "js2", "js3")
+    assert (people.code, people.out) == (1, "")
+    assert people.err.splitlines() == [
+        "Stopping job js1.",
+        "Error: Not found: There is no job 'js2'",
+        "Job js3 is succeeded.",
+    ]
+    programs = nabla("jobs", "stop", "js1", "js2", "js3", "--json")
+    assert programs.code == 1
+    assert [job["id"] for job in programs.json] == ["js1", "js3"]  # type: ignore[attr-defined]
+    assert "no job 'js2'" in programs.err
+    assert nabla("jobs", "stop", "js1").code == 0
+
+
 def test_login_saves_a_context_and_logout_forgets_it(
     nabla: Nabla, stub: StubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,7 +194,7 @@ STATUS = {
 def test_status_and_doctor_tell_what_is_wrong(nabla: Nabla, server: StubServer) -> None:
     server.on("GET", "/status", Reply(200, STATUS))
     server.on("GET", "/whoami", Reply(200, {"id": "us1", "role": "owner"}))
-    server.on("GET", "/health", Reply(200, {"status": "ok"}))
+    server.on("GET", "/health", Reply(200, {"status": "ok", "installation_id": ""}))
     status = nabla("status")
     assert "sudo aa-" in status.out
     assert "not ready" in status.out
@@ -185,6 +205,29 @@ def test_status_and_doctor_tell_what_is_wrong(nabla: Nabla, server: StubServer) 
     assert found["isolation"]["verdict"] == "warning"
     assert found["isolation"]["remedy"] == "run `sudo aa-...`"
     assert {"client", "context", "server", "token", "node n1", "disk (cache)"} <= set(found)
+
+
+def test_the_doctor_does_not_take_another_web_server_for_nabla(nabla: Nabla, server: StubServer) -> None:
+    server.on("GET", "/health", Reply(200, {"status": "ok"}))
+    doctor = nabla("doctor")
+    assert doctor.code == 1
+    assert "is not Nabla" in doctor.out
+    assert "ok    server" not in doctor.out
+
+
+def test_the_doctor_looks_at_the_disk_of_the_context_that_was_named(
+    nabla: Nabla, stub: StubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "context.json").write_text(json.dumps({"url": stub.url, "token": "t"}))
+    monkeypatch.setenv("NABLA_HOME", str(tmp_path))
+    ContextBook(paths.config_file()).save("elsewhere", stub.url, "t")
+
+    def disks(*options: str) -> set[str]:
+        found = nabla("doctor", "--json", *options).json
+        return {check["name"] for check in found if "disk" in check["name"]}  # type: ignore[attr-defined]
+
+    assert disks() == {"disk", "disk (cache)"}
+    assert disks("--context", "elsewhere") == {"disk (cache)"}
 
 
 def test_up_without_the_platform_says_where_it_works(nabla: Nabla, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +11,13 @@ from typing import Any
 import click
 import pytest
 
+from nabla import installations
 from nabla.cli import environment
 from nabla.cli.output import one_line
 from nabla.cli.submission import model_output, name_of
 from nabla.cli.values import size, span
+from nabla.errors import NablaError
+from nabla.remembered import Folders
 
 from .conftest import Nabla
 from .stub import JOB, Reply, Seen, StubServer, line, serve_run, sse
@@ -45,6 +48,43 @@ def test_run_makes_a_project_of_the_folder_says_so_and_remembers_it(
     assert template["models"] == [{"name": "digits", "path": "m", "framework": "sklearn"}]
     assert template["origin"]["folder"] == "My Digits"
     assert not any(path.name.startswith("folders") for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("known", ["remembered", "named like the folder"])
+def test_an_archived_project_is_said_before_anything_is_packed(
+    nabla: Nabla, server: StubServer, folder: Path, known: str
+) -> None:
+    serve_run(server)
+    server.on("POST", "/projects", Reply(409, {"title": "Taken", "code": "project_exists", "project_id": "pj1"}))
+    server.on("GET", "/projects/pj1", Reply(200, {"id": "pj1", "name": "my-digits", "state": "archived"}))
+    if known == "remembered":
+        Folders().remember(server.url, folder, "pj1")
+    outcome = nabla("run", "--", "true")
+    assert outcome.code == 1
+    assert "project my-digits is archived" in outcome.err
+    assert "nabla projects restore pj1" in outcome.err
+    assert "Left out" not in outcome.err
+    assert not server.calls("POST", "/filesets")
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (Reply(200, {"id": "pj0", "name": "old", "state": "deleted"}), "Project old, the last one in this folder, is"),
+        (Reply(404, {"title": "Not found", "code": "project_not_found"}), "is gone"),
+    ],
+)
+def test_a_deleted_project_is_followed_by_one_named_after_the_folder(
+    nabla: Nabla, server: StubServer, folder: Path, answer: Reply, said: str
+) -> None:
+    serve_run(server)
+    server.on("GET", "/projects/pj0", answer)
+    Folders().remember(server.url, folder, "pj0")
+    outcome = nabla("run", "--", "true")
+    assert outcome.code == 0
+    assert said in outcome.err
+    assert "Project my-digits (created" in outcome.err
+    assert Folders().project(server.url, folder) == "pj1"
 
 
 def test_the_commands_own_options_are_left_alone(nabla: Nabla, server: StubServer, folder: Path) -> None:
@@ -262,13 +302,84 @@ def test_the_active_environment_is_bound_on_the_same_machine(
     serve_run(server)
     assert kind() == "default"
     monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path / "venv"))
-    server.on("GET", "/status", Reply(200, {"nodes": [{"hostname": socket.gethostname()}]}))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "1.home").write_text(str(tmp_path / "gone"))
+    (tmp_path / "notes" / "2.home").write_text(str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "context.json").write_text(json.dumps({"installation_id": "our-own"}))
+    monkeypatch.setattr(installations, "notes", lambda: tmp_path / "notes")
+    server.on("GET", "/health", Reply(200, {"installation_id": "our-own"}))
     assert kind() == "venv"
     assert kind("--env", "default") == "default"
-    server.on("GET", "/status", Reply(200, {"nodes": [{"hostname": "elsewhere"}]}))
-    assert kind() == "default"
+    for other in ("behind-a-tunnel", ""):
+        server.on("GET", "/health", Reply(200, {"installation_id": other}))
+        assert kind() == "default"
     (folder / "needs.txt").write_text("numpy\n")
     assert kind("--env", "needs.txt", "--env", "A=1") == "requirements"
+
+
+def installed(environment: Path, name: str, version: str, folder: Path | None = None, **files: str) -> None:
+    """As an installer leaves it: a distribution's metadata in the environment, or in a `folder` of its own."""
+    packages = next((environment / "lib").glob("python*")) / "site-packages"
+    info = (folder or packages) / f"{name}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    for file, text in files.items():
+        (info / file.replace("_json", ".json")).write_text(text)
+    if folder:
+        (packages / f"{name}.pth").write_text(f"{folder}\n")
+
+
+@pytest.fixture
+def venv(tmp_path: Path) -> Path:
+    """An environment as uv makes them: without pip."""
+    path = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(path)], check=True, timeout=60)
+    return path
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the folders of an environment are others on Windows")
+def test_an_active_environment_without_pip_goes_elsewhere_as_requirements(
+    nabla: Nabla, server: StubServer, folder: Path, venv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    editable = json.dumps({"url": "file:///src/mine", "dir_info": {"editable": True}})
+    installed(venv, "numpy", "2.1.0")
+    installed(venv, "torch", "2.4.0+cu118")
+    installed(venv, "mkl_fft", "1.3", INSTALLER="conda\n", direct_url_json='{"url": "file:///home/conda/x"}')
+    installed(venv, "mine", "0.1", direct_url_json=editable)
+    installed(venv, "older", "0.2", tmp_path / "src")
+    installed(venv, "nabla", "0.1.0")
+    monkeypatch.setenv("VIRTUAL_ENV", str(venv))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+    serve_run(server)
+    server.on("GET", "/health", Reply(200, {"installation_id": "elsewhere"}))
+    outcome = nabla("run", "--env", "active", "--", "true")
+    assert outcome.code == 0, outcome.err
+    sent = server.calls("POST", "/experiments")[0].json["template"]["environment"]  # type: ignore[index]
+    assert sent["requirements"] == "mkl_fft==1.3\nnumpy==2.1.0\ntorch==2.4.0\n"
+    assert "Left out (not from a package index): mine, older\n" in outcome.err
+    assert "the 3 packages of" in outcome.err
+
+
+@pytest.mark.parametrize("python", [None, "#!/bin/sh\necho broken >&2; exit 1\n"])
+def test_an_environment_that_cannot_be_read_is_said_with_what_to_do(tmp_path: Path, python: str | None) -> None:
+    if python:
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "python").write_text(python)
+        (tmp_path / "bin" / "python").chmod(0o755)
+    with pytest.raises(NablaError, match="broken" if python else "No such file") as caught:
+        environment.freeze(tmp_path)
+    assert "requirements.txt" in caught.value.remedy
+
+
+def test_an_empty_environment_is_not_sent_for_the_server_to_refuse(
+    nabla: Nabla, server: StubServer, folder: Path, venv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIRTUAL_ENV", str(venv))
+    server.on("GET", "/health", Reply(200, {"installation_id": "elsewhere"}))
+    outcome = nabla("run", "--env", "active", "--", "true")
+    assert outcome.code == 1
+    assert "no package of" in outcome.err
 
 
 def test_the_platforms_own_environment_is_not_offered(tmp_path: Path) -> None:
@@ -341,6 +452,38 @@ def test_a_folder_whose_project_cannot_be_remembered_runs_all_the_same(
     outcome = nabla("run", "--", "true")
     assert (outcome.code, outcome.out) == (0, "hello\n")
     assert "not remembered" in outcome.err
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user that the system does not know, as in a container that runs under any number."""
+
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("NABLA_CONFIG", "NABLA_CACHE", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", unknown)
+
+
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_folder_all_works_that_needs_none(nabla: Nabla, server: StubServer, folder: Path) -> None:
+    serve_run(server, line(1, "hello"))
+    outcome = nabla("run", "--", "true")
+    assert (outcome.code, outcome.out) == (0, "hello\n"), outcome.err
+    assert "not remembered" in outcome.err
+    assert nabla("run", "--project", "p", "--", "true").code == 0
+    assert "You have no home folder" not in nabla("doctor").out
+
+
+@pytest.mark.usefixtures("homeless")
+def test_a_missing_home_folder_is_said_where_it_is_needed(nabla: Nabla, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "prefix", "/usr")
+    for command in (("whoami",), ("contexts", "list"), ("logout",), ("jobs", "list", "--context", "x")):
+        outcome = nabla(*command)
+        assert outcome.code == 1
+        assert "You have no home folder" in outcome.err
+        assert "NABLA_CONFIG" in outcome.err
 
 
 def test_ctrl_c_while_a_job_is_submitted_says_that_it_may_be_there(

@@ -8,9 +8,8 @@ import os
 import subprocess
 import sys
 import threading
-import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from glob import glob
 from pathlib import Path
 
@@ -69,34 +68,87 @@ def test_what_is_no_finite_number_is_skipped_with_a_warning(recorder: Recorder, 
         recorder.add({"loss": value}, 1)
 
 
-def test_a_full_buffer_drops_and_warns_once() -> None:
-    gate = threading.Event()
-    sent: list[dict[str, object]] = []
+class Network:
+    """Takes a batch and lets go of it when told to."""
 
-    def slow(body: dict[str, object]) -> None:
-        gate.wait(10)
-        sent.append(body)
+    def __init__(self) -> None:
+        self.sent: list[dict[str, object]] = []
+        self.busy = threading.Event()
+        self.free = threading.Event()
 
-    recorder = Recorder(slow, capacity=10, interval_s=0.001)
+    def __call__(self, body: dict[str, object]) -> None:
+        self.busy.set()
+        assert self.free.wait(60)
+        self.sent.append(body)
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    made = Network()
+    yield made
+    made.free.set()
+
+
+def test_a_full_buffer_drops_and_warns_once(network: Network) -> None:
+    recorder = Recorder(network, capacity=10, interval_s=0.001)
     recorder.add({"x": 0}, 0)
-    time.sleep(0.1)
+    assert network.busy.wait(60)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in range(1, 31):
             recorder.add({"x": step}, step)
         assert len([w for w in caught if "more than 10 points" in str(w.message)]) == 1
-        gate.set()
-        assert recorder.flush(5)
+        network.free.set()
+        assert recorder.flush(60)
         assert any("20 points were dropped" in str(w.message) for w in caught)
-    assert [p[2] for p in points(sent)] == list(range(11))
+    assert [p[2] for p in points(network.sent)] == list(range(11))
 
 
-def test_logging_does_not_wait_for_the_network() -> None:
-    recorder = Recorder(lambda body: time.sleep(1), interval_s=0.001)
-    started = time.perf_counter()
-    for step in range(1000):
+def test_logging_does_not_wait_for_the_network(network: Network) -> None:
+    recorder = Recorder(network, interval_s=0.001)
+    recorder.add({"x": 0}, 0)
+    assert network.busy.wait(60)
+    for step in range(1, 1000):
         recorder.add({"x": step}, step)
-    assert time.perf_counter() - started < 0.5
+    assert network.sent == []
+    network.free.set()
+    assert recorder.flush(60)
+    assert len(points(network.sent)) == 1000
+
+
+def test_what_is_under_way_at_the_end_counts_as_not_sent(network: Network) -> None:
+    recorder = Recorder(network, interval_s=0.001)
+    recorder.add({"a": 1, "b": 2, "c": 3}, 0)
+    assert network.busy.wait(60)
+    recorder.add({"a": 1, "b": 2}, 1)
+    with pytest.warns(RuntimeWarning, match="5 points could not be sent"):
+        recorder.close(timeout_s=0.0)
+
+
+def test_parameters_that_are_not_sent_at_the_end_are_told_too(network: Network) -> None:
+    recorder = Recorder(network, interval_s=0.001)
+    recorder.add_params({"lr": 0.1})
+    with pytest.warns(RuntimeWarning, match="parameters could not be sent"):
+        recorder.close(timeout_s=0.0)
+
+
+def test_what_fails_at_the_end_is_not_given_up_before_its_time() -> None:
+    failing, tries = threading.Event(), []
+
+    def send(body: dict[str, object]) -> None:
+        tries.append(body)
+        if len(tries) < 3:
+            failing.set()
+            raise Unavailable(503, {})
+
+    recorder = Recorder(send, interval_s=0.001)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        recorder.add({"x": 1}, 0)
+        assert failing.wait(60)
+        recorder.close(timeout_s=60.0)
+    assert points(tries) == [("x", 1.0, 0)] * 3
+    assert not [w for w in caught if "could not be sent" in str(w.message)]
 
 
 def test_what_fails_for_now_is_sent_again_and_what_fails_for_good_is_dropped() -> None:
@@ -302,3 +354,52 @@ def test_a_model_whose_urls_grow_old_is_sent_on_with_new_ones(
     stub.on("POST", "/filesets/fs1/seal", Reply(200, {"id": "fs1", "state": "sealed"}))
     stub.on("POST", "/models/m/versions", Reply(201, {"model_name": "m", "version": 1}))
     assert nabla.save_model(tmp_path, name="m", framework="sklearn").version == 1
+
+
+def in_this_job(stub: StubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> Path:
+    """A model of these files, and a server that asks for all of them."""
+    for name, value in in_job(stub, tmp_path).items():
+        monkeypatch.setenv(name, value)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text(name)
+    uploads = [{"path": name, "url": f"{stub.url}/s3/{name}"} for name in names]
+    stub.on("POST", "/filesets", Reply(201, {"fileset": {"id": "fs1", "state": "open"}, "uploads": uploads}))
+    stub.on("POST", "/filesets/fs1/seal", Reply(200, {"id": "fs1", "state": "sealed"}))
+    stub.on("POST", "/models/m/versions", Reply(201, {"model_name": "m", "version": 1}))
+    return folder
+
+
+def test_a_models_files_are_sent_several_at_a_time(
+    stub: StubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("a", "b", "c", "d")
+    folder = in_this_job(stub, tmp_path, monkeypatch, *names)
+    together = threading.Barrier(len(names), timeout=60)
+    for name in names:
+        stub.on("PUT", f"/s3/{name}", lambda seen: Reply(200, together.wait()))
+    assert nabla.save_model(folder, name="m", framework="sklearn").version == 1
+
+
+def test_a_model_of_which_a_file_is_refused_is_not_registered(
+    stub: StubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = in_this_job(stub, tmp_path, monkeypatch, "a", "b", "c")
+    for name, status in (("a", 200), ("b", 400), ("c", 200)):
+        stub.on("PUT", f"/s3/{name}", Reply(status))
+    with pytest.raises(nabla.NablaError, match="Uploading 'b' failed"):
+        nabla.save_model(folder, name="m", framework="sklearn")
+    assert not stub.calls("POST", "/filesets/fs1/seal")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no symbolic links for ordinary users")
+def test_a_linked_folder_is_left_out_of_a_model_with_a_warning(
+    stub: StubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = in_this_job(stub, tmp_path, monkeypatch, "a")
+    stub.on("PUT", "/s3/a", Reply(200))
+    (folder / "sub").mkdir()
+    (folder / "sub" / "more").symlink_to(tmp_path)
+    with pytest.warns(RuntimeWarning, match=r"left out .*: sub/more/"):
+        nabla.save_model(folder, name="m", framework="sklearn")

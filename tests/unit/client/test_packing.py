@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import sys
 import tarfile
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nabla.cli.progress import Lines, progress
 from nabla.client import Client
 from nabla.errors import TransferError, WorkspaceError
 from nabla.manifest import Manifest, describe
@@ -17,6 +19,7 @@ from nabla.packing import archive, pack
 from nabla.packing.hashes import HashCache
 from nabla.packing.origin import parse_status
 from nabla.packing.tree import scan
+from nabla.progress import Progress
 from nabla.transfer import inside
 
 from .stub import Reply, Seen, StubServer
@@ -216,6 +219,17 @@ def test_new_files_are_counted_before_anything_is_read(folder: Path) -> None:
     assert workspace.new_size_bytes == sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
+class Steps:
+    """The stages that began: title, bytes to come, and the bytes that went by."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[str, int | None, list[int]]] = []
+
+    def begin(self, title: str, total_bytes: int | None) -> Progress:
+        self.begun.append((title, total_bytes, []))
+        return self.begun[-1][2].append
+
+
 def storing(stub: StubServer) -> dict[str, bytes]:
     """The stub as a file set store; answers what has been stored."""
     stored: dict[str, bytes] = {}
@@ -243,8 +257,10 @@ def storing(stub: StubServer) -> dict[str, bytes]:
 def test_a_workspace_is_uploaded_once(stub: StubServer, client: Client, folder: Path) -> None:
     stored = storing(stub)
     age(folder)
-    sent: list[int] = []
-    assert pack(folder).upload(client.filesets, "digits", sent.append).id == "fs1"
+    steps = Steps()
+    assert pack(folder).upload(client.filesets, "digits", steps.begin).id == "fs1"
+    assert [title for title, *_ in steps.begun] == ["Reading", "Packing", "Uploading"]
+    assert all(total == sum(done) for _, total, done in steps.begun)
     announced = stub.calls("POST", "/filesets")[0].json
     file = announced["files"][0]  # type: ignore[index]
     assert (announced["kind"], announced["project_id"], file["path"]) == ("workspace", "digits", "workspace.tar.gz")
@@ -253,7 +269,9 @@ def test_a_workspace_is_uploaded_once(stub: StubServer, client: Client, folder: 
     puts = len([seen for seen in stub.seen if seen.method == "PUT"])
     again = pack(folder)
     assert again.new_file_count == 0
-    again.upload(client.filesets, "digits")
+    steps = Steps()
+    again.upload(client.filesets, "digits", steps.begin)
+    assert steps.begun == [("Reading", 0, [])]
     assert len([seen for seen in stub.seen if seen.method == "PUT"]) == puts
     assert len(stub.calls("POST", "/filesets/fs1/seal")) == 1
 
@@ -398,9 +416,36 @@ def test_progress_adds_up_whatever_had_to_be_sent_again(stub: StubServer, client
     write(tmp_path / "m", {"a": "abc"})
     open_set(stub, uploads_of(stub, "a"))
     stub.on("PUT", "/s3/a", Reply(503), Reply(cut=True), Reply(200))
-    told: list[int] = []
-    client.filesets.upload("model", "p", describe(tmp_path / "m"), told.append)
-    assert sum(told) == 3
+    steps = Steps()
+    client.filesets.upload("model", "p", describe(tmp_path / "m", steps.begin), steps.begin)
+    assert [(title, total, sum(done)) for title, total, done in steps.begun] == [("Reading", 3, 3), ("Uploading", 3, 3)]
+
+
+def test_where_nobody_looks_progress_is_a_line_now_and_then() -> None:
+    said: list[str] = []
+    now = 0.0
+    told = Lines(said.append, lambda: now).begin("Reading", 3 << 20)
+    told(1 << 20)
+    assert said == []
+    now = 10.0
+    told(1 << 20)
+    told(1 << 20)
+    assert said == ["Reading: 2.0 MiB of 3.0 MiB"]
+
+
+def test_where_somebody_looks_progress_is_a_bar_with_a_total(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    with progress() as stages:
+        stages("Reading", 3000)(3000)
+        stages("Uploading", 2000)(1000)
+    shown = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert "Uploading" in shown
+    assert "1.0/2.0 kB" in shown
 
 
 def test_a_file_that_became_shorter_since_it_was_described_is_named(

@@ -75,6 +75,11 @@ def test_patience_ends(stub: StubServer) -> None:
     assert len(stub.seen) == 1
 
 
+def test_which_installation_it_is_is_asked_until_there_is_an_answer(stub: StubServer, client: Client) -> None:
+    stub.on("GET", "/health", Reply(503), Reply(cut=True), Reply(200, {"installation_id": "0a1b"}))
+    assert client.installation_id() == "0a1b"
+
+
 def test_a_server_that_is_not_there_is_unreachable() -> None:
     with Client("http://127.0.0.1:9", "t", patience_s=0.0) as client, pytest.raises(Unreachable) as caught:
         client.whoami()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -53,7 +54,7 @@ from libs.common.errors import Conflict, NotFound, TooLarge
 from libs.common.ids import secret_hash
 from services.gateway.http.streams import object_event
 from services.gateway.ports import StoredEvent
-from tests.unit.gateway.fakes import ATTEMPT_TOKEN, BEARER, World
+from tests.unit.gateway.fakes import ATTEMPT_TOKEN, BEARER, World, new_world
 
 pytestmark = pytest.mark.unit
 
@@ -118,6 +119,12 @@ async def test_a_running_job_that_names_no_project_means_its_own(client: httpx.A
     headers = {"Authorization": f"Bearer {ATTEMPT_TOKEN}"}
     await client.post("/api/v1/jobs", json={"template": {}}, headers=headers)
     assert world.owners.of(GetProject) == [GetProject(project_id="pr1")]
+
+
+async def test_anybody_may_know_which_installation_answers(tmp_path: Path) -> None:
+    transport = httpx.ASGITransport(new_world(tmp_path, installation_id="0a1b").app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8080") as client:
+        assert (await client.get("/api/v1/health")).json() == {"status": "ok", "installation_id": "0a1b"}
 
 
 async def test_a_person_who_names_no_project_is_told_so(client: httpx.AsyncClient) -> None:

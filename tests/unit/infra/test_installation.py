@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from infra.local import console
+from infra.local.control import service_environment
 from infra.local.installation import (
     Installation,
     InstallationError,
@@ -18,6 +19,7 @@ from infra.local.installation import (
     remembered_ports,
 )
 from infra.local.settings import LocalSettings
+from nabla import installations
 from tests.support.ports import free_port
 
 pytestmark = pytest.mark.unit
@@ -47,6 +49,15 @@ def test_a_port_that_had_to_move_is_kept_while_the_wish_is_the_same(tmp_path: Pa
 def test_a_changed_wish_does_not_hide_where_a_running_installation_is(tmp_path: Path) -> None:
     running = claimed(tmp_path, free_port())
     assert open_installation(LocalSettings(home=tmp_path, port=free_port())).ports == running.ports
+
+
+def test_a_client_on_this_machine_knows_the_installation_by_an_id_that_stays(tmp_path: Path) -> None:
+    told = [service_environment(claimed(tmp_path / name, free_port())) for name in ("one", "one", "two")]
+    one, again, two = (env["NABLA_INSTALLATION_ID"] for env in told)
+    assert one == again != two
+    assert installations.is_here(one)
+    assert installations.is_here(two)
+    assert not installations.is_here("another")
 
 
 @pytest.mark.parametrize("text", ["", "{", "7", '{"front_door": 8080'])

@@ -18,8 +18,13 @@ from nabla.contexts import ContextBook
 @click.argument("url")
 @click.option("--token", help="An API token; asked for when left out, and better not on a shared command line.")
 @click.option("--name", help="What to call it; the server's host and port when left out.")
+@click.option(
+    "--ca",
+    type=click.Path(exists=True, dir_okay=False, resolve_path=True),
+    help="Certificates to trust for this server (PEM), where its own are signed by nobody the system knows.",
+)
 @pass_session
-def login(session: Session, url: str, token: str | None, name: str | None) -> None:
+def login(session: Session, url: str, token: str | None, name: str | None, ca: str | None) -> None:
     """Save a server and a token for it, and use it from now on.
 
     Everything goes through one port: for a server elsewhere, `ssh -L 7000:127.0.0.1:7000 HOST` is enough.
@@ -28,11 +33,11 @@ def login(session: Session, url: str, token: str | None, name: str | None) -> No
 
     url = _checked(url)
     token = token or _asked()
-    with Client(url, token, patience_s=5.0) as client:
+    with Client(url, token, patience_s=5.0, ca=ca or "") as client:
         principal = client.whoami()
     name = name or urlsplit(url).netloc
     book = ContextBook(paths.config_file())
-    book.save(name, url, token)
+    book.save(name, url, token, ca or "")
     if session.as_json:
         return print_json({"context": name, "url": url, "principal": principal})
     note(f"Signed in to {url} as {principal.name or principal.id}; saved as context {name!r} in {book.path}.")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from nabla.cli.output import note, print_json, progress, table
+from nabla.cli.output import note, print_json, table
+from nabla.cli.progress import progress
 from nabla.cli.session import Group, Session, pass_session
 from nabla.hints import readable_size
 
@@ -35,8 +36,8 @@ def list_artifacts(session: Session, job: str) -> None:
 def download(session: Session, job: str, folder: Path | None) -> None:
     """Download them into a folder named after the job, or into --to. What is there already is not fetched again."""
     folder = folder or Path(job)
-    with progress("Downloading", None) as told:
-        paths = session.client(60.0).jobs.download_artifacts(job, folder, told)
+    with progress() as stages:
+        paths = session.client(60.0).jobs.download_artifacts(job, folder, stages)
     if session.as_json:
         return print_json([str(path) for path in paths])
     for path in paths:

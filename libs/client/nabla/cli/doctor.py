@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from nabla import __version__, contexts, paths
 from nabla.cli.output import print_json
 from nabla.cli.session import Command, Session, pass_session
-from nabla.client import Client
 from nabla.errors import NablaError, Unavailable, Unreachable
 from nabla.hints import readable_size
 from nabla.objects import Status
 from nabla.record import Record
+
+if TYPE_CHECKING:
+    from nabla.client import Client
 
 CLOCK_TOLERANCE_S = 30.0
 DISK_NEEDED_BYTES = 2 << 30
@@ -50,7 +54,7 @@ def doctor(session: Session) -> int:
 def examine(session: Session) -> Iterator[Check]:
     """One check after the other; those that need an answer end with the first that gets none."""
     yield Check("client", OK, f"nabla {__version__}")
-    yield from disk()
+    yield from disk(session.context_name)
     try:
         client = session.client(3.0)
         context = client.context
@@ -119,23 +123,22 @@ def nodes(status: Status) -> Iterator[Check]:
         yield Check(f"node {node.hostname}", verdict, detail, remedy)
 
 
-def disk() -> Iterator[Check]:
+def disk(context_name: str | None) -> Iterator[Check]:
     """The installation's data folder when it is on this machine, and the client's own cache."""
-    for name, folder in _folders():
+    for name, folder in _folders(context_name):
         free = shutil.disk_usage(_existing(folder)).free
         verdict = OK if free >= DISK_NEEDED_BYTES else BAD
         remedy = "" if verdict == OK else f"Free some space: at least {readable_size(DISK_NEEDED_BYTES)} are needed."
         yield Check(name, verdict, f"{readable_size(free)} free at {folder}", remedy)
 
 
-def _folders() -> Iterator[tuple[str, Path]]:
-    try:
-        context = contexts.resolve()
-    except NablaError:
-        context = None
-    if context is not None and context.installed_here:
-        yield "disk", Path(context.source).parent
-    yield "disk (cache)", paths.cache_dir()
+def _folders(context_name: str | None) -> Iterator[tuple[str, Path]]:
+    with contextlib.suppress(NablaError):  # which is said where the context itself is looked at
+        context = contexts.resolve(context_name)
+        if context.installed_here:
+            yield "disk", Path(context.source).parent
+    with contextlib.suppress(paths.NoHome):
+        yield "disk (cache)", paths.cache_dir()
 
 
 def _existing(folder: Path) -> Path:

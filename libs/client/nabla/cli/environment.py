@@ -6,22 +6,26 @@ virtualenv or conda environment of this terminal) or a requirements file.
 
 from __future__ import annotations
 
+import json
 import os
-import socket
-import subprocess
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import click
 
+from nabla import installations
 from nabla.address import is_loopback
 from nabla.cli.output import note
 from nabla.cli.values import pairs
-from nabla.client import Client
 from nabla.errors import NablaError, WorkspaceError
 from nabla.objects import Environment
+
+if TYPE_CHECKING:
+    from nabla.client import Client
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,16 @@ def active_environment(env: Mapping[str, str]) -> Path | None:
 
 
 def same_machine(client: Client) -> bool:
-    """Whether jobs see this machine's files. A loopback address alone does not tell: it may be an ssh tunnel."""
+    """Whether jobs see this machine's files. A loopback address alone does not tell: it may be an ssh tunnel.
+
+    Where it cannot be told the answer is no: packages sent along needlessly cost time, a folder that is not there
+    costs the job.
+    """
     if not is_loopback(urlsplit(client.context.url).hostname or ""):
         return False
     if client.context.installed_here:
         return True
-    return socket.gethostname() in [node.hostname for node in client.status().nodes]
+    return installations.is_here(client.installation_id())
 
 
 def _offered(active: Path, client: Client) -> Environment:
@@ -88,26 +96,74 @@ def _active(active: Path | None, client: Client) -> Environment:
     if same_machine(client):
         return Environment("venv", str(active))
     frozen = freeze(active)
-    note(f"Environment: the {len(frozen.splitlines())} packages of {active}, as requirements.")
-    return Environment("requirements", requirements=frozen)
+    if frozen.left_out:
+        note(f"Left out (not from a package index): {', '.join(frozen.left_out)}")
+    if not frozen.requirements:
+        raise NablaError(
+            f"--env active: no package of {active} can be sent along as a requirement.",
+            "Install some there, or use --env default or --env requirements.txt.",
+        )
+    note(f"Environment: the {len(frozen.requirements)} packages of {active}, as requirements.")
+    return Environment("requirements", requirements="".join(f"{line}\n" for line in frozen.requirements))
 
 
-def freeze(environment: Path) -> str:
-    """What `pip freeze` says, without what exists only on this machine (editable installs and local paths)."""
+@dataclass(frozen=True)
+class Frozen:
+    """An environment's packages as NAME==VERSION, and the names of those that no package index has in that form."""
+
+    requirements: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+# Asked of the environment's own Python, since many have no pip (uv makes them without). `-I`: only what is installed
+# there counts, not this folder or PYTHONPATH. A package from a folder, an archive or a repository has a
+# direct_url.json, and conda's have one too, of the machine that built them; one that lies outside of all
+# site-packages is of an older kind of editable install.
+_LISTING = """
+import json, os, site, sys, sysconfig
+from importlib.metadata import distributions
+homes = {*site.getsitepackages(), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+homes = {os.path.realpath(home) for home in homes}
+found = []
+for one in distributions():
+    if one.metadata["Name"] and one.version:
+        conda = (one.read_text("INSTALLER") or "").strip() == "conda"
+        home = os.path.realpath(str(one.locate_file("")))
+        indexed = conda or home in homes and one.read_text("direct_url.json") is None
+        found.append([one.metadata["Name"], one.version, indexed])
+print(json.dumps(found))
+"""
+# pip is not needed to run anything, and jobs get this client from the platform.
+_NOT_SENT = frozenset({"pip", "nabla"})
+
+
+def freeze(environment: Path) -> Frozen:
+    """The packages of an environment, read by its own Python."""
+    import subprocess
+
     python = environment / ("python.exe" if os.name == "nt" else "bin/python")
     if os.name == "nt" and not python.exists():
         python = environment / "Scripts" / "python.exe"
     try:
         done = subprocess.run(
-            [str(python), "-m", "pip", "freeze"], capture_output=True, text=True, timeout=60, check=True
+            [str(python), "-I", "-c", _LISTING], capture_output=True, text=True, timeout=60, check=True
         )
-    except (OSError, subprocess.SubprocessError) as error:
+        found = json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         raise NablaError(
-            f"Cannot list the packages of {environment}: {error}",
+            f"Cannot list the packages of {environment}: {said[-1] if said else type(error).__name__}",
             "Write them into a requirements.txt and use --env requirements.txt.",
         ) from error
-    lines = [line for line in done.stdout.splitlines() if line and not line.startswith(("-e ", "#"))]
-    return "".join(f"{line}\n" for line in lines if " @ file:" not in line)
+    first: dict[str, tuple[str, str, bool]] = {}
+    for name, version, indexed in found:  # as in an import, the first of a name is the one that is used
+        first.setdefault(re.sub(r"[-_.]+", "-", name).lower(), (name, version, indexed))
+    kept = [first[name] for name in sorted(first) if name not in _NOT_SENT]
+    # An index has 2.1.0 where a build of it calls itself 2.1.0+cu118.
+    return Frozen(
+        tuple(f"{name}=={version.partition('+')[0]}" for name, version, indexed in kept if indexed),
+        tuple(name for name, _, indexed in kept if not indexed),
+    )
 
 
 def _from_file(path: Path) -> Environment:

@@ -8,17 +8,20 @@ import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from nabla.cli.failures import INTERRUPTED
 from nabla.cli.output import note, print_json
 from nabla.cli.session import Session
-from nabla.client import Client
 from nabla.decoding import as_json
 from nabla.errors import NablaError, Unavailable, Unreachable
 from nabla.hints import LAST_LINES, Ending, hint
 from nabla.objects import Job, LogLine
+
+if TYPE_CHECKING:
+    from nabla.client import Client
 
 TIMED_OUT = 124  # as timeout(1) has it
 

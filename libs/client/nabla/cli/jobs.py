@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import TYPE_CHECKING
 
 import click
 
 from nabla.cli.output import details, note, print_json, table
 from nabla.cli.projects import LIMIT
 from nabla.cli.session import Group, Session, pass_session
-from nabla.client import Client
+from nabla.errors import ApiError
 from nabla.hints import LAST_LINES, readable_size
 from nabla.objects import Attempt, Job, JobDetail, LogLine
+
+if TYPE_CHECKING:
+    from nabla.client import Client
 
 STATES = (
     "submitted", "waiting", "queued", "starting", "running", "unreachable", "succeeded", "failed", "cancelled",
@@ -112,14 +116,23 @@ def attach(session: Session, job: str, tail: int) -> int:
 @jobs.command(example="nabla jobs stop js01jabc")
 @click.argument("job", nargs=-1, required=True)
 @pass_session
-def stop(session: Session, job: tuple[str, ...]) -> None:
-    """Stop jobs. One that has ended stays as it is."""
-    client = session.client()
-    stopped = [client.jobs.stop(job_id) for job_id in job]
+def stop(session: Session, job: tuple[str, ...]) -> int:
+    """Stop jobs. One that has ended stays as it is. Exit code 1 when one could not be stopped; the others are."""
+    from nabla.cli.failures import render
+
+    client, stopped = session.client(), []
+    for job_id in job:
+        try:
+            one = client.jobs.stop(job_id)
+        except ApiError as error:
+            note(render(error))
+            continue
+        stopped.append(one)
+        if not session.as_json:
+            note(f"Job {one.id} is {one.state}." if one.ended else f"Stopping job {one.id}.")
     if session.as_json:
-        return print_json(stopped)
-    for one in stopped:
-        note(f"Job {one.id} is {one.state}." if one.ended else f"Stopping job {one.id}.")
+        print_json(stopped)
+    return int(len(stopped) < len(job))
 
 
 @jobs.command(example="nabla jobs metrics js01jabc --name loss")

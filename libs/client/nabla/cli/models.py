@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from nabla.cli.output import details, note, print_json, progress, table
+from nabla.cli.output import details, note, print_json, table, tell_left_out
+from nabla.cli.progress import progress
 from nabla.cli.projects import LIMIT
 from nabla.cli.session import Group, Session, pass_session
 from nabla.cli.values import named_version, numbers
@@ -72,19 +73,23 @@ def upload(
 ) -> None:
     """Upload a file or folder as the next version of a model."""
     from nabla.cli.project_choice import choose_project
+    from nabla.manifest import describe
 
     values = numbers(metrics, "--metric")
     client = session.client(60.0)
     chosen = choose_project(client, project, Path.cwd())
-    with progress("Uploading", None) as told:
+    with progress() as stages:
+        manifest = describe(path, stages)
+    tell_left_out(manifest.left_out, "Left out (links to folders, which are not followed)")
+    with progress() as stages:
         version = client.models.upload(
-            path,
+            manifest,
             name=name,
             framework=framework,
             project=chosen,
             description=description,
             metrics=values,
-            progress=told,
+            stages=stages,
         )
     if session.as_json:
         return print_json(version)
@@ -100,8 +105,8 @@ def download(session: Session, model: str, folder: Path | None) -> None:
     """Download the files of a version, the newest when none is named."""
     name, number = named_version(model)
     folder = folder or Path(name)
-    with progress("Downloading", None) as told:
-        version, paths = session.client(60.0).models.download(name, folder, number, told)
+    with progress() as stages:
+        version, paths = session.client(60.0).models.download(name, folder, number, stages)
     if session.as_json:
         return print_json({"version": version, "paths": [str(path) for path in paths]})
     for path in paths:

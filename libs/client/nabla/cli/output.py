@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
@@ -14,8 +13,6 @@ import click
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from nabla.transfer import Progress
 
 STATE_STYLES = {
     "running": "cyan", "starting": "cyan", "building": "cyan", "succeeded": "green", "ready": "green",
@@ -30,6 +27,8 @@ _REASON = re.compile(
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # A pipe has no width: nothing in it is cut or wrapped.
 PIPE_WIDTH = 10_000
+# Of what was left out.
+LISTED = 10
 
 
 def print_json(value: object) -> None:
@@ -41,6 +40,12 @@ def print_json(value: object) -> None:
 def note(text: str) -> None:
     """A word to the person at the terminal."""
     click.echo(text, err=True)
+
+
+def tell_left_out(names: Sequence[str], why: str) -> None:
+    if names:
+        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+        note(f"{why}: {', '.join(names[:LISTED])}{more}")
 
 
 def one_line(text: str) -> str:
@@ -116,17 +121,3 @@ def span(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s"
-
-
-@contextlib.contextmanager
-def progress(title: str, total_bytes: int | None) -> Iterator[Progress]:
-    """A bar on standard error while bytes move, where somebody looks."""
-    if not sys.stderr.isatty():
-        yield lambda size_bytes: None
-        return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=total_bytes)
-        yield lambda size_bytes: bar.advance(task, size_bytes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 import sys
 
 import click
@@ -60,6 +59,8 @@ def delegate(command: str, arguments: tuple[str, ...]) -> int:
             f"`nabla {command}` works only where the platform is installed; this is the client alone.",
             "Run it in the platform's checkout (`make up`), or sign in to a server with `nabla login URL`.",
         )
+    import subprocess
+
     process = subprocess.Popen([sys.executable, "-m", "services", command, *arguments])
     while True:
         try:

@@ -3,28 +3,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, TypeVar
+from typing import TYPE_CHECKING, Callable, TypeVar
 
 import click
 
+from nabla import paths
 from nabla.cli import environment
 from nabla.cli.follow import follow
-from nabla.cli.output import note, print_json, progress
+from nabla.cli.output import note, print_json, tell_left_out
+from nabla.cli.progress import progress
 from nabla.cli.project_choice import choose_project
 from nabla.cli.session import Session
 from nabla.cli.values import size, span
-from nabla.client import Client
 from nabla.hints import readable_size
 from nabla.objects import Experiment, JobTemplate, ModelOutput, Resources
-from nabla.packing import Workspace, pack
+from nabla.paths import NoHome
+
+if TYPE_CHECKING:
+    from nabla.client import Client
+    from nabla.packing import Workspace
 
 ASK_ABOVE_BYTES = 1 << 30
 ASK_ABOVE_FILES = 50_000
-LISTED = 10
 F = TypeVar("F", bound=Callable[..., object])
 
 
@@ -129,35 +134,37 @@ def _started(session: Session, client: Client, experiment: Experiment, detach: b
 
 def send_workspace(client: Client, project: str, folder: Path, yes: bool) -> tuple[str, dict[str, str]]:
     """The id of the sealed workspace and where it came from."""
+    from nabla.packing import pack
+
     workspace = pack(folder)
-    tell_left_out(workspace)
+    tell_what_stays(workspace)
     confirm_size(workspace, yes)
-    with progress("Uploading workspace", None) as told:
-        fileset = workspace.upload(client.filesets, project, told)
+    with progress() as stages:
+        fileset = workspace.upload(client.filesets, project, stages)
     return fileset.id, workspace.origin
 
 
-def tell_left_out(workspace: Workspace) -> None:
+def tell_what_stays(workspace: Workspace) -> None:
     tree = workspace.tree
-    for paths, why in (
+    for names, why in (
         (tree.secrets, "Left out for safety"),
         (tree.machine, "Left out (made anew in the job)"),
         (tree.links_outside, "Left out (links that lead out of the folder)"),
         (tree.special, "Left out (not a file)"),
     ):
-        if paths:
-            more = f" and {len(paths) - LISTED} more" if len(paths) > LISTED else ""
-            note(f"{why}: {', '.join(paths[:LISTED])}{more}")
+        tell_left_out(names, why)
 
 
 def confirm_place(folder: Path, yes: bool) -> None:
     """A home folder or a whole disk is hardly ever meant."""
-    real, home = folder.resolve(), Path.home().resolve()
+    real, home = folder.resolve(), None
+    with contextlib.suppress(NoHome):
+        home = paths.home().resolve()
     if real == Path(real.anchor):
         place = "is the root of the file system"
     elif real == home:
         place = "is your home folder"
-    elif real in home.parents:
+    elif home and real in home.parents:
         place = "holds your home folder"
     else:
         return

@@ -10,10 +10,8 @@ from __future__ import annotations
 import atexit
 import math
 import os
-import sys
 import threading
 import time
-import warnings
 from collections import deque
 from datetime import datetime, timezone
 from typing import Callable, Deque, Dict, List, Mapping, Optional, Tuple
@@ -22,6 +20,7 @@ from uuid import uuid4
 from nabla.errors import Unavailable, Unreachable
 from nabla.job.http import post
 from nabla.job.identity import JobIdentity
+from nabla.job.warning import warn
 
 FLUSH_EVERY_S = 0.5
 BUFFER_POINTS = 50_000
@@ -51,6 +50,7 @@ class Recorder:
         self._steps: Dict[str, int] = {}
         self._dropped = 0
         self._sending = False
+        self._in_flight = 0
         self._closed = False
         self._changed = threading.Condition()
         self._thread: Optional[threading.Thread] = None
@@ -85,8 +85,10 @@ class Recorder:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        if not self.flush(timeout_s):
-            _warn(f"{len(self._points)} points could not be sent before the process ended.")
+        if self.flush(timeout_s):
+            return
+        unsent = len(self._points) + self._in_flight
+        warn(f"{f'{unsent} points' if unsent else 'parameters'} could not be sent before the process ended.")
 
     def _append(self, name: str, number: float, step: Optional[int], at: str) -> None:
         with self._changed:
@@ -98,7 +100,7 @@ class Recorder:
             self._dropped += 1
             first = self._dropped == 1
         if first:
-            _warn(f"more than {self._capacity} points wait to be sent; new ones are dropped until there is room.")
+            warn(f"more than {self._capacity} points wait to be sent; new ones are dropped until there is room.")
 
     def _wake(self) -> None:
         with self._changed:
@@ -120,30 +122,29 @@ class Recorder:
             if points or params:
                 self._deliver({"points": points, "params": params})
             with self._changed:
-                self._sending = False
+                self._sending, self._in_flight = False, 0
                 self._changed.notify_all()
 
     def _take(self) -> Tuple[List[Point], Dict[str, str]]:
         points = [self._points.popleft() for _ in range(min(len(self._points), BATCH_POINTS))]
         params, self._params = self._params, {}
-        self._sending = bool(points or params)
+        self._sending, self._in_flight = bool(points or params), len(points)
         if self._dropped and points:
-            _warn(f"{self._dropped} points were dropped while the buffer was full.")
+            warn(f"{self._dropped} points were dropped while the buffer was full.")
             self._dropped = 0
         return points, params
 
     def _deliver(self, body: Body) -> None:
+        """Tries until it is sent or refused; at the end of the process the last try ends with it."""
         while True:
             try:
                 self._send(body)
                 return
             except (Unreachable, Unavailable) as error:
-                _warn(f"metrics are waiting: {error}")
-                if self._closed:
-                    return
+                warn(f"metrics are waiting: {error}")
                 time.sleep(self._interval_s)
             except Exception as error:  # the training goes on whatever happens to its metrics
-                _warn(f"metrics were refused: {error}")
+                warn(f"metrics were refused: {error}")
                 return
 
 
@@ -152,19 +153,12 @@ def _number(name: object, value: object) -> Optional[float]:
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
-        _warn(f"the metric {name!r} is skipped: {type(value).__name__} is not a number.")
+        warn(f"the metric {name!r} is skipped: {type(value).__name__} is not a number.")
         return None
     if not math.isfinite(number):
-        _warn(f"the metric {name!r} is skipped: it is {number}.")
+        warn(f"the metric {name!r} is skipped: it is {number}.")
         return None
     return number
-
-
-def _warn(message: str) -> None:
-    try:
-        warnings.warn(f"nabla: {message}", RuntimeWarning, stacklevel=2)
-    except RuntimeWarning as warning:  # python -W error is meant for the user's code
-        print(warning, file=sys.stderr)
 
 
 _recorder: Optional[Recorder] = None
@@ -180,7 +174,7 @@ def log(metrics: Mapping[str, object], step: Optional[int] = None) -> None:
     try:
         recorder.add(metrics, step)
     except Exception as error:
-        _warn(f"log() was given something else than a dict of numbers: {error}")
+        warn(f"log() was given something else than a dict of numbers: {error}")
 
 
 def log_params(params: Mapping[str, object]) -> None:
@@ -189,7 +183,7 @@ def log_params(params: Mapping[str, object]) -> None:
     try:
         recorder.add_params(params)
     except Exception as error:
-        _warn(f"log_params() was given something else than a dict: {error}")
+        warn(f"log_params() was given something else than a dict: {error}")
 
 
 def flush(timeout_s: float = EXIT_PATIENCE_S) -> bool:

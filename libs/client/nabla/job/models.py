@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Dict, List, Mapping, Optional
 
 from nabla.decoding import decode
 from nabla.errors import Forbidden, NablaError, TransferError
 from nabla.job.http import post, put_file
 from nabla.job.identity import JobIdentity
+from nabla.job.warning import warn
 from nabla.manifest import Manifest, PathLike, describe
 from nabla.objects import FilesetGrant, ModelVersion
+
+PARALLEL_TRANSFERS = 4
 
 
 def save_model(
@@ -26,7 +30,10 @@ def save_model(
     it again with the same files uploads nothing twice. Raises NotInJob outside a job.
     """
     identity = JobIdentity.from_environment()
-    fileset_id = _upload(identity, describe(path))
+    manifest = describe(path)
+    if manifest.left_out:
+        warn(f"left out (links to folders, which are not followed): {', '.join(manifest.left_out)}")
+    fileset_id = _upload(identity, manifest)
     body: Dict[str, object] = {
         "project_id": identity.project_id,
         "framework": framework,
@@ -65,11 +72,20 @@ def _upload(identity: JobIdentity, manifest: Manifest) -> str:
 
 
 def _put_all(grant: FilesetGrant, manifest: Manifest) -> None:
+    """Several at a time; after the first that fails no other begins."""
     local = {file.path: file for file in manifest.files}
-    for upload in grant.uploads:
-        if upload.path not in local:
-            raise NablaError(f"The server asks for {upload.path!r}, which is not part of the model.")
-        put_file(upload.url, local[upload.path].source, local[upload.path].size_bytes)
+    unknown = [upload.path for upload in grant.uploads if upload.path not in local]
+    if unknown:
+        raise NablaError(f"The server asks for {unknown[0]!r}, which is not part of the model.")
+    with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
+        wanted = [(upload.url, local[upload.path]) for upload in grant.uploads]
+        started = [pool.submit(put_file, url, file.source, file.size_bytes) for url, file in wanted]
+        try:
+            for done in as_completed(started):
+                done.result()
+        finally:
+            for one in started:
+                one.cancel()
 
 
 def _quoted(name: str) -> str:

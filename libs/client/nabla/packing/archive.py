@@ -15,6 +15,7 @@ from nabla.errors import WorkspaceError
 from nabla.manifest import hash_file
 from nabla.packing.hashes import ArchiveFacts
 from nabla.packing.tree import FOLDER, LINK, Entry
+from nabla.progress import Progress, silent
 
 ARCHIVE = "workspace.tar.gz"
 # Mostly text, mostly sent over a fast network: the quickest level wins.
@@ -31,11 +32,13 @@ def tree_digest(entries: list[Entry], hashes: Mapping[str, str]) -> str:
     return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
-def write(path: Path, root: Path, entries: list[Entry], hashes: Mapping[str, str]) -> ArchiveFacts:
+def write(
+    path: Path, root: Path, entries: list[Entry], hashes: Mapping[str, str], progress: Progress = silent
+) -> ArchiveFacts:
     """Streams the tree into `path`. Raises ChangedMeanwhile when a file's content no longer has its hash."""
     with path.open("wb") as raw, _tar(raw) as tar:
         for entry in sorted(entries, key=lambda entry: entry.path):
-            _write_entry(tar, root, entry, hashes[entry.path])
+            _write_entry(tar, root, entry, hashes[entry.path], progress)
     return ArchiveFacts(*hash_file(path))
 
 
@@ -47,7 +50,7 @@ def _tar(raw: BinaryIO) -> Iterator[tarfile.TarFile]:
         yield tar
 
 
-def _write_entry(tar: tarfile.TarFile, root: Path, entry: Entry, sha256: str) -> None:
+def _write_entry(tar: tarfile.TarFile, root: Path, entry: Entry, sha256: str, progress: Progress) -> None:
     header = _header(entry)
     if not header.isreg():
         tar.addfile(header)
@@ -57,7 +60,7 @@ def _write_entry(tar: tarfile.TarFile, root: Path, entry: Entry, sha256: str) ->
     except OSError as error:
         raise _changed(entry, error) from error
     with stream:
-        reader = _HashingReader(stream, entry)
+        reader = _HashingReader(stream, entry, progress)
         tar.addfile(header, reader)
         if reader.sha256.hexdigest() != sha256 or reader.read(1):
             raise _changed(entry)
@@ -90,9 +93,10 @@ class _HashingReader(io.RawIOBase):
     Its own errors are not those of the archive's disk, which may be full.
     """
 
-    def __init__(self, stream: BinaryIO, entry: Entry) -> None:
+    def __init__(self, stream: BinaryIO, entry: Entry, progress: Progress) -> None:
         self._stream = stream
         self._entry = entry
+        self._progress = progress
         self.sha256 = hashlib.sha256()
 
     def read(self, size: int = -1) -> bytes:
@@ -103,4 +107,5 @@ class _HashingReader(io.RawIOBase):
         if size > 0 and not data and self._stream.tell() < self._entry.size_bytes:
             raise _changed(self._entry)
         self.sha256.update(data)
+        self._progress(len(data))
         return data

@@ -16,6 +16,7 @@ from nabla import jsonfile, paths
 from nabla.errors import BadConfig, WorkspaceError
 from nabla.manifest import hash_file
 from nabla.packing.tree import Entry
+from nabla.progress import Progress, silent
 
 SETTLED_NS = 2_000_000_000
 
@@ -35,9 +36,10 @@ class HashCache:
     def __init__(self, root: Path, folder: Path | None = None) -> None:
         self._root = root
         name = hashlib.sha256(str(root).encode()).hexdigest()[:32]
-        self._path = (folder or paths.cache_dir() / "hashes") / f"{name}.json"
+        self._path: Path | None = None
         data: dict[str, object] = {}
         with contextlib.suppress(BadConfig):
+            self._path = (folder or paths.cache_dir() / "hashes") / f"{name}.json"
             data = jsonfile.read(self._path)
         self._files = _table(data.get("files"))
         self._archive = _table(data.get("archive"))
@@ -48,8 +50,8 @@ class HashCache:
         row = self._files.get(entry.path)
         return str(row[3]) if row and row[:3] == [entry.size_bytes, entry.mtime_ns, entry.inode] else None
 
-    def sha256(self, entry: Entry) -> str:
-        sha256 = self.known(entry) or self._hash(entry)
+    def sha256(self, entry: Entry, progress: Progress = silent) -> str:
+        sha256 = self.known(entry) or self._hash(entry, progress)
         if time.time_ns() - entry.mtime_ns > SETTLED_NS:
             self._kept[entry.path] = [entry.size_bytes, entry.mtime_ns, entry.inode, sha256]
         return sha256
@@ -60,14 +62,14 @@ class HashCache:
 
     def save(self, digest: str, facts: ArchiveFacts) -> None:
         row = [facts.size_bytes, facts.md5, facts.sha256]
-        if self._kept == self._files and self._archive == {digest: row}:
+        if self._path is None or (self._kept == self._files and self._archive == {digest: row}):
             return
         with contextlib.suppress(BadConfig):
             jsonfile.write(self._path, {"root": str(self._root), "files": self._kept, "archive": {digest: row}})
 
-    def _hash(self, entry: Entry) -> str:
+    def _hash(self, entry: Entry, progress: Progress) -> str:
         try:
-            return hash_file(self._root / entry.path)[2]
+            return hash_file(self._root / entry.path, progress)[2]
         except OSError as error:
             raise WorkspaceError(
                 f"Cannot read {entry.path!r}: {error.strerror}.",

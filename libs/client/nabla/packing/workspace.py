@@ -15,8 +15,8 @@ from nabla.packing.archive import ARCHIVE, ChangedMeanwhile, tree_digest
 from nabla.packing.hashes import ArchiveFacts, HashCache
 from nabla.packing.origin import describe_origin
 from nabla.packing.tree import FOLDER, LINK, Entry, Tree, scan
+from nabla.progress import Progress, Stages, unseen
 from nabla.resources.filesets import Filesets
-from nabla.transfer import Progress, silent
 
 ATTEMPTS = 3
 
@@ -26,6 +26,7 @@ class Workspace:
 
     def __init__(self, tree: Tree, cache_folder: Path | None = None) -> None:
         self.tree = tree
+        self._hashes: dict[str, str] | None = None
         self._cache_folder = cache_folder
         self._cache = HashCache(tree.root, cache_folder)
         new = [entry for entry in tree.entries if _is_file(entry) and self._cache.known(entry) is None]
@@ -36,25 +37,26 @@ class Workspace:
     def origin(self) -> dict[str, str]:
         return describe_origin(self.tree.root)
 
-    @cached_property
+    @property
     def hashes(self) -> dict[str, str]:
-        return {entry.path: self._hash(entry) for entry in self.tree.entries}
+        return self._read(unseen)
 
     @cached_property
     def digest(self) -> str:
         return tree_digest(self.tree.entries, self.hashes)
 
-    def upload(self, filesets: Filesets, project: str, progress: Progress = silent) -> Fileset:
+    def upload(self, filesets: Filesets, project: str, stages: Stages = unseen) -> Fileset:
         """The sealed file set of this tree. A file that changes meanwhile starts it over, three times at most."""
         now = self
         for _ in range(ATTEMPTS - 1):
             try:
-                return now._upload(filesets, project, progress)
+                return now._upload(filesets, project, stages)
             except ChangedMeanwhile:
                 now = Workspace(scan(self.tree.root), self._cache_folder)
-        return now._upload(filesets, project, progress)
+        return now._upload(filesets, project, stages)
 
-    def _upload(self, filesets: Filesets, project: str, progress: Progress) -> Fileset:
+    def _upload(self, filesets: Filesets, project: str, stages: Stages) -> Fileset:
+        self._read(stages)
         with tempfile.TemporaryDirectory(prefix="nabla-") as folder:
             path = Path(folder, ARCHIVE)
             remembered = self._cache.archive(self.digest)
@@ -65,14 +67,22 @@ class Workspace:
                     self._cache.save(self.digest, remembered)
                     return fileset
             # Opened again with the facts as written: another zlib may pack the same tree into other bytes.
-            written = self._write(path)
-            fileset = filesets.upload("workspace", project, self._manifest(path, written), progress)
+            written = self._write(path, stages)
+            fileset = filesets.upload("workspace", project, self._manifest(path, written), stages)
         self._cache.save(self.digest, written)
         return fileset
 
-    def _write(self, path: Path) -> ArchiveFacts:
+    def _read(self, stages: Stages) -> dict[str, str]:
+        """Hashes the files, once."""
+        if self._hashes is None:
+            told = stages("Reading", self.new_size_bytes)
+            self._hashes = {entry.path: self._hash(entry, told) for entry in self.tree.entries}
+        return self._hashes
+
+    def _write(self, path: Path, stages: Stages) -> ArchiveFacts:
+        told = stages("Packing", sum(entry.size_bytes for entry in self.tree.entries))
         try:
-            return archive.write(path, self.tree.root, self.tree.entries, self.hashes)
+            return archive.write(path, self.tree.root, self.tree.entries, self.hashes, told)
         except OSError as error:
             raise WorkspaceError(
                 f"Cannot pack the folder into {path.parent}: {error.strerror}.",
@@ -83,10 +93,10 @@ class Workspace:
         file = LocalFile(ARCHIVE, path, facts.size_bytes, facts.md5, facts.sha256)
         return Manifest(self.digest, (file,))
 
-    def _hash(self, entry: Entry) -> str:
+    def _hash(self, entry: Entry, progress: Progress) -> str:
         if entry.mode == LINK:
             return hashlib.sha256(entry.target.encode("utf-8", "surrogateescape")).hexdigest()
-        return hashlib.sha256(b"").hexdigest() if entry.mode == FOLDER else self._cache.sha256(entry)
+        return hashlib.sha256(b"").hexdigest() if entry.mode == FOLDER else self._cache.sha256(entry, progress)
 
 
 def pack(folder: Path, cache_folder: Path | None = None) -> Workspace:

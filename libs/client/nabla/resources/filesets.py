@@ -12,8 +12,9 @@ from nabla.decoding import decode
 from nabla.errors import NablaError
 from nabla.manifest import LocalFile, Manifest
 from nabla.objects import File, Fileset, FilesetGrant
+from nabla.progress import Progress, Stages, silent, unseen
 from nabla.resources.base import Resource, segment
-from nabla.transfer import ExpiredUrl, Progress, Transfers, silent
+from nabla.transfer import ExpiredUrl, Transfers
 
 PARALLEL_TRANSFERS = 4
 
@@ -21,7 +22,7 @@ PARALLEL_TRANSFERS = 4
 class Filesets(Resource):
     @cached_property
     def transfers(self) -> Transfers:
-        return Transfers(self._transport.sleep)
+        return Transfers(self._transport.sleep, self._transport.ca)
 
     def close(self) -> None:
         if "transfers" in self.__dict__:
@@ -39,30 +40,32 @@ class Filesets(Resource):
             body.update(job_id=job_id, attempt=attempt)
         return decode(FilesetGrant, self._transport.post("/filesets", body))
 
-    def upload(self, kind: str, project: str, manifest: Manifest, progress: Progress = silent) -> Fileset:
+    def upload(self, kind: str, project: str, manifest: Manifest, stages: Stages = unseen) -> Fileset:
         """Uploads what the server lacks and seals the set; a second time nothing is uploaded."""
         missing = len(manifest.files) + 1
         while True:
             grant = self.open(kind, project, manifest)
             try:
-                return self.finish(grant, manifest.files, progress)
+                return self.finish(grant, manifest.files, stages)
             except ExpiredUrl:
                 if len(grant.uploads) >= missing:
                     raise  # nothing arrived since the last time
                 missing = len(grant.uploads)
 
-    def finish(self, grant: FilesetGrant, files: Sequence[LocalFile], progress: Progress = silent) -> Fileset:
+    def finish(self, grant: FilesetGrant, files: Sequence[LocalFile], stages: Stages = unseen) -> Fileset:
         """Uploads what a grant asks for, then seals."""
         local = {file.path: file for file in files}
         unknown = [upload.path for upload in grant.uploads if upload.path not in local]
         if unknown:
             raise NablaError(f"The server asks for {unknown[0]!r}, which is not part of this upload.")
-        self._put_all([(upload.url, local[upload.path]) for upload in grant.uploads], progress)
+        wanted = [(upload.url, local[upload.path]) for upload in grant.uploads]
+        if wanted:
+            self._put_all(wanted, stages("Uploading", sum(file.size_bytes for _, file in wanted)))
         return grant.fileset if grant.fileset.state == "sealed" else self.seal(grant.fileset.id)
 
     def _put_all(self, files: Sequence[tuple[str, LocalFile]], progress: Progress) -> None:
         """Several at a time; the first that fails, or Ctrl-C, ends them all without waiting for the others."""
-        transfers = Transfers(self._transport.sleep)
+        transfers = Transfers(self._transport.sleep, self._transport.ca)
         pool = ThreadPoolExecutor(PARALLEL_TRANSFERS)
         try:
             for upload in as_completed([pool.submit(transfers.put, url, file, progress) for url, file in files]):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Callable, Union
 from nabla.decoding import as_json, decode
 from nabla.errors import ApiError, NablaError, Unavailable, Unreachable
 from nabla.objects import File, Job, JobDetail, JobTemplate, LogLine, LogPage, MetricPage, Resources, Run, Series
+from nabla.progress import Stages, unseen
 from nabla.resources.base import Resource, segment
 from nabla.resources.experiments import Experiments
 from nabla.sse import EventParser, ServerEvent
@@ -19,7 +20,6 @@ from nabla.transport import FIRST_DELAY_S, LONGEST_DELAY_S, Transport
 
 if TYPE_CHECKING:
     from nabla.resources.filesets import Filesets
-    from nabla.transfer import Progress
 
 JobEvent = Union[LogLine, Job]
 # How long a stream may stay away before following gives up; jobs outlive a restart of any service.
@@ -145,8 +145,9 @@ class Jobs(Resource):
         """What the newest attempt left in /artifacts; nothing while it runs."""
         return self._paged(f"/jobs/{segment(job_id)}/artifacts", File, {}, None)
 
-    def download_artifacts(self, job_id: str, folder: Path, progress: Progress | None = None) -> Sequence[Path]:
-        return self._filesets().download(lambda: self.artifacts(job_id), folder, progress)
+    def download_artifacts(self, job_id: str, folder: Path, stages: Stages = unseen) -> Sequence[Path]:
+        told = stages("Downloading", None)
+        return self._filesets().download(lambda: self.artifacts(job_id), folder, told)
 
     def metrics(self, job_id: str, name: str = "", max_points: int | None = None) -> Sequence[Series]:
         params = {"name": name, "max_points": max_points}

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from nabla.decoding import decode
-from nabla.manifest import PathLike, describe
+from nabla.manifest import Manifest, PathLike, describe
 from nabla.objects import Model, ModelDetail, ModelVersion
+from nabla.progress import Stages, unseen
 from nabla.resources.base import Resource, segment
 from nabla.resources.filesets import Filesets
-from nabla.transfer import Progress, silent
 from nabla.transport import Transport
 
 
@@ -31,7 +31,7 @@ class Models(Resource):
 
     def upload(
         self,
-        path: PathLike,
+        path: PathLike | Manifest,
         *,
         name: str,
         framework: str,
@@ -39,10 +39,11 @@ class Models(Resource):
         description: str = "",
         metrics: Mapping[str, float] | None = None,
         job_id: str = "",
-        progress: Progress = silent,
+        stages: Stages = unseen,
     ) -> ModelVersion:
-        """Uploads a file or folder and registers it as the next version of `name`."""
-        fileset = self._filesets.upload("model", project, describe(path), progress)
+        """Uploads a file or folder, or what `nabla.manifest.describe` found, as the next version of `name`."""
+        manifest = path if isinstance(path, Manifest) else describe(path, stages)
+        fileset = self._filesets.upload("model", project, manifest, stages)
         body: dict[str, object] = {
             "project_id": project,
             "framework": framework,
@@ -55,8 +56,9 @@ class Models(Resource):
         return decode(ModelVersion, self._transport.post(f"/models/{segment(name)}/versions", body))
 
     def download(
-        self, model: str, folder: Path, version: int = 0, progress: Progress = silent
+        self, model: str, folder: Path, version: int = 0, stages: Stages = unseen
     ) -> tuple[ModelVersion, Sequence[Path]]:
         """Fetches the files of a version below `folder`."""
         found = self.version(model, version)
-        return found, self._filesets.download(lambda: self._filesets.files(found.fileset_id), folder, progress)
+        told = stages("Downloading", found.size_bytes)
+        return found, self._filesets.download(lambda: self._filesets.files(found.fileset_id), folder, told)
