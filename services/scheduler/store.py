@@ -33,11 +33,13 @@ from services.scheduler.tables import (
     JobRow,
 )
 
-__all__ = ["Base", "Changes", "Inventory", "SchedulerStore", "SchedulerUnit"]
+__all__ = ["GONE", "UNHEARD", "Base", "Changes", "Inventory", "SchedulerStore", "SchedulerUnit"]
 
 _JOB_FIELDS = tuple(item.name for item in fields(Job))
 _ATTEMPT_FIELDS = tuple(item.name for item in fields(Attempt))
 _NEWEST = "newest_"
+# States of a project that the registry does not have: nobody has told of it yet; its team has none of that id.
+UNHEARD, GONE = "unheard", "gone"
 _CASES = select(
     *(JOBS.c[name] for name in _JOB_FIELDS),
     *(ATTEMPTS.c[name].label(_NEWEST + name) for name in _ATTEMPT_FIELDS),
@@ -194,11 +196,34 @@ class SchedulerUnit(UnitOfWork):
     async def keep_project(self, project_id: str, team_id: str, state: str, revision: int) -> None:
         """Takes in a snapshot, unless a newer one is known."""
         known = await self.project(project_id)
-        values = {"id": project_id, "team_id": team_id, "state": state, "revision": revision}
-        if known is None:
-            await self.execute(insert(PROJECTS), values)
-        elif revision > known.revision:
+        if known is None or revision > known.revision:
+            await self._put_project(project_id, team_id, state, revision, self.now_us, is_new=known is None)
+
+    async def await_project(self, project_id: str, team_id: str) -> None:
+        """Lets the registry be asked next whether this team has such a project."""
+        known = await self.project(project_id)
+        revision = known.revision if known else 0
+        await self._put_project(project_id, team_id, UNHEARD, revision, 0, is_new=known is None)
+
+    async def _put_project(
+        self, project_id: str, team_id: str, state: str, revision: int, checked_us: int, *, is_new: bool
+    ) -> None:
+        values = {"team_id": team_id, "state": state, "revision": revision, "checked_us": checked_us}
+        if is_new:
+            await self.execute(insert(PROJECTS), values | {"id": project_id})
+        else:
             await self.execute(update(PROJECTS).where(PROJECTS.c.id == project_id).values(**values))
+
+    async def projects_unchecked(self, before_us: int, limit: int) -> Sequence[Row[Any]]:
+        """Those of which nothing was heard since, longest first."""
+        due = select(PROJECTS).where(PROJECTS.c.checked_us < before_us).order_by(PROJECTS.c.checked_us)
+        return (await self.execute(due.limit(limit))).all()
+
+    async def correct_project(self, asked: Row[Any], state: str, revision: int) -> None:
+        """Takes in an answer, whatever revision it has, unless something was heard while it was asked for."""
+        same = (PROJECTS.c[name] == getattr(asked, name) for name in ("id", "team_id", "revision"))
+        values = {"state": state, "revision": revision, "checked_us": self.now_us}
+        await self.execute(update(PROJECTS).where(*same).values(**values))
 
     async def inventories(self) -> list[Inventory]:
         rows = (await self.execute(select(INVENTORIES).order_by(INVENTORIES.c.executor))).all()

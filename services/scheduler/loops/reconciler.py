@@ -10,23 +10,28 @@ import logging
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
+from typing import Any
 
+from sqlalchemy import Row
 from sqlalchemy.exc import DBAPIError
 
 from libs.common.clock import Clock, to_us, utc_now
 from libs.common.contracts.messages import Execution
-from libs.common.errors import IllegalTransition, Refusal, StaleRevision
+from libs.common.errors import IllegalTransition, Refusal, StaleRevision, Unavailable
 from libs.common.telemetry import span
 from services.scheduler.domain.lifecycles import lose_contact, missing_commands, regain_contact
 from services.scheduler.domain.model import Case
 from services.scheduler.domain.policy import Policy
 from services.scheduler.handlers import apply_execution
 from services.scheduler.loops.placer import explain, ready_nodes
-from services.scheduler.ports import Executor
-from services.scheduler.store import Inventory, SchedulerStore, SchedulerUnit
+from services.scheduler.ports import Executor, Registry
+from services.scheduler.store import GONE, Inventory, SchedulerStore, SchedulerUnit
 from services.scheduler.tables import ATTEMPTS, JOBS
 
 ROWS = 100
+# Each is a question of its own.
+PROJECTS = 20
 EXECUTOR = "executor"
 
 log = logging.getLogger(__name__)
@@ -40,11 +45,13 @@ class Patience:
         pass_s: between passes.
         silent_s: without a word of an executor, until its jobs are unreachable.
         attempt_s: without news of an attempt, until the executor is asked about it.
+        project_s: without news of a project, until the registry is asked about it.
     """
 
     pass_s: float
     silent_s: float
     attempt_s: float
+    project_s: float
 
 
 class Reconciler:
@@ -54,12 +61,15 @@ class Reconciler:
         self,
         store: SchedulerStore,
         executor: Executor,
+        registry: Registry,
         policy: Policy,
         patience: Patience,
+        *,
         clock: Clock = utc_now,
     ) -> None:
         self._store = store
         self._executor = executor
+        self._registry = registry
         self._policy = policy
         self._patience = patience
         self._clock = clock
@@ -74,11 +84,12 @@ class Reconciler:
                 log.warning("reconciling waits for the database", extra={"reason": repr(error)})
 
     async def reconcile(self) -> None:
-        """One pass. An executor that does not answer is asked again in the next."""
+        """One pass. Who does not answer is asked again in the next."""
         await self._ask_for_nodes()
         await self._store.run(self._review_contact)
         await self._ask_for_attempts()
         await self._store.run(self._review_reasons)
+        await self._ask_for_projects()
 
     async def _ask_for_nodes(self) -> None:
         async with self._store.view() as view:
@@ -135,6 +146,30 @@ class Reconciler:
         for case in cases:
             await explain(unit, case, self._policy.why_waiting(case.job.id))
         await unit.mark_checked(JOBS, [case.job.id for case in cases])
+
+    async def _ask_for_projects(self) -> None:
+        """Learns which projects take no more jobs, and which do again."""
+        before_us = to_us(self._clock() - timedelta(seconds=self._patience.project_s))
+        async with self._store.view() as view:
+            due = await view.projects_unchecked(before_us, PROJECTS)
+        for row in due:
+            state, revision = row.state, row.revision
+            try:
+                found = await self._registry.project(row.team_id, row.id)
+            except Refusal as refusal:
+                log.info("the registry does not tell a project", extra={"reason": refusal.detail})
+                is_silent = isinstance(refusal, Unavailable)
+            else:
+                is_silent = False
+                state, revision = (found.state, found.revision) if found else (GONE, row.revision)
+            # Also without an answer: the next pass begins with others.
+            await self._store.run(partial(_correct, row=row, state=state, revision=revision))
+            if is_silent:
+                return
+
+
+async def _correct(unit: SchedulerUnit, row: Row[Any], state: str, revision: int) -> None:
+    await unit.correct_project(row, state, revision)
 
 
 async def _converge(unit: SchedulerUnit, attempt_ids: list[str], known: dict[str, Execution]) -> None:

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import pytest
 
-from libs.common.contracts.messages import ExecutionRunning, NodePage, StopJob
-from tests.unit.scheduler.cases import said
+from libs.common.contracts.messages import (
+    ExecutionRunning,
+    NodePage,
+    Principal,
+    Project,
+    ProjectArchived,
+    ProjectCreated,
+    StopJob,
+)
+from libs.common.errors import Conflict, Forbidden, NotFound, Unavailable
+from libs.common.ids import new_id
+from services.scheduler.loops.reconciler import PROJECTS
+from tests.unit.scheduler.cases import PROJECT, TEAM, said
 from tests.unit.scheduler.world import World, node
 
 pytestmark = pytest.mark.integration
+
+OTHER = Principal(kind="user", id="u2", team_id="t" + "1" * 26, role="owner")
 
 
 async def knows(world: World, job_id: str, state: str, revision: int, **facts) -> None:
@@ -141,3 +154,59 @@ async def test_impossible_news_harm_nobody_else(world):
     await knows(world, second, "ended", 2, reason="exited", exit_code=0)
     await passes(world)
     assert [(await world.job(job_id)).state for job_id in (first, second)] == ["running", "succeeded"]
+
+
+async def test_a_project_whose_end_was_never_told_takes_no_new_jobs_once_the_registry_was_asked(world):
+    project = Project(id=PROJECT, team_id=TEAM, state="active", revision=1)
+    await world.deliver(ProjectCreated(project=project), source="registry")
+    for state, revision in (("archived", 2), ("deleted", 3)):
+        world.registry.projects[PROJECT] = project.model_copy(update={"state": state, "revision": revision})
+        await passes(world, 61)
+        with pytest.raises(Conflict, match=f"The project is {state}"):
+            await world.submit()
+    world.registry.projects[PROJECT] = project.model_copy(update={"revision": 4})
+    await passes(world, 61)
+    assert await world.submit()
+
+
+async def test_a_project_never_heard_of_is_asked_about_after_its_first_job(world):
+    world.registry.projects[PROJECT] = Project(id=PROJECT, team_id=TEAM, state="archived", revision=2)
+    assert await world.submit()
+    await passes(world)
+    with pytest.raises(Conflict):
+        await world.submit()
+
+
+async def test_a_project_that_its_team_has_no_more_is_unknown_to_it_and_open_to_its_new_team(world):
+    assert await world.submit()
+    world.registry.projects[PROJECT] = Project(id=PROJECT, team_id=OTHER.team_id, state="active", revision=2)
+    await passes(world)
+    with pytest.raises(NotFound):
+        await world.submit()
+    assert await world.submit(OTHER)
+    await passes(world)
+    assert await world.submit(OTHER)
+    with pytest.raises(NotFound):
+        await world.submit()
+
+
+async def test_a_registry_that_was_restored_is_believed_whatever_its_revisions(world):
+    project = Project(id=PROJECT, team_id=TEAM, state="archived", revision=7)
+    await world.deliver(ProjectArchived(project=project), source="registry")
+    world.registry.projects[PROJECT] = project.model_copy(update={"state": "active", "revision": 6})
+    await passes(world, 61)
+    assert await world.submit()
+
+
+async def test_projects_are_asked_about_a_few_at_a_time_and_no_answer_keeps_nobody_from_the_front(world):
+    ids = [new_id("project") for _ in range(PROJECTS + 5)]
+    for project_id in ids:
+        project = Project(id=project_id, team_id=TEAM, state="active", revision=1)
+        await world.deliver(ProjectCreated(project=project), source="registry")
+    world.registry.refusals = [Forbidden("not_allowed", "Not you."), Unavailable("service_silent", "Nobody answers.")]
+    await passes(world, 61)
+    assert len(world.registry.asked) == 2
+    await passes(world, 1)
+    assert len(world.registry.asked) == PROJECTS + 2
+    await passes(world, 1)
+    assert sorted(world.registry.asked) == sorted(ids)
