@@ -81,6 +81,7 @@ class AttemptRow(Base, table=True):
     addresses: str = Field(sa_type=Text)
     gpu_indices: str = Field(sa_type=Text)
     execution_revision: int = Field(sa_type=BigInteger)
+    forgotten: bool
 
 
 class TimelineRow(Base, table=True):

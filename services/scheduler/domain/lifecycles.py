@@ -6,7 +6,8 @@ Job:
     submitted, waiting               queued       admit: the submission itself, or the end of the hold
     queued                           starting     place: the policy chose a node
     starting, unreachable            running      run: the executor says that the process runs
-    starting, running                unreachable  lose_contact: the executor, or the node, is silent
+    starting, running                unreachable  lose_contact: the executor, or the node, is silent, or the executor
+                                                  no longer knows the attempt
     unreachable                      starting     resume: it is heard again and the process has not run yet
     unreachable                      running      run: it is heard again and the process runs
     starting, running, unreachable   queued       requeue: node lost, preempted, or a failure worth a retry
@@ -44,6 +45,10 @@ MAX_INFRA_RETRIES = 5
 MAX_RETRY_DELAY_S = 60
 CANCELLED = "cancelled"
 BEING_STOPPED = "is being stopped"
+FORGOTTEN = (
+    "the executor no longer knows its attempt, as if its database had been restored from before: the attempt may "
+    "still run on its node, so it is not run again by itself"
+)
 
 _LIVE = ("starting", "running", "unreachable")
 _OPEN = ("placed", "starting", "running", "finishing")
@@ -128,12 +133,15 @@ def follow_execution(case: Case, execution: Execution, now_us: int) -> Case:
     """The case after a snapshot of what the executor knows.
 
     A snapshot of another attempt than the job's newest, of one that has ended, or no newer than what was applied
-    before, changes nothing.
+    before, changes nothing. But an end counts whatever its revision: those of a restored database begin again.
     """
     attempt = case.attempt
     if attempt is None or attempt.id != execution.attempt_id or not is_open(attempt):
         return case
-    if execution.revision <= attempt.execution_revision:
+    if attempt.forgotten:
+        attempt = replace(attempt, forgotten=False)
+        case = regain_contact(Case(case.job, attempt))
+    if execution.revision <= attempt.execution_revision and execution.state != "ended":
         return case
     seen = _with_facts(attempt, execution)
     match execution.state:
@@ -150,6 +158,14 @@ def follow_execution(case: Case, execution: Execution, now_us: int) -> Case:
 def lose_contact(case: Case, detail: str) -> Case:
     """Shown as unreachable, and left alone: only the executor may say that an attempt is lost."""
     return Case(_move(case.job, "lose_contact", detail), case.attempt)
+
+
+def forget(case: Case) -> Case:
+    """The executor knows no more of an attempt of which it told before: shown, and left alone."""
+    attempt = case.attempt
+    if attempt is None or not is_open(attempt):
+        return case
+    return Case(_move(case.job, "lose_contact", FORGOTTEN), replace(attempt, forgotten=True))
 
 
 def regain_contact(case: Case) -> Case:

@@ -13,6 +13,7 @@ class Attempt:
 
     Args:
         execution_revision: the newest snapshot applied of what the executor says; -1 before the first.
+        forgotten: the executor told of it before and says now that it knows of none: its database was restored.
     """
 
     id: str
@@ -29,6 +30,7 @@ class Attempt:
     addresses: dict[str, str] = field(default_factory=dict)
     gpu_indices: tuple[int, ...] = ()
     execution_revision: int = -1
+    forgotten: bool = False
 
 
 @dataclass(frozen=True, slots=True)

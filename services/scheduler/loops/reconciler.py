@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -20,7 +21,7 @@ from libs.common.clock import Clock, to_us, utc_now
 from libs.common.contracts.messages import Execution
 from libs.common.errors import IllegalTransition, Refusal, StaleRevision, Unavailable
 from libs.common.telemetry import span
-from services.scheduler.domain.lifecycles import lose_contact, missing_commands, regain_contact
+from services.scheduler.domain.lifecycles import forget, lose_contact, missing_commands, regain_contact
 from services.scheduler.domain.model import Case
 from services.scheduler.domain.policy import Policy
 from services.scheduler.handlers import apply_execution
@@ -115,7 +116,8 @@ class Reconciler:
         live = JOBS.c.state.in_(("starting", "running"))
         for case in await unit.cases(is_open, live, ~reachable, limit=ROWS):
             await unit.save(case, lose_contact(case, detail))
-        for case in await unit.cases(is_open, JOBS.c.state == "unreachable", reachable, limit=ROWS):
+        back = JOBS.c.state == "unreachable", reachable, ~ATTEMPTS.c.forgotten
+        for case in await unit.cases(is_open, *back, limit=ROWS):
             await unit.save(case, regain_contact(case))
 
     def _is_heard(self, inventory: Inventory, now_us: int) -> bool:
@@ -131,13 +133,15 @@ class Reconciler:
                 order=ATTEMPTS.c.checked_us,
                 limit=ROWS,
             )
+        told = {case.attempt.id: case.attempt.execution_revision >= 0 for case in due if case.attempt}
         for team_id, ids in _attempts_by_team(due).items():
             try:
                 known = {item.attempt_id: item for item in await self._executor.executions(team_id, ids)}
             except Refusal as refusal:
                 log.info("the executor does not tell its executions", extra={"reason": refusal.detail})
                 return
-            await self._store.run(lambda unit, ids=ids, known=known: _converge(unit, ids, known))  # type: ignore[misc]
+            forgotten = {each for each in ids if each not in known and told[each]}
+            await self._store.run(partial(_converge, attempt_ids=ids, known=known, forgotten=forgotten))
 
     async def _review_reasons(self, unit: SchedulerUnit) -> None:
         """Renews why jobs wait, as that changes without anything happening to them."""
@@ -172,8 +176,14 @@ async def _correct(unit: SchedulerUnit, row: Row[Any], state: str, revision: int
     await unit.correct_project(row, state, revision)
 
 
-async def _converge(unit: SchedulerUnit, attempt_ids: list[str], known: dict[str, Execution]) -> None:
-    """Applies what the executor knows of these attempts, and sends again what it should know."""
+async def _converge(
+    unit: SchedulerUnit, attempt_ids: list[str], known: dict[str, Execution], forgotten: Collection[str]
+) -> None:
+    """Applies what the executor knows of these attempts, and sends again what it should know.
+
+    Args:
+        forgotten: those of which it had told before it was asked, and does not know now.
+    """
     for execution in known.values():
         try:
             await apply_execution(unit, execution)
@@ -183,6 +193,8 @@ async def _converge(unit: SchedulerUnit, attempt_ids: list[str], known: dict[str
             )
     for case in await unit.cases(ATTEMPTS.c.id.in_(attempt_ids)):
         assert case.attempt
+        if case.attempt.id in forgotten:
+            await unit.save(case, forget(case))
         commands = missing_commands(case, known=case.attempt.id in known)
         with span("scheduler repeat commands", case.job.traceparent, object=case.job.id):
             await unit.send(replace(case, commands=commands))

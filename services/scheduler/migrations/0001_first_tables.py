@@ -29,6 +29,7 @@ def upgrade() -> None:
         sa.Column("addresses", sa.Text(), nullable=False),
         sa.Column("gpu_indices", sa.Text(), nullable=False),
         sa.Column("execution_revision", sa.BigInteger(), nullable=False),
+        sa.Column("forgotten", sa.Boolean(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
     )
     with op.batch_alter_table("attempts", schema=None) as batch_op:

@@ -109,6 +109,7 @@ async def test_jobs_of_a_silent_executor_are_unreachable_and_never_run_again(wor
     async with world.store.view() as view:
         case = await view.find(job_id)
     await world.deliver(ExecutionRunning(execution=said(case, "running")))
+    world.executor.refusals[TEAM] = Unavailable("service_silent", "The executor service did not answer.")
     for _ in range(3):
         world.wait(31)
         await world.reconciler.reconcile()
@@ -210,3 +211,30 @@ async def test_projects_are_asked_about_a_few_at_a_time_and_no_answer_keeps_nobo
     assert len(world.registry.asked) == PROJECTS + 2
     await passes(world, 1)
     assert sorted(world.registry.asked) == sorted(ids)
+
+
+async def test_an_attempt_that_a_restored_executor_does_not_know_is_shown_and_never_run_again(world):
+    job_id = await world.running_job(max_retries=3)
+    await knows(world, job_id, "running", 5)
+    await passes(world)
+    known = world.executor.known.copy()
+    world.executor.known.clear()
+    for _ in range(3):
+        await passes(world)
+        job = await world.job(job_id)
+        assert (job.state, job.attempt.number) == ("unreachable", 1)
+        assert job.detail.startswith("the executor no longer knows its attempt")
+    assert (await world.names()).count("execution.start") == 1
+    assert (await world.names()).count("job.unreachable") == 1
+    world.executor.known.update(known)
+    await passes(world)
+    assert (await world.job(job_id)).state == "running"
+
+
+async def test_an_end_counts_although_a_restored_executor_counts_revisions_anew(world):
+    job_id = await world.running_job()
+    await knows(world, job_id, "running", 5)
+    await passes(world)
+    await knows(world, job_id, "ended", 4, reason="exited", exit_code=0)
+    await passes(world)
+    assert (await world.job(job_id)).state == "succeeded"

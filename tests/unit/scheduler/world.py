@@ -54,10 +54,13 @@ class FakeExecutor:
         self.known: dict[str, Execution] = {}
         self.inventory: NodePage | None = None
         self.asked: list[str] = []
+        self.refusals: dict[str, Refusal] = {}
 
     async def executions(self, team_id: str, attempt_ids: Sequence[str]) -> tuple[Execution, ...]:
         assert team_id
         self.asked += attempt_ids
+        if team_id in self.refusals:
+            raise self.refusals[team_id]
         return tuple(self.known[attempt_id] for attempt_id in attempt_ids if attempt_id in self.known)
 
     async def nodes(self) -> NodePage:
