@@ -33,7 +33,7 @@ from services.scheduler.tables import (
     JobRow,
 )
 
-__all__ = ["GONE", "UNHEARD", "Base", "Changes", "Inventory", "SchedulerStore", "SchedulerUnit"]
+__all__ = ["GONE", "UNHEARD", "Base", "Changes", "Inventory", "Place", "SchedulerStore", "SchedulerUnit"]
 
 _JOB_FIELDS = tuple(item.name for item in fields(Job))
 _ATTEMPT_FIELDS = tuple(item.name for item in fields(Attempt))
@@ -44,6 +44,9 @@ _CASES = select(
     *(JOBS.c[name] for name in _JOB_FIELDS),
     *(ATTEMPTS.c[name].label(_NEWEST + name) for name in _ATTEMPT_FIELDS),
 ).outerjoin_from(JOBS, ATTEMPTS, JOBS.c.attempt_id == ATTEMPTS.c.id)
+_PLACES = select(
+    JOBS.c.id.label("job_id"), JOBS.c.state, JOBS.c.detail, ATTEMPTS.c.node_id, ATTEMPTS.c.forgotten
+).join_from(JOBS, ATTEMPTS, JOBS.c.attempt_id == ATTEMPTS.c.id)
 _DEMANDS = select(
     JOBS.c.id,
     JOBS.c.team_id,
@@ -66,6 +69,17 @@ class Inventory:
     nodes: tuple[Node, ...]
     detail: str
     heard_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a live job's newest attempt is, without its template."""
+
+    job_id: str
+    state: str
+    detail: str
+    node_id: str
+    forgotten: bool
 
 
 class SchedulerUnit(UnitOfWork):
@@ -92,6 +106,11 @@ class SchedulerUnit(UnitOfWork):
     async def cases(self, *wanted: ColumnElement[bool], order: Any = None, limit: int | None = None) -> list[Case]:
         query = _CASES.where(*wanted).order_by(JOBS.c.id if order is None else order).limit(limit)
         return [_case(row) for row in (await self.execute(query)).all()]
+
+    async def places(self, state: str, limit: int) -> list[Place]:
+        """Where the jobs in this state are, those first that were looked at longest ago."""
+        query = _PLACES.where(JOBS.c.ended_us.is_(None), JOBS.c.state == state).order_by(JOBS.c.checked_us)
+        return [Place(**row._mapping) for row in (await self.execute(query.limit(limit))).all()]
 
     async def add(self, case: Case, first_detail: str) -> Case:
         """Stores a new job, already in the queue. Its timeline begins with the submission."""

@@ -50,7 +50,7 @@ FORGOTTEN = (
     "still run on its node, so it is not run again by itself"
 )
 
-_LIVE = ("starting", "running", "unreachable")
+LIVE = ("starting", "running", "unreachable")
 _OPEN = ("placed", "starting", "running", "finishing")
 _ENDS = {"succeed": "succeeded", "fail": "failed", "cancel": CANCELLED, "time_out": "timed_out"}
 
@@ -66,8 +66,8 @@ JOBS = TransitionTable(
         ("unreachable", "resume"): "starting",
         ("starting", "lose_contact"): "unreachable",
         ("running", "lose_contact"): "unreachable",
-        **{(state, "requeue"): "queued" for state in _LIVE},
-        **{(state, trigger): end for state in _LIVE for trigger, end in _ENDS.items()},
+        **{(state, "requeue"): "queued" for state in LIVE},
+        **{(state, trigger): end for state in LIVE for trigger, end in _ENDS.items()},
         **{(state, "cancel"): CANCELLED for state in ("submitted", "waiting", "queued")},
     },
     terminal=frozenset(_ENDS.values()),

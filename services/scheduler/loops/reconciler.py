@@ -21,16 +21,18 @@ from libs.common.clock import Clock, to_us, utc_now
 from libs.common.contracts.messages import Execution
 from libs.common.errors import IllegalTransition, Refusal, StaleRevision, Unavailable
 from libs.common.telemetry import span
-from services.scheduler.domain.lifecycles import forget, lose_contact, missing_commands, regain_contact
+from services.scheduler.domain.lifecycles import LIVE, forget, lose_contact, missing_commands, regain_contact
 from services.scheduler.domain.model import Case
 from services.scheduler.domain.policy import Policy
 from services.scheduler.handlers import apply_execution
-from services.scheduler.loops.placer import explain, ready_nodes
+from services.scheduler.loops.placer import explain, nodes_detail, ready_nodes
 from services.scheduler.ports import Executor, Registry
-from services.scheduler.store import GONE, Inventory, SchedulerStore, SchedulerUnit
+from services.scheduler.store import GONE, Inventory, Place, SchedulerStore, SchedulerUnit
 from services.scheduler.tables import ATTEMPTS, JOBS
 
 ROWS = 100
+# Jobs of each live state whose contact is looked at: few bytes each.
+PLACES = 1000
 # Each is a question of its own.
 PROJECTS = 20
 EXECUTOR = "executor"
@@ -109,16 +111,17 @@ class Reconciler:
         """Shows which jobs cannot be reached, and which can again."""
         inventories = await unit.inventories()
         heard = [inventory for inventory in inventories if self._is_heard(inventory, unit.now_us)]
-        nodes = tuple(ready_nodes(heard))
-        detail = "its node is out of contact" if heard else "the executor is silent"
-        reachable = ATTEMPTS.c.node_id.in_(nodes)
-        is_open = JOBS.c.ended_us.is_(None)
-        live = JOBS.c.state.in_(("starting", "running"))
-        for case in await unit.cases(is_open, live, ~reachable, limit=ROWS):
-            await unit.save(case, lose_contact(case, detail))
-        back = JOBS.c.state == "unreachable", reachable, ~ATTEMPTS.c.forgotten
-        for case in await unit.cases(is_open, *back, limit=ROWS):
-            await unit.save(case, regain_contact(case))
+        nodes = ready_nodes(heard)
+        detail = _why_unreachable(heard)
+        looked_at = [place for state in LIVE for place in await unit.places(state, PLACES)]
+        wrong = [place for place in looked_at if _is_wrong(place, nodes, detail)]
+        ids = [place.job_id for place in wrong[:ROWS]]
+        for case in await unit.cases(JOBS.c.id.in_(ids), JOBS.c.state.in_(LIVE)):
+            reachable = case.attempt is not None and case.attempt.node_id in nodes
+            await unit.save(case, regain_contact(case) if reachable else lose_contact(case, detail))
+        # The rest of what is wrong stays at the front.
+        waiting = {place.job_id for place in wrong[ROWS:]}
+        await unit.mark_checked(JOBS, [place.job_id for place in looked_at if place.job_id not in waiting])
 
     def _is_heard(self, inventory: Inventory, now_us: int) -> bool:
         """Our own absence is no executor's silence."""
@@ -139,7 +142,11 @@ class Reconciler:
                 known = {item.attempt_id: item for item in await self._executor.executions(team_id, ids)}
             except Refusal as refusal:
                 log.info("the executor does not tell its executions", extra={"reason": refusal.detail})
-                return
+                # The next pass begins with others.
+                await self._store.run(partial(_mark_attempts, attempt_ids=ids))
+                if isinstance(refusal, Unavailable):
+                    return
+                continue
             forgotten = {each for each in ids if each not in known and told[each]}
             await self._store.run(partial(_converge, attempt_ids=ids, known=known, forgotten=forgotten))
 
@@ -174,6 +181,24 @@ class Reconciler:
 
 async def _correct(unit: SchedulerUnit, row: Row[Any], state: str, revision: int) -> None:
     await unit.correct_project(row, state, revision)
+
+
+async def _mark_attempts(unit: SchedulerUnit, attempt_ids: list[str]) -> None:
+    await unit.mark_checked(ATTEMPTS, attempt_ids)
+
+
+def _why_unreachable(heard: list[Inventory]) -> str:
+    """Of a job whose node is not ready, with what its cluster says of itself."""
+    if not heard:
+        return "the executor is silent"
+    return ": ".join(["its node is out of contact", *filter(None, [nodes_detail(heard)])])
+
+
+def _is_wrong(place: Place, ready: Collection[str], detail: str) -> bool:
+    """Whether the job's state, or its reason, is not what its node's contact says."""
+    if place.node_id in ready:
+        return place.state == "unreachable" and not place.forgotten
+    return place.state != "unreachable" or (place.detail != detail and not place.forgotten)
 
 
 async def _converge(

@@ -16,6 +16,7 @@ from libs.common.contracts.messages import (
 from libs.common.errors import Conflict, Forbidden, NotFound, Unavailable
 from libs.common.ids import new_id
 from services.scheduler.loops.reconciler import PROJECTS
+from services.scheduler.tables import JOBS
 from tests.unit.scheduler.cases import PROJECT, TEAM, said
 from tests.unit.scheduler.world import World, node
 
@@ -238,3 +239,72 @@ async def test_an_end_counts_although_a_restored_executor_counts_revisions_anew(
     await knows(world, job_id, "ended", 4, reason="exited", exit_code=0)
     await passes(world)
     assert (await world.job(job_id)).state == "succeeded"
+
+
+async def two_teams(world: World) -> tuple[str, str]:
+    """A running job of each; the first team's attempt is asked about first."""
+    await world.report_nodes(node())
+    first = await world.submit()
+    await world.place()
+    world.wait(1)
+    second = await world.submit(OTHER)
+    await world.place()
+    await knows(world, first, "running", 1)
+    await knows(world, second, "running", 1)
+    return first, second
+
+
+async def test_a_refusal_for_one_team_keeps_no_other_from_being_asked_about(world):
+    first, second = await two_teams(world)
+    world.executor.refusals[TEAM] = Forbidden("not_allowed", "Not you.")
+    await passes(world)
+    assert [(await world.job(job_id)).state for job_id in (first, second)] == ["starting", "running"]
+    world.executor.refusals.clear()
+    await passes(world)
+    assert (await world.job(first)).state == "running"
+
+
+async def test_no_answer_for_one_team_puts_others_first_in_the_next_pass(world):
+    _, second = await two_teams(world)
+    world.executor.refusals[TEAM] = Unavailable("service_silent", "The executor service did not answer.")
+    await passes(world)
+    assert (await world.job(second)).state == "starting"
+    await passes(world, 1)
+    assert (await world.job(second)).state == "running"
+
+
+async def test_contact_is_reviewed_in_the_order_of_the_last_look(world):
+    await world.report_nodes(node())
+    ids = [await world.submit() for _ in range(3)]
+    await world.place()
+
+    async def first_two() -> list[str]:
+        async with world.store.view() as view:
+            return [place.job_id for place in await view.places("starting", 2)]
+
+    await world.store.run(lambda unit: unit.mark_checked(JOBS, ids[:2]))
+    assert (await first_two())[0] == ids[2]
+    world.wait(1)
+    await world.reconciler.reconcile()
+    world.wait(1)
+    await world.store.run(lambda unit: unit.mark_checked(JOBS, ids[:1]))
+    assert sorted(await first_two()) == sorted(ids[1:])
+
+
+async def test_an_unreachable_job_says_what_its_cluster_says(world):
+    await world.report_nodes(node())
+    job_id = await world.submit()
+    await world.place()
+    for said_of_it in ("the Ray head at h:1 does not answer", "the Ray head at h:1 refuses us (wrong token?)"):
+        await world.report_nodes(node(state="silent"), detail=said_of_it)
+        for _ in range(2):
+            await world.reconciler.reconcile()
+        job = await world.job(job_id)
+        assert (job.state, job.detail) == ("unreachable", f"its node is out of contact: {said_of_it}")
+    await world.report_nodes(node(state="silent"), node("node2"))
+    await world.reconciler.reconcile()
+    assert (await world.job(job_id)).detail == "its node is out of contact"
+    await world.report_nodes(node())
+    await world.reconciler.reconcile()
+    assert (await world.job(job_id)).state == "starting"
+    assert (await world.names()).count("job.unreachable") == 3
