@@ -23,7 +23,7 @@ def build(settings: ExecutorSettings | None = None, cluster: Cluster | None = No
     settings = settings or ExecutorSettings()
     store = Store(settings.database_for(NAME), ExecutorUnit, SKELETON, NAME)
     inbox = Inbox(store, NAME)
-    cluster = cluster or RayCluster(settings.find_ray_address, agent_config(settings))
+    cluster = cluster or RayCluster(settings.find_ray_address, agent_config(settings), settings.ray_namespace)
     driver = Driver(store, cluster, settings)
     watcher = Watcher(store, cluster, settings, driver.wake)
     inbox.after_commit(driver.wake)

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from libs.common.settings import Settings
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -15,6 +17,8 @@ class ExecutorSettings(Settings):
     # GCS of the Ray cluster as `host:port`. Empty: read from `home/run/ray.json`, which the launcher writes when
     # Ray is up; until then there is no cluster.
     ray_address: str = ""
+    # Ray's namespace for what is ours on it: two installations on one cluster need two.
+    ray_namespace: str = Field(default="nabla", min_length=1)
     # On every node: attempts, caches and built environments. Empty: `home/node`.
     node_dir: Path | None = None
     # The virtual environment that a job gets when it asks for none.

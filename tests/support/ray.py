@@ -64,6 +64,10 @@ class RayHead:
             return False
         return True
 
+    def agents(self) -> list[int]:
+        """The processes of all node agents, of whatever installation."""
+        return [pid for pid in self.processes() if b"RayNodeAgent" in _command_line(pid)]
+
     def agent_pid(self) -> int:
         """The process of the node agent's actor."""
         return self._pid_of(b"RayNodeAgent")

@@ -35,7 +35,6 @@ from services.executor.ports import (
     StartOrder,
 )
 
-NAMESPACE = "nabla"
 AGENT_PREFIX = "nabla-agent-"
 # One looks; others may still hang in calls to a head that died.
 LOOKING = 4
@@ -66,10 +65,13 @@ class RayCluster:
     Args:
         find_address: `host:port` of the head's GCS now, or an empty string when there is none yet.
         config: what each node's agent is told; agents that were told something else are replaced.
+        namespace: Ray's, in which our agents and reservations have their names: each installation on a cluster has its
+            own, or they would replace each other's agents for ever.
     """
 
-    def __init__(self, find_address: Callable[[], str], config: AgentConfig) -> None:
+    def __init__(self, find_address: Callable[[], str], config: AgentConfig, namespace: str) -> None:
         self._find_address = find_address
+        self._namespace = namespace
         self._config = config
         self._fingerprint = fingerprint(config)
         # Apart from each other: reading GPUs may take a minute, and agents that hang hold up their callers.
@@ -156,14 +158,15 @@ class RayCluster:
         if not address:
             raise ClusterAway(STARTING)
         if not _answers(address):
-            silent = f"the Ray head at {address} does not answer" if self._seen_once else STARTING
+            yet = "" if self._seen_once else " yet"
+            silent = f"the Ray head at {address} does not answer{yet}"
             self._disconnect(silent)
             raise ClusterAway(silent)
         if self._address == address and ray.is_initialized():
             return
         if self._connecting is None:
             self._disconnect(f"the Ray head at {address} is new")
-            self._connecting = _in_own_thread(functools.partial(_init, address))
+            self._connecting = _in_own_thread(functools.partial(_init, address, self._namespace))
         try:
             self._connecting.result(CONNECT_LIMIT_S - 5)
         except TimeoutError:
@@ -245,7 +248,7 @@ class RayCluster:
 
         options: dict[str, Any] = {
             "name": AGENT_PREFIX + node_id,
-            "namespace": NAMESPACE,
+            "namespace": self._namespace,
             "lifetime": "detached",
             "get_if_exists": True,
             "num_cpus": 0,
@@ -353,11 +356,11 @@ def _living_nodes() -> dict[str, Any]:
     return {node["NodeID"]: node for node in untyped.nodes() if node["Alive"]}
 
 
-def _init(address: str) -> None:
+def _init(address: str, namespace: str) -> None:
     import ray
 
     keep_loopback()
-    ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
+    ray.init(address=address, namespace=namespace, log_to_driver=False, configure_logging=False)
 
 
 def _answers(address: str) -> bool:

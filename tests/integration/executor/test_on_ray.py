@@ -260,7 +260,7 @@ async def test_a_job_outlives_its_agent_and_the_executor(
 async def test_nothing_stays_reserved_when_all_has_ended(
     settings: ExecutorSettings, neighbours: Neighbours, onlooker: Onlooker
 ) -> None:
-    cluster = RayCluster(settings.find_ray_address, agent_config(settings))
+    cluster = RayCluster(settings.find_ray_address, agent_config(settings), settings.ray_namespace)
 
     async def nothing() -> bool:
         return not await cluster.reserved()
@@ -274,7 +274,7 @@ class TestRayCluster(ClusterSuite):
 
     @pytest.fixture
     async def cluster(self, settings: ExecutorSettings, neighbours: Neighbours) -> AsyncIterator[RayCluster]:
-        made = RayCluster(settings.find_ray_address, agent_config(settings))
+        made = RayCluster(settings.find_ray_address, agent_config(settings), settings.ray_namespace)
         yield made
         await made.close()
 
@@ -291,7 +291,7 @@ class TestRayCluster(ClusterSuite):
     ) -> None:
         before = ray_head.agent_pid()
         other = settings.model_copy(update={"node_fence_s": 60.0})
-        newer = RayCluster(settings.find_ray_address, agent_config(other))
+        newer = RayCluster(settings.find_ray_address, agent_config(other), other.ray_namespace)
 
         async def answers() -> bool:
             return any(node.agent for node in await newer.look({}))
@@ -299,6 +299,29 @@ class TestRayCluster(ClusterSuite):
         await until(answers, 40)
         assert ray_head.agent_pid() != before
         await newer.close()
+
+    async def test_installations_in_namespaces_of_their_own_leave_each_other_alone(
+        self, cluster: RayCluster, node_id: str, settings: ExecutorSettings, ray_head: RayHead, tmp_path: Path
+    ) -> None:
+        before = ray_head.agents()
+        theirs = settings.model_copy(update={"home": tmp_path, "ray_namespace": "theirs"})
+        beside = RayCluster(theirs.find_ray_address, agent_config(theirs), theirs.ray_namespace)
+
+        async def answers() -> bool:
+            return any(node.agent for node in await beside.look({}))
+
+        await until(answers, 40)
+        await beside.close()
+        assert set(ray_head.agents()) > set(before)
+        command = [sys.executable, "-m", "services.executor.adapters.ray_departure", ray_head.address, "theirs"]
+        process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=asyncio.subprocess.PIPE)
+        said, _ = await process.communicate()
+        assert said == b"1 agents and 0 reservations were taken off\n"
+
+        async def left_alone() -> bool:
+            return ray_head.agents() == before
+
+        await until(left_alone, 40)
 
     async def test_it_can_be_closed_while_calls_are_under_way(
         self, settings: ExecutorSettings, ray_head: RayHead
@@ -337,7 +360,7 @@ async def test_the_first_call_after_the_death_of_the_head_says_so(
     settings: ExecutorSettings, neighbours: Neighbours, ray_head: RayHead
 ) -> None:
     """The last test here, as it leaves no head behind."""
-    cluster = RayCluster(settings.find_ray_address, agent_config(settings))
+    cluster = RayCluster(settings.find_ray_address, agent_config(settings), settings.ray_namespace)
     try:
         await cluster.look({})
         pid = ray_head.gcs_pid()

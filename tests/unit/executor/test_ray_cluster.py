@@ -1,4 +1,4 @@
-"""Calls to Ray that hang hold up nobody else, and leave no threads behind. Needs no Ray."""
+"""What is said where there is no head, and what calls that hang hold up: nobody. Needs no Ray that runs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import pytest
 
 from services.executor.adapters.ray_agent import HeadQuestion
-from services.executor.adapters.ray_cluster import RayCluster
-from services.executor.ports import AgentConfig, NodeView, Reservation
+from services.executor.adapters.ray_cluster import STARTING, RayCluster
+from services.executor.ports import AgentConfig, ClusterAway, NodeView, Reservation
 from tests.unit.executor.cluster_suite import eventually, reservation
 
 pytestmark = pytest.mark.unit
@@ -22,7 +22,7 @@ class HangingCluster(RayCluster):
     """Every reservation and every call to an agent hangs until `answers` is set."""
 
     def __init__(self) -> None:
-        super().__init__(lambda: "head:1", CONFIG)
+        super().__init__(lambda: "head:1", CONFIG, "nabla")
         self.answers = threading.Event()
 
     def _join(self) -> None:
@@ -70,3 +70,15 @@ async def test_a_head_that_hangs_is_asked_once_and_again_when_it_has_answered() 
     answers.set()
     await eventually(question.answered)
     assert len(set(asked)) == 1
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [("", STARTING), ("127.0.0.1:1", "the Ray head at 127.0.0.1:1 does not answer yet")],
+)
+async def test_a_head_that_was_never_there_is_named_where_its_address_is_known(address: str, said: str) -> None:
+    cluster = RayCluster(lambda: address, CONFIG, "nabla")
+    with pytest.raises(ClusterAway) as away:
+        await cluster.look({})
+    assert str(away.value) == said
+    await cluster.close()
