@@ -109,6 +109,8 @@ async def advance(unit: ExecutorUnit, row: ExecutionRow, trigger: str, **values:
     if state == ENDED:
         values = {"ended_us": to_us(unit.now), "visit_us": 0, "asked_us": to_us(unit.now)} | values
     changed = await unit.change(row, state=state, **values)
+    if state == ENDED:
+        await unit.forget_tokens([row.id])
     await _tell_others(unit, changed)
     return changed
 

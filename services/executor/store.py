@@ -34,6 +34,7 @@ class ExecutionRow(Base, table=True):
     __table_args__ = (
         Index("executions_visit", "visit_us"),
         Index("executions_job", "job_id"),
+        Index("executions_ended", "ended_us"),
         Index("executions_unsealed", "asked_us", sqlite_where=_UNSEALED, postgresql_where=_UNSEALED),
     )
 
@@ -183,6 +184,18 @@ class ExecutorUnit(UnitOfWork):
         """When to look next, unless somebody changed the row since it was read: it is looked at again then."""
         unchanged = (col(ExecutionRow.id) == row.id, col(ExecutionRow.revision) == row.revision)
         await self.session.exec(update(ExecutionRow).where(*unchanged).values(visit_us=at_us))
+
+    async def forget_tokens(self, attempt_ids: Sequence[str]) -> None:
+        await self.session.exec(delete(TokenRow).where(col(TokenRow.attempt_id).in_(attempt_ids)))
+
+    async def forget_ended(self, before_us: int) -> int:
+        """Deletes what ended before, with its tokens; at most PAGE. How many there were."""
+        old = select(ExecutionRow.id).where(ExecutionRow.state == ENDED, col(ExecutionRow.ended_us) < before_us)
+        ids = (await self.session.exec(old.order_by(col(ExecutionRow.ended_us)).limit(PAGE))).all()
+        if ids:
+            await self.forget_tokens(ids)
+            await self.session.exec(delete(ExecutionRow).where(col(ExecutionRow.id).in_(ids)))
+        return len(ids)
 
     async def keep_token(self, token_hash: str, attempt_id: str) -> None:
         self.session.add(TokenRow(token_hash=token_hash, attempt_id=attempt_id))

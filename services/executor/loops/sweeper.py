@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 
 from sqlalchemy.exc import DBAPIError
@@ -19,6 +20,7 @@ from services.executor.settings import ExecutorSettings
 from services.executor.store import PAGE, ExecutionRow, ExecutorUnit
 
 SWEEP_S = 30.0
+KEPT = timedelta(days=365)
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class Sweeper:
                 await self.sweep()
             try:
                 await self.ask_for_seals()
+                await self.forget_old()
             except (DBAPIError, StaleRevision) as error:
                 log.warning("sweeping waits for the database", extra={"reason": repr(error)})
 
@@ -72,6 +75,12 @@ class Sweeper:
                 return
         if due:
             self._on_change()
+
+    async def forget_old(self) -> None:
+        """One pass over executions that nobody asks for any more: the scheduler keeps their history."""
+        before_us = to_us(utc_now() - KEPT)
+        if count := await self._store.run(lambda unit: unit.forget_ended(before_us)):
+            log.info("forgot old executions", extra={"count": count})
 
     async def sweep(self) -> None:
         """One pass. Reservations with names unknown here belong to others."""

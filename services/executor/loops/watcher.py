@@ -23,7 +23,7 @@ from services.executor.domain.inventory import (
     next_inventory,
 )
 from services.executor.handlers import node_snapshot, take_report
-from services.executor.loops.endings import ExecutorStore, end_execution, load
+from services.executor.loops.endings import ExecutorStore, end_execution
 from services.executor.ports import Cluster, ClusterAway, NodeView
 from services.executor.settings import ExecutorSettings
 from services.executor.store import NEVER_US, ExecutionRow, ExecutorUnit, known_node, node_row
@@ -128,8 +128,8 @@ class Watcher:
 
     async def _drop_later(self, unit: ExecutorUnit, attempt_id: str, node_id: str) -> None:
         """The node was away when the folder was to go, or is here again under another id."""
-        row = await load(unit, attempt_id)
-        if row.visit_us == NEVER_US:
+        row = await unit.execution(attempt_id)
+        if row and row.visit_us == NEVER_US:
             visit_us = to_us(unit.now) + int(self._settings.revisit_s * 1_000_000)
             await unit.change(row, node_id=node_id, visit_us=visit_us)
 

@@ -59,6 +59,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
     )
     with op.batch_alter_table("executions", schema=None) as batch_op:
+        batch_op.create_index("executions_ended", ["ended_us"], unique=False)
         batch_op.create_index("executions_job", ["job_id"], unique=False)
         batch_op.create_index(
             "executions_unsealed",
@@ -145,6 +146,7 @@ def downgrade() -> None:
         batch_op.drop_index("executions_visit")
         batch_op.drop_index("executions_unsealed")
         batch_op.drop_index("executions_job")
+        batch_op.drop_index("executions_ended")
 
     op.drop_table("executions")
     op.drop_table("cluster")

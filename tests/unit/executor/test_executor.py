@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlmodel
 from sqlalchemy import select
 
-from libs.common.clock import utc_now
+from libs.common.clock import to_us, utc_now
 from libs.common.contracts.envelope import Envelope
 from libs.common.contracts.message import Message
 from libs.common.contracts.messages import (
@@ -35,7 +37,7 @@ from services.executor import handlers
 from services.executor.loops import Driver, Sweeper, Watcher
 from services.executor.routes import routes
 from services.executor.settings import ExecutorSettings
-from services.executor.store import SKELETON, ExecutionRow, ExecutorUnit
+from services.executor.store import SKELETON, ExecutionRow, ExecutorUnit, TokenRow
 from tests.unit.executor.fake_cluster import NODE, FakeCluster
 
 pytestmark = pytest.mark.unit
@@ -404,6 +406,22 @@ async def test_a_token_dies_with_its_attempt(bench: Bench) -> None:
         await _authenticate(bench, token)
     with pytest.raises(Unauthenticated):
         await _authenticate(bench, "nbla_guess")
+    async with bench.store.view() as view:
+        assert (await view.session.exec(sqlmodel.select(TokenRow))).all() == []
+
+
+async def test_what_ended_over_a_year_ago_is_forgotten(bench: Bench) -> None:
+    old, newer, runs = [await ended(bench) for _ in range(2)] + [start()]
+    await bench.deliver(runs)
+    for asked, days in ((old, 366), (newer, 364)):
+        async with bench.store.begin() as unit:
+            row = await unit.execution(asked.attempt_id)
+            assert row
+            await unit.change(row, ended_us=to_us(utc_now() - timedelta(days=days)))
+    await bench.sweeper.forget_old()
+    async with bench.store.view() as view:
+        left = await view.executions([each.attempt_id for each in (old, newer, runs)])
+    assert {row.id for row in left} == {newer.attempt_id, runs.attempt_id}
 
 
 async def test_executions_of_other_teams_are_not_listed(bench: Bench) -> None:
