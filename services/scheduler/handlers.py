@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
@@ -188,7 +189,7 @@ async def apply_execution(unit: SchedulerUnit, execution: Execution) -> None:
     if case is None:
         log.warning("execution of an unknown job", extra={"job": execution.job_id})
         return
-    after = follow_execution(case, execution, unit.now_us)
+    after = follow_execution(case, execution, unit.now_us, random.random())
     await unit.save(case, after)
     if case.attempt and after.attempt and is_open(case.attempt) and not is_open(after.attempt):
         _ended.add(1, {"end": after.attempt.state})

@@ -348,6 +348,7 @@ def _changing(job: Job) -> dict[str, Any]:
         "attempt_count": job.attempt_count,
         "retries_used": job.retries_used,
         "infra_retries_used": job.infra_retries_used,
+        "preemptions_used": job.preemptions_used,
     }
 
 

@@ -53,6 +53,7 @@ class JobRow(Base, table=True):
     attempt_count: int
     retries_used: int
     infra_retries_used: int
+    preemptions_used: int
     traceparent: str
 
 

@@ -42,6 +42,7 @@ class Job:
         ready_us: not to be placed before; a retry waits a little.
         retries_used: tries that the user's own failures have used, out of template.max_retries.
         infra_retries_used: tries that machines have cost.
+        preemptions_used: tries that were stopped though nobody wanted the job cancelled.
         traceparent: the trace that the submission began; placements continue it.
     """
 
@@ -64,6 +65,7 @@ class Job:
     attempt_count: int = 0
     retries_used: int = 0
     infra_retries_used: int = 0
+    preemptions_used: int = 0
     traceparent: str = ""
 
 

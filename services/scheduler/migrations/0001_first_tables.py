@@ -112,6 +112,7 @@ def upgrade() -> None:
         sa.Column("attempt_count", sa.Integer(), nullable=False),
         sa.Column("retries_used", sa.Integer(), nullable=False),
         sa.Column("infra_retries_used", sa.Integer(), nullable=False),
+        sa.Column("preemptions_used", sa.Integer(), nullable=False),
         sa.Column("traceparent", sa.String(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
     )
