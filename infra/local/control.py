@@ -151,8 +151,8 @@ def down(settings: LocalSettings, say: Callable[[str], None]) -> None:
 
 def _leave_their_ray(installation: Installation, say: Callable[[str], None]) -> None:
     """Ends our agents on a cluster that goes on without us."""
-    address = installation.settings.ray_address
-    command = [sys.executable, "-m", "services.executor.adapters.ray_departure", address]
+    address, namespace = installation.settings.ray_address, installation.settings.ray_namespace
+    command = [sys.executable, "-m", "services.executor.adapters.ray_departure", address, namespace]
     env = os.environ | servers.ray_environment(installation)
     try:
         subprocess.run(command, cwd=CHECKOUT, env=env, capture_output=True, text=True, timeout=DEPARTURE_S, check=True)
@@ -246,6 +246,7 @@ def service_environment(installation: Installation) -> dict[str, str]:
         env["NABLA_DATABASE_URL"] = settings.database_url
     if settings.ray_address:
         env["NABLA_RAY_ADDRESS"] = settings.ray_address
+        env["NABLA_RAY_NAMESPACE"] = settings.ray_namespace
     if (installation.home / "nabla.toml").exists():
         env["NABLA_SETTINGS"] = str(installation.home / "nabla.toml")
     lines = [f"export {name}={shlex.quote(value)}" for name, value in sorted(env.items())]

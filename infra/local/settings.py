@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -31,6 +31,8 @@ class LocalSettings(BaseSettings):
     # Or a JSON file with both, as storage reads it.
     s3_keys: Path | None = None
     ray_address: str = ""
+    # What our agents there are named under: two installations on one cluster need two.
+    ray_namespace: str = Field(default="nabla", min_length=1)
     # That cluster's token; empty: what Ray itself finds, in its own variables or in ~/.ray/auth_token.
     ray_token: str = ""
     # Programs: a path, else what PATH has, else the wheel's.

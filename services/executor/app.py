@@ -8,6 +8,7 @@ from libs.common.service import Service
 from libs.common.store import Store
 from libs.common.version import VERSION
 from services.executor.adapters.ray_cluster import RayCluster
+from services.executor.adapters.storage import BusLogs
 from services.executor.loops import Driver, Sweeper, Watcher
 from services.executor.ports import AgentConfig, Cluster
 from services.executor.routes import routes
@@ -22,18 +23,20 @@ def build(settings: ExecutorSettings | None = None, cluster: Cluster | None = No
     settings = settings or ExecutorSettings()
     store = Store(settings.database_for(NAME), ExecutorUnit, SKELETON, NAME)
     inbox = Inbox(store, NAME)
-    cluster = cluster or RayCluster(settings.find_ray_address, agent_config(settings))
+    cluster = cluster or RayCluster(settings.find_ray_address, agent_config(settings), settings.ray_namespace)
     driver = Driver(store, cluster, settings)
     watcher = Watcher(store, cluster, settings, driver.wake)
     inbox.after_commit(driver.wake)
+    bus = Bus(NAME, settings.nats_url, settings.nats_seed(NAME))
+    sweeper = Sweeper(store, cluster, BusLogs(bus), settings, driver.wake)
     return Service(
         name=NAME,
         settings=settings,
         store=store,
-        bus=Bus(NAME, settings.nats_url, settings.nats_seed(NAME)),
+        bus=bus,
         inbox=inbox,
         routes=routes(),
-        loops=(driver.run, watcher.run, Sweeper(store, cluster).run),
+        loops=(driver.run, watcher.run, sweeper.run),
         describe=lambda: (True, watcher.detail),
     )
 

@@ -107,8 +107,10 @@ async def advance(unit: ExecutorUnit, row: ExecutionRow, trigger: str, **values:
         moved = state != ENDED and node_id != row.node_id
         return await unit.change(row, node_id=node_id) if moved else row
     if state == ENDED:
-        values = {"ended_us": to_us(unit.now), "visit_us": 0} | values
+        values = {"ended_us": to_us(unit.now), "visit_us": 0, "asked_us": to_us(unit.now)} | values
     changed = await unit.change(row, state=state, **values)
+    if state == ENDED:
+        await unit.forget_tokens([row.id])
     await _tell_others(unit, changed)
     return changed
 

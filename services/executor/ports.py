@@ -135,6 +135,17 @@ class Agents(Protocol):
         """Deletes what is left of an attempt that has ended."""
 
 
+class Logs(Protocol):
+    """Questions to storage, for when its events do not come."""
+
+    async def is_sealed(self, team_id: str, job_id: str) -> bool:
+        """Whether the object store has the job's whole log; False for a job that storage does not know.
+
+        Raises:
+            Refusal: it does not answer, or not to us.
+        """
+
+
 class Cluster(Nodes, Reservations, Agents, Protocol):
     """One Ray cluster."""
 

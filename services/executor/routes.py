@@ -5,6 +5,7 @@ from __future__ import annotations
 from libs.common.contracts.message import Message
 from libs.common.contracts.messages import (
     AuthenticateAttempt,
+    GetLog,
     ListExecutions,
     ListFiles,
     ListNodes,
@@ -46,4 +47,5 @@ def routes() -> Routes:
             Route(AuthenticateAttempt, handlers.authenticate_attempt, GATEWAY_ONLY),
             Route(ListNodes, handlers.list_nodes, _FOR_VIEWERS),
         ),
+        sends=(GetLog,),
     )

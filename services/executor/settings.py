@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from libs.common.settings import Settings
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -15,6 +17,8 @@ class ExecutorSettings(Settings):
     # GCS of the Ray cluster as `host:port`. Empty: read from `home/run/ray.json`, which the launcher writes when
     # Ray is up; until then there is no cluster.
     ray_address: str = ""
+    # Ray's namespace for what is ours on it: two installations on one cluster need two.
+    ray_namespace: str = Field(default="nabla", min_length=1)
     # On every node: attempts, caches and built environments. Empty: `home/node`.
     node_dir: Path | None = None
     # The virtual environment that a job gets when it asks for none.
@@ -35,6 +39,8 @@ class ExecutorSettings(Settings):
     reserve_patience_s: float = 60.0
     # An attempt's folder stays on its node this long after its end, for a storage that lost its newest seconds.
     keep_folder_s: float = 600.0
+    # What was not told, such as that a log is sealed, is asked for after so long, and again each time.
+    revisit_s: float = 3600.0
     # Where the platform is root, team n runs as uid_base + n.
     uid_base: int = 61000
     # Seconds between looks at the nodes.

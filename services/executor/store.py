@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Column, Index, Integer, String, Text, func
+from sqlalchemy import JSON, BigInteger, Column, Index, Integer, String, Text, func, text
 from sqlalchemy.orm import registry
 from sqlmodel import Field, SQLModel, col, delete, select, update
 
@@ -17,6 +17,7 @@ from services.executor.domain.inventory import KnownNode
 
 PAGE = 200
 NEVER_US = 2**62
+_UNSEALED = text("state = 'ended' AND NOT log_sealed")
 
 
 class Base(SQLModel, registry=registry()):
@@ -24,10 +25,18 @@ class Base(SQLModel, registry=registry()):
 
 
 class ExecutionRow(Base, table=True):
-    """`visit_us`: when the driving loop has to look at it next; it is what bounds a pass and orders it."""
+    """`visit_us`: when the driving loop has to look at it next; it is what bounds a pass and orders it.
+
+    `asked_us`: when it ended, and from then on when storage was last asked whether its log is sealed.
+    """
 
     __tablename__ = "executions"
-    __table_args__ = (Index("executions_visit", "visit_us"), Index("executions_job", "job_id"))
+    __table_args__ = (
+        Index("executions_visit", "visit_us"),
+        Index("executions_job", "job_id"),
+        Index("executions_ended", "ended_us"),
+        Index("executions_unsealed", "asked_us", sqlite_where=_UNSEALED, postgresql_where=_UNSEALED),
+    )
 
     id: str = Field(primary_key=True, max_length=40)
     job_id: str = Field(max_length=40)
@@ -53,6 +62,7 @@ class ExecutionRow(Base, table=True):
     started_us: int | None = Field(default=None, sa_column=Column(BigInteger))
     ended_us: int | None = Field(default=None, sa_column=Column(BigInteger))
     log_sealed: bool = False
+    asked_us: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
     visit_us: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
     revision: int = Field(default=1, sa_column=Column(Integer, nullable=False))
 
@@ -155,6 +165,13 @@ class ExecutorUnit(UnitOfWork):
         )
         return (await self.session.exec(query)).all()
 
+    async def unsealed(self, before_us: int) -> Sequence[ExecutionRow]:
+        """Ended ones whose log is not known to be sealed, those first that were asked for longest ago; at most PAGE."""
+        query = select(ExecutionRow).where(
+            ExecutionRow.state == ENDED, ~col(ExecutionRow.log_sealed), ExecutionRow.asked_us < before_us
+        )
+        return (await self.session.exec(query.order_by(col(ExecutionRow.asked_us)).limit(PAGE))).all()
+
     async def change(self, row: ExecutionRow, **values: Any) -> ExecutionRow:
         """Saves values under the row's revision and answers the row as it is then."""
         await self.swap(ExecutionRow, row.id, row.revision, values)
@@ -167,6 +184,18 @@ class ExecutorUnit(UnitOfWork):
         """When to look next, unless somebody changed the row since it was read: it is looked at again then."""
         unchanged = (col(ExecutionRow.id) == row.id, col(ExecutionRow.revision) == row.revision)
         await self.session.exec(update(ExecutionRow).where(*unchanged).values(visit_us=at_us))
+
+    async def forget_tokens(self, attempt_ids: Sequence[str]) -> None:
+        await self.session.exec(delete(TokenRow).where(col(TokenRow.attempt_id).in_(attempt_ids)))
+
+    async def forget_ended(self, before_us: int) -> int:
+        """Deletes what ended before, with its tokens; at most PAGE. How many there were."""
+        old = select(ExecutionRow.id).where(ExecutionRow.state == ENDED, col(ExecutionRow.ended_us) < before_us)
+        ids = (await self.session.exec(old.order_by(col(ExecutionRow.ended_us)).limit(PAGE))).all()
+        if ids:
+            await self.forget_tokens(ids)
+            await self.session.exec(delete(ExecutionRow).where(col(ExecutionRow.id).in_(ids)))
+        return len(ids)
 
     async def keep_token(self, token_hash: str, attempt_id: str) -> None:
         self.session.add(TokenRow(token_hash=token_hash, attempt_id=attempt_id))

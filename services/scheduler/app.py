@@ -7,6 +7,7 @@ from libs.common.inbox import Inbox
 from libs.common.locks import SoleWriter
 from libs.common.service import Service
 from services.scheduler.adapters.executor import BusExecutor
+from services.scheduler.adapters.registry import BusRegistry
 from services.scheduler.loops.placer import Placer
 from services.scheduler.loops.reconciler import Patience, Reconciler
 from services.scheduler.routes import routes
@@ -19,8 +20,13 @@ def build(settings: SchedulerSettings | None = None) -> Service:
     store = SchedulerStore(settings.database_for("scheduler"))
     bus = Bus("scheduler", settings.nats_url, settings.nats_seed("scheduler"))
     placer = Placer(store, silent_s=settings.executor_silent_s, pass_s=settings.reconcile_s)
-    patience = Patience(settings.reconcile_s, settings.executor_silent_s, settings.attempt_check_s)
-    reconciler = Reconciler(store, BusExecutor(bus), placer.policy, patience)
+    patience = Patience(
+        pass_s=settings.reconcile_s,
+        silent_s=settings.executor_silent_s,
+        attempt_s=settings.attempt_check_s,
+        project_s=settings.project_check_s,
+    )
+    reconciler = Reconciler(store, BusExecutor(bus), BusRegistry(bus), placer.policy, patience)
     lock = SoleWriter(store.url, "scheduler")
 
     async def place() -> None:

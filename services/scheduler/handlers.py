@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
@@ -42,7 +43,7 @@ from services.scheduler.domain.lifecycles import admit, ask_to_stop, follow_exec
 from services.scheduler.domain.model import Case, Experiment, Job
 from services.scheduler.domain.snapshots import attempt_message, experiment_message, job_message
 from services.scheduler.domain.templates import MAX_NAME_LENGTH, SERVICES, checked_template
-from services.scheduler.store import SchedulerUnit
+from services.scheduler.store import GONE, UNHEARD, SchedulerUnit
 from services.scheduler.tables import EXPERIMENTS, JOBS
 
 # Answers stay well under NATS's 1 MB; what a job weighs beside its template is less than this.
@@ -188,7 +189,7 @@ async def apply_execution(unit: SchedulerUnit, execution: Execution) -> None:
     if case is None:
         log.warning("execution of an unknown job", extra={"job": execution.job_id})
         return
-    after = follow_execution(case, execution, unit.now_us)
+    after = follow_execution(case, execution, unit.now_us, random.random())
     await unit.save(case, after)
     if case.attempt and after.attempt and is_open(case.attempt) and not is_open(after.attempt):
         _ended.add(1, {"end": after.attempt.state})
@@ -227,14 +228,16 @@ async def _queue(
 
 
 async def _check_project(unit: SchedulerUnit, project_id: str, team_id: str) -> None:
-    """Refuses what is known to be wrong. An unknown project may be one whose event is still under way."""
+    """Refuses what is known to be wrong. An unknown project may be one whose event is still under way: it is let in,
+    and the registry is asked before the next."""
     if not is_id("project", project_id):
         detail = f"{project_id[:60]!r} is not the id of a project."
         raise Invalid("bad_project_id", detail, "Name a project by the id that `nabla projects list` shows.")
     project = await unit.project(project_id)
-    if project is None:
+    if project is None or (project.state in {UNHEARD, GONE} and project.team_id != team_id):
+        await unit.await_project(project_id, team_id)
         return
-    if project.team_id != team_id:
+    if project.team_id != team_id or project.state == GONE:
         raise NotFound("project_not_found", f"There is no project {project_id}.", "See `nabla projects list`.")
     if project.state in {"archived", "deleted"}:
         detail = f"The project is {project.state}, so nothing can run in it."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from libs.common.contracts.messages import Execution, NodePage
+from libs.common.contracts.messages import Execution, NodePage, Project
 
 
 class Executor(Protocol):
@@ -21,6 +21,18 @@ class Executor(Protocol):
 
     async def nodes(self) -> NodePage:
         """Its whole inventory.
+
+        Raises:
+            Refusal: it does not answer, or not to us.
+        """
+        ...
+
+
+class Registry(Protocol):
+    """Questions to the registry, for when its events do not come."""
+
+    async def project(self, team_id: str, project_id: str) -> Project | None:
+        """The project as it is now; None when this team has none of that id: purged, moved away, or never there.
 
         Raises:
             Refusal: it does not answer, or not to us.

@@ -8,6 +8,7 @@ from libs.common.contracts.messages import (
     ExecutionRunning,
     GetExperiment,
     GetJob,
+    GetProject,
     HaltJob,
     ListExecutions,
     ListExperiments,
@@ -65,5 +66,5 @@ def routes() -> Routes:
             Route(ProjectRestored, handlers.learn_project, INTERNAL),
             Route(ProjectMoved, handlers.learn_project, INTERNAL),
         ),
-        sends=(StartExecution, StopExecution, ListExecutions, ListNodes),
+        sends=(StartExecution, StopExecution, ListExecutions, ListNodes, GetProject),
     )

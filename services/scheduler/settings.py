@@ -12,3 +12,5 @@ class SchedulerSettings(Settings):
     executor_silent_s: float = 30.0
     # Seconds without news of an attempt until the executor is asked about it.
     attempt_check_s: float = 15.0
+    # Seconds without news of a project until the registry is asked whether jobs may still run in it.
+    project_check_s: float = 60.0

@@ -33,15 +33,20 @@ from services.scheduler.tables import (
     JobRow,
 )
 
-__all__ = ["Base", "Changes", "Inventory", "SchedulerStore", "SchedulerUnit"]
+__all__ = ["GONE", "UNHEARD", "Base", "Changes", "Inventory", "Place", "SchedulerStore", "SchedulerUnit"]
 
 _JOB_FIELDS = tuple(item.name for item in fields(Job))
 _ATTEMPT_FIELDS = tuple(item.name for item in fields(Attempt))
 _NEWEST = "newest_"
+# States of a project that the registry does not have: nobody has told of it yet; its team has none of that id.
+UNHEARD, GONE = "unheard", "gone"
 _CASES = select(
     *(JOBS.c[name] for name in _JOB_FIELDS),
     *(ATTEMPTS.c[name].label(_NEWEST + name) for name in _ATTEMPT_FIELDS),
 ).outerjoin_from(JOBS, ATTEMPTS, JOBS.c.attempt_id == ATTEMPTS.c.id)
+_PLACES = select(
+    JOBS.c.id.label("job_id"), JOBS.c.state, JOBS.c.detail, ATTEMPTS.c.node_id, ATTEMPTS.c.forgotten
+).join_from(JOBS, ATTEMPTS, JOBS.c.attempt_id == ATTEMPTS.c.id)
 _DEMANDS = select(
     JOBS.c.id,
     JOBS.c.team_id,
@@ -64,6 +69,17 @@ class Inventory:
     nodes: tuple[Node, ...]
     detail: str
     heard_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a live job's newest attempt is, without its template."""
+
+    job_id: str
+    state: str
+    detail: str
+    node_id: str
+    forgotten: bool
 
 
 class SchedulerUnit(UnitOfWork):
@@ -90,6 +106,11 @@ class SchedulerUnit(UnitOfWork):
     async def cases(self, *wanted: ColumnElement[bool], order: Any = None, limit: int | None = None) -> list[Case]:
         query = _CASES.where(*wanted).order_by(JOBS.c.id if order is None else order).limit(limit)
         return [_case(row) for row in (await self.execute(query)).all()]
+
+    async def places(self, state: str, limit: int) -> list[Place]:
+        """Where the jobs in this state are, those first that were looked at longest ago."""
+        query = _PLACES.where(JOBS.c.ended_us.is_(None), JOBS.c.state == state).order_by(JOBS.c.checked_us)
+        return [Place(**row._mapping) for row in (await self.execute(query.limit(limit))).all()]
 
     async def add(self, case: Case, first_detail: str) -> Case:
         """Stores a new job, already in the queue. Its timeline begins with the submission."""
@@ -194,11 +215,34 @@ class SchedulerUnit(UnitOfWork):
     async def keep_project(self, project_id: str, team_id: str, state: str, revision: int) -> None:
         """Takes in a snapshot, unless a newer one is known."""
         known = await self.project(project_id)
-        values = {"id": project_id, "team_id": team_id, "state": state, "revision": revision}
-        if known is None:
-            await self.execute(insert(PROJECTS), values)
-        elif revision > known.revision:
+        if known is None or revision > known.revision:
+            await self._put_project(project_id, team_id, state, revision, self.now_us, is_new=known is None)
+
+    async def await_project(self, project_id: str, team_id: str) -> None:
+        """Lets the registry be asked next whether this team has such a project."""
+        known = await self.project(project_id)
+        revision = known.revision if known else 0
+        await self._put_project(project_id, team_id, UNHEARD, revision, 0, is_new=known is None)
+
+    async def _put_project(
+        self, project_id: str, team_id: str, state: str, revision: int, checked_us: int, *, is_new: bool
+    ) -> None:
+        values = {"team_id": team_id, "state": state, "revision": revision, "checked_us": checked_us}
+        if is_new:
+            await self.execute(insert(PROJECTS), values | {"id": project_id})
+        else:
             await self.execute(update(PROJECTS).where(PROJECTS.c.id == project_id).values(**values))
+
+    async def projects_unchecked(self, before_us: int, limit: int) -> Sequence[Row[Any]]:
+        """Those of which nothing was heard since, longest first."""
+        due = select(PROJECTS).where(PROJECTS.c.checked_us < before_us).order_by(PROJECTS.c.checked_us)
+        return (await self.execute(due.limit(limit))).all()
+
+    async def correct_project(self, asked: Row[Any], state: str, revision: int) -> None:
+        """Takes in an answer, whatever revision it has, unless something was heard while it was asked for."""
+        same = (PROJECTS.c[name] == getattr(asked, name) for name in ("id", "team_id", "revision"))
+        values = {"state": state, "revision": revision, "checked_us": self.now_us}
+        await self.execute(update(PROJECTS).where(*same).values(**values))
 
     async def inventories(self) -> list[Inventory]:
         rows = (await self.execute(select(INVENTORIES).order_by(INVENTORIES.c.executor))).all()
@@ -304,6 +348,7 @@ def _changing(job: Job) -> dict[str, Any]:
         "attempt_count": job.attempt_count,
         "retries_used": job.retries_used,
         "infra_retries_used": job.infra_retries_used,
+        "preemptions_used": job.preemptions_used,
     }
 
 

@@ -53,6 +53,7 @@ class JobRow(Base, table=True):
     attempt_count: int
     retries_used: int
     infra_retries_used: int
+    preemptions_used: int
     traceparent: str
 
 
@@ -81,6 +82,7 @@ class AttemptRow(Base, table=True):
     addresses: str = Field(sa_type=Text)
     gpu_indices: str = Field(sa_type=Text)
     execution_revision: int = Field(sa_type=BigInteger)
+    forgotten: bool
 
 
 class TimelineRow(Base, table=True):
@@ -115,14 +117,20 @@ class ExperimentRow(Base, table=True):
 
 
 class ProjectRow(Base, table=True):
-    """What the registry says of projects: enough to refuse jobs in those that are archived or deleted."""
+    """What the registry says of projects: enough to refuse jobs in those that are archived or deleted.
+
+    A job may come before the word of its project: the row then has the state `unheard` until the registry is asked.
+    `checked_us` is when the registry was last heard of it, or asked.
+    """
 
     __tablename__ = "projects"
+    __table_args__ = (Index("projects_checked", "checked_us"),)
 
     id: str = Field(primary_key=True)
     team_id: str
     state: str
     revision: int
+    checked_us: int = Field(sa_type=BigInteger)
 
 
 class InventoryRow(Base, table=True):

@@ -116,7 +116,12 @@ class LogHandlers:
             if page.position == before:
                 raise Unavailable("log_moved", "The log was being moved while it was read.", "Try again.")
         complete = whole and page.position >= log.last_sequence
-        return LogPage(lines=tuple(page.lines), complete=complete, last_sequence=log.last_sequence)
+        return LogPage(
+            lines=tuple(page.lines),
+            complete=complete,
+            last_sequence=log.last_sequence,
+            sealed=log.state == SEALED,
+        )
 
     async def get_log(self, message: GetLog, view: StorageUnit, call: Envelope) -> LogPage:
         page = call.facts

@@ -65,6 +65,10 @@ class RayHead:
             return False
         return True
 
+    def agents(self) -> list[int]:
+        """The processes of all node agents, of whatever installation."""
+        return list(self._named(AGENT))
+
     def agent_pid(self) -> int:
         """The process of the node agent's actor."""
         return next(self._named(AGENT))
@@ -72,9 +76,6 @@ class RayHead:
     def gcs_pid(self) -> int:
         """The process that is the head's memory."""
         return next(self._named(b"/gcs_server"))
-
-    def has_agents(self) -> bool:
-        return any(self._named(AGENT))
 
     def _named(self, mark: bytes) -> Iterator[int]:
         return (pid for pid in self.processes() if mark in _command_line(pid))

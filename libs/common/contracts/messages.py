@@ -732,6 +732,8 @@ class LogPage(Message):
     # The log is whole: no line will come after these.
     complete: bool = False
     last_sequence: Int64 = 0
+    # The object store has the whole log, so that nothing of it need be kept elsewhere.
+    sealed: bool = False
 
 
 class ModelVersion(Message):

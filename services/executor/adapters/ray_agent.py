@@ -11,7 +11,8 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,7 +40,7 @@ class RayNodeAgent:
         self._fingerprint = fingerprint(config)
         if config.traces:
             set_up_traces("agent", Path(config.node_dir) / "traces")
-        self._agent = NodeAgent(node_id, config, _head_answers)
+        self._agent = NodeAgent(node_id, config, HeadQuestion(_ask_head).answered)
         self._opened = threading.Event()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._run, name="node-agent", daemon=True).start()
@@ -81,12 +82,32 @@ class RayNodeAgent:
                 await asyncio.sleep(RETRY_S)
 
 
-async def _head_answers() -> bool:
-    """Whether the cluster's head answers this node."""
+class HeadQuestion:
+    """Whether the cluster's head answers this node. One thread asks: while its call hangs, none is begun beside it.
+
+    Args:
+        ask: blocks, for as long as the head likes.
+        within_s: an answer that takes longer is none.
+    """
+
+    def __init__(self, ask: Callable[[], object], within_s: float = HEAD_ANSWERS_S) -> None:
+        self._ask = ask
+        self._within_s = within_s
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="head-question")
+        self._call: Future[object] | None = None
+
+    async def answered(self) -> bool:
+        if self._call is None or self._call.done():
+            self._call = self._thread.submit(self._ask)
+        try:
+            async with asyncio.timeout(self._within_s):
+                return bool(await asyncio.wrap_future(self._call))
+        except Exception:
+            return False
+
+
+def _ask_head() -> object:
     import ray
 
-    try:
-        async with asyncio.timeout(HEAD_ANSWERS_S):
-            return bool(await asyncio.to_thread(ray.nodes))
-    except Exception:
-        return False
+    untyped: Any = ray
+    return untyped.nodes()

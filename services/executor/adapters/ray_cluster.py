@@ -35,9 +35,11 @@ from services.executor.ports import (
     StartOrder,
 )
 
-NAMESPACE = "nabla"
 AGENT_PREFIX = "nabla-agent-"
-THREADS = 16
+# One looks; others may still hang in calls to a head that died.
+LOOKING = 4
+CALLING = 16
+RESERVING = 16
 PORT_ANSWERS_S = 1.0
 CONNECT_LIMIT_S = 30.0
 CALL_LIMIT_S = 10.0
@@ -63,13 +65,19 @@ class RayCluster:
     Args:
         find_address: `host:port` of the head's GCS now, or an empty string when there is none yet.
         config: what each node's agent is told; agents that were told something else are replaced.
+        namespace: Ray's, in which our agents and reservations have their names: each installation on a cluster has its
+            own, or they would replace each other's agents for ever.
     """
 
-    def __init__(self, find_address: Callable[[], str], config: AgentConfig) -> None:
+    def __init__(self, find_address: Callable[[], str], config: AgentConfig, namespace: str) -> None:
         self._find_address = find_address
+        self._namespace = namespace
         self._config = config
         self._fingerprint = fingerprint(config)
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="ray")
+        # Apart from each other: reading GPUs may take a minute, and agents that hang hold up their callers.
+        self._looking = ThreadPoolExecutor(LOOKING, thread_name_prefix="ray-look")
+        self._calling = ThreadPoolExecutor(CALLING, thread_name_prefix="ray-call")
+        self._reserving = ThreadPoolExecutor(RESERVING, thread_name_prefix="ray-reserve")
         self._connecting: Future[None] | None = None
         self._guard = threading.Lock()
         self._calls = 0
@@ -84,42 +92,45 @@ class RayCluster:
 
     async def look(self, believed: Mapping[str, Mapping[str, str]]) -> tuple[NodeView, ...]:
         # Apart, so that a head that died is told of long before the patience with a new one is over.
-        await self._in_thread(CONNECT_LIMIT_S, self._join)
-        return await self._in_thread(CALL_LIMIT_S, self._look, believed)
+        await self._in_thread(self._looking, CONNECT_LIMIT_S, self._join)
+        return await self._in_thread(self._looking, CALL_LIMIT_S, self._look, believed)
 
     async def reserve(self, wanted: Reservation) -> tuple[int, ...]:
-        return await self._in_thread(GPU_READ_LIMIT_S + CALL_LIMIT_S, self._reserve, wanted)
+        return await self._in_thread(self._reserving, GPU_READ_LIMIT_S + CALL_LIMIT_S, self._reserve, wanted)
 
     async def release(self, attempt_id: str) -> None:
-        await self._in_thread(CALL_LIMIT_S, self._release, attempt_id)
+        await self._in_thread(self._calling, CALL_LIMIT_S, self._release, attempt_id)
 
     async def reserved(self) -> frozenset[str]:
-        return await self._in_thread(CALL_LIMIT_S, self._reserved)
+        return await self._in_thread(self._calling, CALL_LIMIT_S, self._reserved)
 
     async def start(self, node_id: str, order: StartOrder) -> None:
-        await self._in_thread(CALL_LIMIT_S, self._call_agent, node_id, "start", order)
+        await self._in_thread(self._calling, CALL_LIMIT_S, self._call_agent, node_id, "start", order)
 
     async def stop(self, node_id: str, attempt_id: str, grace_s: float, reason: str) -> bool:
         call = functools.partial(self._call_agent, node_id, "stop", attempt_id, grace_s, reason)
-        return bool(await self._in_thread(CALL_LIMIT_S, call))
+        return bool(await self._in_thread(self._calling, CALL_LIMIT_S, call))
 
     async def drop(self, node_id: str, attempt_id: str) -> None:
-        await self._in_thread(CALL_LIMIT_S, self._call_agent, node_id, "drop", attempt_id)
+        await self._in_thread(self._calling, CALL_LIMIT_S, self._call_agent, node_id, "drop", attempt_id)
 
     async def close(self) -> None:
         """Leaves the cluster as it is: agents, reservations and jobs live on. Nothing is called after it."""
         with contextlib.suppress(ClusterAway, asyncio.CancelledError):
-            await self._in_thread(CALL_LIMIT_S, self._leave)
+            await self._in_thread(self._looking, CALL_LIMIT_S, self._leave)
         self._closed = True
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._looking, self._calling, self._reserving):
+            threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _in_thread(self, limit_s: float, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def _in_thread(
+        self, threads: ThreadPoolExecutor, limit_s: float, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         if self._closed:
             raise ClusterAway(STOPPING)
         call = functools.partial(work, *args, **kwargs)
         try:
             async with asyncio.timeout(limit_s):
-                return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+                return await asyncio.get_running_loop().run_in_executor(threads, call)
         except TimeoutError:
             raise ClusterAway(f"the Ray cluster did not answer within {limit_s:.0f} s") from None
 
@@ -147,14 +158,15 @@ class RayCluster:
         if not address:
             raise ClusterAway(STARTING)
         if not _answers(address):
-            silent = f"the Ray head at {address} does not answer" if self._seen_once else STARTING
+            yet = "" if self._seen_once else " yet"
+            silent = f"the Ray head at {address} does not answer{yet}"
             self._disconnect(silent)
             raise ClusterAway(silent)
         if self._address == address and ray.is_initialized():
             return
         if self._connecting is None:
             self._disconnect(f"the Ray head at {address} is new")
-            self._connecting = _in_own_thread(functools.partial(_init, address))
+            self._connecting = _in_own_thread(functools.partial(_init, address, self._namespace))
         try:
             self._connecting.result(CONNECT_LIMIT_S - 5)
         except TimeoutError:
@@ -236,7 +248,7 @@ class RayCluster:
 
         options: dict[str, Any] = {
             "name": AGENT_PREFIX + node_id,
-            "namespace": NAMESPACE,
+            "namespace": self._namespace,
             "lifetime": "detached",
             "get_if_exists": True,
             "num_cpus": 0,
@@ -344,11 +356,11 @@ def _living_nodes() -> dict[str, Any]:
     return {node["NodeID"]: node for node in untyped.nodes() if node["Alive"]}
 
 
-def _init(address: str) -> None:
+def _init(address: str, namespace: str) -> None:
     import ray
 
     keep_loopback()
-    ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
+    ray.init(address=address, namespace=namespace, log_to_driver=False, configure_logging=False)
 
 
 def _answers(address: str) -> bool:

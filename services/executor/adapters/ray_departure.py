@@ -1,7 +1,7 @@
 """Takes an installation off a Ray cluster that others run: its node agents, and what its attempts had reserved.
 
-`nabla down` runs it: `python -m services.executor.adapters.ray_departure HOST:PORT`. An embedded Ray needs none of it,
-as it ends with everything on it.
+`nabla down` runs it: `python -m services.executor.adapters.ray_departure HOST:PORT NAMESPACE`. An embedded Ray
+needs none of it, as it ends with everything on it.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import Any
 
 from libs.common.ids import is_id
 from services.executor.adapters.loopback import keep_loopback
-from services.executor.adapters.ray_cluster import AGENT_PREFIX, NAMESPACE
+from services.executor.adapters.ray_cluster import AGENT_PREFIX
 
 LEAVE_S = 5.0
 
 
-def depart(address: str) -> tuple[int, int]:
+def depart(address: str, namespace: str) -> tuple[int, int]:
     """How many agents and how many reservations were there, and are no more."""
     import ray
 
     keep_loopback()
-    ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
+    ray.init(address=address, namespace=namespace, log_to_driver=False, configure_logging=False)
     try:
         return _end_agents(), _release_all()
     finally:
@@ -47,15 +47,18 @@ def _release_all() -> int:
     from ray.util.placement_group import get_placement_group, placement_group_table, remove_placement_group
 
     groups = [group["name"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
-    ours = [name for name in groups if is_id("attempt", name or "")]
-    for name in ours:
-        with contextlib.suppress(ValueError):
-            remove_placement_group(get_placement_group(name))
-    return len(ours)
+    released = 0
+    for name in groups:
+        # Those of other installations are listed too, and have no name in our namespace.
+        if is_id("attempt", name or ""):
+            with contextlib.suppress(ValueError):
+                remove_placement_group(get_placement_group(name))
+                released += 1
+    return released
 
 
 def main() -> int:
-    agents, reservations = depart(sys.argv[1])
+    agents, reservations = depart(*sys.argv[1:3])
     print(f"{agents} agents and {reservations} reservations were taken off")
     return 0
 

@@ -191,7 +191,7 @@ class Driver:
     async def _clean_up(self, row: ExecutionRow) -> None:
         await self._cluster.release(row.id)
         keep_until_us = (row.ended_us or 0) + int(self._settings.keep_folder_s * 1_000_000)
-        if not row.log_sealed or row.told_us is None:
+        if not row.log_sealed:
             await self._visit_at(row, NEVER_US)
         elif to_us(utc_now()) < keep_until_us:
             await self._visit_at(row, keep_until_us)
@@ -199,6 +199,7 @@ class Driver:
             await self._drop(row)
 
     async def _drop(self, row: ExecutionRow) -> None:
+        """A folder that is still there afterwards is listed by its node's agent, and dropped later."""
         async with self._store.view() as view:
             present = {node.id for node in await view.nodes() if node.state != GONE}
         if row.node_id in present:

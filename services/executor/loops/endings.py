@@ -20,5 +20,5 @@ async def end_execution(store: ExecutorStore, attempt_id: str, reason: str, deta
 
 async def load(unit: ExecutorUnit, attempt_id: str) -> ExecutionRow:
     row = await unit.execution(attempt_id)
-    assert row, "executions are never deleted"
+    assert row, "only what ended long ago is ever deleted"
     return row

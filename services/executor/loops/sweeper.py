@@ -1,33 +1,86 @@
-"""Makes what the cluster holds equal to what executions need, whatever was lost in between."""
+"""Makes what the cluster holds equal to what executions need, whatever was lost in between, and asks for lost news."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 
+from sqlalchemy.exc import DBAPIError
+
+from libs.common.clock import to_us, utc_now
+from libs.common.errors import Refusal, StaleRevision, Unavailable
 from services.executor.domain.execution import ENDED, FINISHING, RUNNING, STARTING, amounts_for
-from services.executor.loops.endings import ExecutorStore
-from services.executor.ports import Cluster, ClusterAway, NodeAway, NoRoom, Reservation
-from services.executor.store import PAGE, ExecutionRow
+from services.executor.loops.endings import ExecutorStore, load
+from services.executor.ports import Cluster, ClusterAway, Logs, NodeAway, NoRoom, Reservation
+from services.executor.settings import ExecutorSettings
+from services.executor.store import PAGE, ExecutionRow, ExecutorUnit
 
 SWEEP_S = 30.0
+KEPT = timedelta(days=365)
 
 log = logging.getLogger(__name__)
 
 
 class Sweeper:
-    """Releases what ended executions still hold, and reserves again for running ones that a new head forgot."""
+    """Releases what ended executions still hold, and reserves again for running ones that a new head forgot.
 
-    def __init__(self, store: ExecutorStore, cluster: Cluster) -> None:
+    Args:
+        on_change: called when an execution became due.
+    """
+
+    def __init__(
+        self,
+        store: ExecutorStore,
+        cluster: Cluster,
+        logs: Logs,
+        settings: ExecutorSettings,
+        on_change: Callable[[], None],
+    ) -> None:
         self._store = store
         self._cluster = cluster
+        self._logs = logs
+        self._settings = settings
+        self._on_change = on_change
 
     async def run(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
             with contextlib.suppress(ClusterAway, TimeoutError):
                 await self.sweep()
+            try:
+                await self.ask_for_seals()
+                await self.forget_old()
+            except (DBAPIError, StaleRevision) as error:
+                log.warning("sweeping waits for the database", extra={"reason": repr(error)})
+
+    async def ask_for_seals(self) -> None:
+        """One pass over ended executions whose log should have been sealed, but nobody told."""
+        before_us = to_us(utc_now()) - int(self._settings.revisit_s * 1_000_000)
+        async with self._store.view() as view:
+            due = await view.unsealed(before_us)
+        for row in due:
+            sealed, is_silent = False, False
+            try:
+                sealed = await self._logs.is_sealed(row.team_id, row.job_id)
+            except Refusal as refusal:
+                log.info("storage does not tell whether a log is sealed", extra={"reason": refusal.detail})
+                is_silent = isinstance(refusal, Unavailable)
+            # Also without an answer: the next pass begins with others.
+            await self._store.run(partial(_note_asked, attempt_id=row.id, sealed=sealed))
+            if is_silent:
+                return
+        if due:
+            self._on_change()
+
+    async def forget_old(self) -> None:
+        """One pass over executions that nobody asks for any more: the scheduler keeps their history."""
+        before_us = to_us(utc_now() - KEPT)
+        if count := await self._store.run(lambda unit: unit.forget_ended(before_us)):
+            log.info("forgot old executions", extra={"count": count})
 
     async def sweep(self) -> None:
         """One pass. Reservations with names unknown here belong to others."""
@@ -51,3 +104,12 @@ class Sweeper:
             return
         if list(gpus) != row.gpu_indices:
             log.warning("Ray counts other GPUs than the attempt uses", extra={"attempt_id": row.id})
+
+
+async def _note_asked(unit: ExecutorUnit, attempt_id: str, sealed: bool) -> None:
+    row = await load(unit, attempt_id)
+    asked_us = to_us(unit.now)
+    if sealed and not row.log_sealed:
+        await unit.change(row, asked_us=asked_us, log_sealed=True, visit_us=0)
+    else:
+        await unit.change(row, asked_us=asked_us)

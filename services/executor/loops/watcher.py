@@ -26,7 +26,7 @@ from services.executor.handlers import node_snapshot, take_report
 from services.executor.loops.endings import ExecutorStore, end_execution
 from services.executor.ports import Cluster, ClusterAway, NodeView
 from services.executor.settings import ExecutorSettings
-from services.executor.store import ExecutionRow, ExecutorUnit, known_node, node_row
+from services.executor.store import NEVER_US, ExecutionRow, ExecutorUnit, known_node, node_row
 
 # The inventory is sent this often even unchanged: it is the executor's sign of life.
 REPORT_S = 5.0
@@ -123,6 +123,15 @@ class Watcher:
         for row in strays:
             if row.reason == "lost":
                 await self._stop_stray(view.id, row)
+            if row.visit_us == NEVER_US and row.log_sealed:
+                await self._store.run(partial(self._drop_later, attempt_id=row.id, node_id=view.id))
+
+    async def _drop_later(self, unit: ExecutorUnit, attempt_id: str, node_id: str) -> None:
+        """The node was away when the folder was to go, or is here again under another id."""
+        row = await unit.execution(attempt_id)
+        if row and row.visit_us == NEVER_US:
+            visit_us = to_us(unit.now) + int(self._settings.revisit_s * 1_000_000)
+            await unit.change(row, node_id=node_id, visit_us=visit_us)
 
     async def _stop_stray(self, node_id: str, row: ExecutionRow) -> None:
         """Ends what was given up and lives; told again at each look until its agent has heard it."""

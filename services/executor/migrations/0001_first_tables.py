@@ -53,12 +53,21 @@ def upgrade() -> None:
         sa.Column("started_us", sa.BigInteger(), nullable=True),
         sa.Column("ended_us", sa.BigInteger(), nullable=True),
         sa.Column("log_sealed", sa.Boolean(), nullable=False),
+        sa.Column("asked_us", sa.BigInteger(), nullable=False),
         sa.Column("visit_us", sa.BigInteger(), nullable=False),
         sa.Column("revision", sa.Integer(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
     )
     with op.batch_alter_table("executions", schema=None) as batch_op:
+        batch_op.create_index("executions_ended", ["ended_us"], unique=False)
         batch_op.create_index("executions_job", ["job_id"], unique=False)
+        batch_op.create_index(
+            "executions_unsealed",
+            ["asked_us"],
+            unique=False,
+            sqlite_where=sa.text("state = 'ended' AND NOT log_sealed"),
+            postgresql_where=sa.text("state = 'ended' AND NOT log_sealed"),
+        )
         batch_op.create_index("executions_visit", ["visit_us"], unique=False)
         batch_op.create_index(batch_op.f("ix_executions_state"), ["state"], unique=False)
 
@@ -135,7 +144,9 @@ def downgrade() -> None:
     with op.batch_alter_table("executions", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_executions_state"))
         batch_op.drop_index("executions_visit")
+        batch_op.drop_index("executions_unsealed")
         batch_op.drop_index("executions_job")
+        batch_op.drop_index("executions_ended")
 
     op.drop_table("executions")
     op.drop_table("cluster")

@@ -6,7 +6,8 @@ Job:
     submitted, waiting               queued       admit: the submission itself, or the end of the hold
     queued                           starting     place: the policy chose a node
     starting, unreachable            running      run: the executor says that the process runs
-    starting, running                unreachable  lose_contact: the executor, or the node, is silent
+    starting, running                unreachable  lose_contact: the executor, or the node, is silent, or the executor
+                                                  no longer knows the attempt
     unreachable                      starting     resume: it is heard again and the process has not run yet
     unreachable                      running      run: it is heard again and the process runs
     starting, running, unreachable   queued       requeue: node lost, preempted, or a failure worth a retry
@@ -41,11 +42,17 @@ from libs.common.transitions import TransitionTable
 from services.scheduler.domain.model import Attempt, Case, Job
 
 MAX_INFRA_RETRIES = 5
+# Nobody's fault, and as ordinary as a machine that is taken down for the night; bounded, as everything is.
+MAX_PREEMPTIONS = 100
 MAX_RETRY_DELAY_S = 60
 CANCELLED = "cancelled"
 BEING_STOPPED = "is being stopped"
+FORGOTTEN = (
+    "the executor no longer knows its attempt, as if its database had been restored from before: the attempt may "
+    "still run on its node, so it is not run again by itself"
+)
 
-_LIVE = ("starting", "running", "unreachable")
+LIVE = ("starting", "running", "unreachable")
 _OPEN = ("placed", "starting", "running", "finishing")
 _ENDS = {"succeed": "succeeded", "fail": "failed", "cancel": CANCELLED, "time_out": "timed_out"}
 
@@ -61,8 +68,8 @@ JOBS = TransitionTable(
         ("unreachable", "resume"): "starting",
         ("starting", "lose_contact"): "unreachable",
         ("running", "lose_contact"): "unreachable",
-        **{(state, "requeue"): "queued" for state in _LIVE},
-        **{(state, trigger): end for state in _LIVE for trigger, end in _ENDS.items()},
+        **{(state, "requeue"): "queued" for state in LIVE},
+        **{(state, trigger): end for state in LIVE for trigger, end in _ENDS.items()},
         **{(state, "cancel"): CANCELLED for state in ("submitted", "waiting", "queued")},
     },
     terminal=frozenset(_ENDS.values()),
@@ -90,7 +97,7 @@ class Outcome:
     """What an ended execution means: the triggers of both machines, and why, for people.
 
     Args:
-        retry: whose budget another try would use: "user", "infra", or empty when there is to be none.
+        retry: whose budget another try would use: "user", "infra", "preempted", or empty when there is to be none.
     """
 
     attempt_trigger: str
@@ -124,16 +131,22 @@ def ask_to_stop(case: Case, now_us: int) -> Case:
     return Case(replace(_move(unwanted, "cancel", "stopped before it ran"), ended_us=now_us), attempt)
 
 
-def follow_execution(case: Case, execution: Execution, now_us: int) -> Case:
+def follow_execution(case: Case, execution: Execution, now_us: int, jitter: float = 1.0) -> Case:
     """The case after a snapshot of what the executor knows.
 
     A snapshot of another attempt than the job's newest, of one that has ended, or no newer than what was applied
-    before, changes nothing.
+    before, changes nothing. But an end counts whatever its revision: those of a restored database begin again.
+
+    Args:
+        jitter: by chance between 0 and 1; how much of a new try's delay is waited, so that not all come back at once.
     """
     attempt = case.attempt
     if attempt is None or attempt.id != execution.attempt_id or not is_open(attempt):
         return case
-    if execution.revision <= attempt.execution_revision:
+    if attempt.forgotten:
+        attempt = replace(attempt, forgotten=False)
+        case = regain_contact(Case(case.job, attempt))
+    if execution.revision <= attempt.execution_revision and execution.state != "ended":
         return case
     seen = _with_facts(attempt, execution)
     match execution.state:
@@ -142,7 +155,7 @@ def follow_execution(case: Case, execution: Execution, now_us: int) -> Case:
         case "finishing":
             return _running(case.job, _move_attempt(seen, "finish"), "its artifacts are being sealed", now_us)
         case "ended":
-            return _ended(case.job, seen, execution, now_us)
+            return _ended(case.job, seen, execution, now_us, jitter)
         case _:
             return _accepted(case.job, _move_attempt(seen, "accept"))
 
@@ -150,6 +163,14 @@ def follow_execution(case: Case, execution: Execution, now_us: int) -> Case:
 def lose_contact(case: Case, detail: str) -> Case:
     """Shown as unreachable, and left alone: only the executor may say that an attempt is lost."""
     return Case(_move(case.job, "lose_contact", detail), case.attempt)
+
+
+def forget(case: Case) -> Case:
+    """The executor knows no more of an attempt of which it told before: shown, and left alone."""
+    attempt = case.attempt
+    if attempt is None or not is_open(attempt):
+        return case
+    return Case(_move(case.job, "lose_contact", FORGOTTEN), replace(attempt, forgotten=True))
 
 
 def regain_contact(case: Case) -> Case:
@@ -191,7 +212,7 @@ def _broken_off(job: Job, execution: Execution) -> Outcome:
     detail = execution.detail
     match execution.reason:
         case "stopped":
-            return Outcome("preempt", "fail", detail or "its process was stopped on the machine", retry="infra")
+            return Outcome("preempt", "fail", detail or "its process was stopped on the machine", retry="preempted")
         case "timed_out":
             limit = f"ran longer than its limit of {job.template.timeout_s:g} s"
             return Outcome("time_out", "time_out", detail or limit)
@@ -210,9 +231,9 @@ def _exited(execution: Execution) -> Outcome:
     return Outcome("fail", "fail", detail, retry="user")
 
 
-def retry_delay_s(tries: int) -> int:
-    """Seconds before try `tries` + 1: 1, 2, 4, up to a minute."""
-    return int(min(2 ** (tries - 1), MAX_RETRY_DELAY_S))
+def retry_delay_s(tries: int, jitter: float = 1.0) -> float:
+    """Seconds before try `tries` + 1: 1, 2, 4, up to a minute; with the least jitter half of it."""
+    return min(2.0 ** min(tries - 1, 16), MAX_RETRY_DELAY_S) * (1 + jitter) / 2
 
 
 def is_open(attempt: Attempt) -> bool:
@@ -251,41 +272,47 @@ def _running(job: Job, attempt: Attempt, detail: str, now_us: int) -> Case:
     return Case(moved, replace(attempt, started_us=started_us))
 
 
-def _ended(job: Job, attempt: Attempt, execution: Execution, now_us: int) -> Case:
+def _ended(job: Job, attempt: Attempt, execution: Execution, now_us: int, jitter: float) -> Case:
     outcome = outcome_of(job, execution)
     over = replace(_move_attempt(attempt, outcome.attempt_trigger), ended_us=now_us, detail=outcome.detail)
     tries_left = _tries_left(job, outcome.retry)
     if tries_left > 0:
-        return Case(_requeued(job, outcome, now_us), over)
+        return Case(_requeued(job, outcome, now_us, jitter), over)
     detail = outcome.detail
-    if outcome.retry == "infra":
-        detail += f"; given up after {job.infra_retries_used} new tries"
+    if outcome.retry in {"infra", "preempted"}:
+        detail += f"; given up after {_tries_used(job, outcome.retry)} new tries"
     ended = replace(_move(job, outcome.job_trigger, detail), ended_us=now_us, exit_code=execution.exit_code)
     return Case(ended, over)
 
 
 def _tries_left(job: Job, budget: str) -> int:
+    most = {"user": job.template.max_retries, "infra": MAX_INFRA_RETRIES, "preempted": MAX_PREEMPTIONS}
+    return most[budget] - _tries_used(job, budget) if budget else 0
+
+
+def _tries_used(job: Job, budget: str) -> int:
+    used = {"user": job.retries_used, "infra": job.infra_retries_used, "preempted": job.preemptions_used}
+    return used[budget]
+
+
+def _counted(job: Job, budget: str) -> Job:
     match budget:
         case "user":
-            return job.template.max_retries - job.retries_used
+            return replace(job, retries_used=job.retries_used + 1)
         case "infra":
-            return MAX_INFRA_RETRIES - job.infra_retries_used
+            return replace(job, infra_retries_used=job.infra_retries_used + 1)
         case _:
-            return 0
+            return replace(job, preemptions_used=job.preemptions_used + 1)
 
 
-def _requeued(job: Job, outcome: Outcome, now_us: int) -> Job:
-    counted = (
-        replace(job, retries_used=job.retries_used + 1)
-        if outcome.retry == "user"
-        else replace(job, infra_retries_used=job.infra_retries_used + 1)
-    )
-    delay_s = retry_delay_s(counted.retries_used + counted.infra_retries_used)
-    detail = f"{outcome.detail}; tried again in {delay_s} s"
+def _requeued(job: Job, outcome: Outcome, now_us: int, jitter: float) -> Job:
+    counted = _counted(job, outcome.retry)
+    delay_s = retry_delay_s(_tries_used(counted, outcome.retry), jitter)
+    detail = f"{outcome.detail}; tried again in {delay_s:.2g} s"
     return replace(
         _move(counted, "requeue", detail),
         queued_us=now_us,
-        ready_us=now_us + delay_s * 1_000_000,
+        ready_us=now_us + int(delay_s * 1_000_000),
         started_us=None,
     )
 

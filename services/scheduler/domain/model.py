@@ -13,6 +13,7 @@ class Attempt:
 
     Args:
         execution_revision: the newest snapshot applied of what the executor says; -1 before the first.
+        forgotten: the executor told of it before and says now that it knows of none: its database was restored.
     """
 
     id: str
@@ -29,6 +30,7 @@ class Attempt:
     addresses: dict[str, str] = field(default_factory=dict)
     gpu_indices: tuple[int, ...] = ()
     execution_revision: int = -1
+    forgotten: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,7 @@ class Job:
         ready_us: not to be placed before; a retry waits a little.
         retries_used: tries that the user's own failures have used, out of template.max_retries.
         infra_retries_used: tries that machines have cost.
+        preemptions_used: tries that were stopped though nobody wanted the job cancelled.
         traceparent: the trace that the submission began; placements continue it.
     """
 
@@ -62,6 +65,7 @@ class Job:
     attempt_count: int = 0
     retries_used: int = 0
     infra_retries_used: int = 0
+    preemptions_used: int = 0
     traceparent: str = ""
 
 

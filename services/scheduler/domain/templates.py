@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 
 from libs.common.contracts.messages import JobTemplate, Resources
 from libs.common.errors import Invalid, TooLarge
+from libs.common.ids import is_id
 
 MAX_COMMAND_BYTES = 128 * 1024
 # Every event of a job carries its template, and a message on the bus holds 256 KB.
@@ -46,6 +47,8 @@ def checked_template(template: JobTemplate, kinds: Collection[str] = PEOPLE) -> 
     _check_resources(filled.resources)
     _check_limits(filled)
     _check_ports(filled.ports)
+    _check_filesets("workspace_id", [filled.workspace_id] if filled.workspace_id else [])
+    _check_filesets("inputs", (item.fileset_id for item in filled.inputs))
     _check_paths("inputs", (item.path for item in filled.inputs))
     _check_paths("models", (item.path for item in filled.models))
     if len(filled.to_wire()) > MAX_TEMPLATE_BYTES:
@@ -115,6 +118,13 @@ def _check_ports(ports: tuple[int, ...]) -> None:
     if len(set(ports)) < len(ports) or len(ports) > MAX_PORTS:
         detail = f"A port is named twice, or there are more than {MAX_PORTS}."
         raise _invalid("ports", detail, "Name each port that the job listens on once.")
+
+
+def _check_filesets(field: str, fileset_ids: Iterable[str]) -> None:
+    for fileset_id in fileset_ids:
+        if not is_id("fileset", fileset_id):
+            detail = f"{fileset_id[:60]!r} in {field} is not the id of a file set."
+            raise _invalid(field, detail, "Use the id that storage gave when the files were uploaded.")
 
 
 def _check_paths(field: str, paths: Iterable[str]) -> None:

@@ -150,7 +150,12 @@ def _why_none(inventories: list[Inventory], heard: list[Inventory]) -> str:
         return NO_EXECUTOR
     if not heard:
         return "the executor is silent"
-    return "; ".join(inventory.detail for inventory in heard if inventory.detail)
+    return nodes_detail(heard)
+
+
+def nodes_detail(inventories: list[Inventory]) -> str:
+    """What executors say of why they have no node."""
+    return "; ".join(inventory.detail for inventory in inventories if inventory.detail)
 
 
 async def _commit(unit: SchedulerUnit, placements: list[Placement], reasons: dict[str, str]) -> None:

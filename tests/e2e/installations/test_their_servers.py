@@ -84,10 +84,10 @@ def test_the_demo_goes_its_whole_way_on_servers_that_others_run(tmp_path: Path, 
         assert any("accuracy" in line for line in lines)
         assert list((home / "data").glob("*.db")) == [], "nothing in SQLite"
         # What others run goes on when we stop.
-        assert ray.has_agents()
+        assert ray.agents()
         platform.down()
         assert ray.processes()
-        assert not ray.has_agents(), "what is ours is gone from it"
+        assert not ray.agents(), "what is ours is gone from it"
         assert nats.process
         assert nats.process.poll() is None
         platform.up()

@@ -15,7 +15,7 @@ LOOKING_S = 0.3
 
 
 async def close_while_looking(address: str, config: AgentConfig) -> None:
-    cluster = RayCluster(lambda: address, config)
+    cluster = RayCluster(lambda: address, config, "nabla")
     await cluster.look({})
     looking = [asyncio.create_task(_look_on(cluster)) for _ in range(AT_ONCE)]
     await asyncio.sleep(LOOKING_S)

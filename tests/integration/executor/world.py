@@ -25,9 +25,11 @@ from libs.common.contracts.messages import (
     FilePage,
     Fileset,
     FilesetGrant,
+    GetLog,
     ListFiles,
     LogFrame,
     LogLine,
+    LogPage,
     ModelVersion,
     OpenFileset,
     Principal,
@@ -115,12 +117,14 @@ class Neighbours:
     filesets: dict[str, tuple[Fileset, tuple[File, ...]]] = field(default_factory=dict)
     models: list[RegisterModel] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
+    sealed_logs: set[str] = field(default_factory=set)
 
     async def serve(self) -> None:
         await self._answer(ListFiles, self._list)
         await self._answer(OpenFileset, self._open)
         await self._answer(SealFileset, self._seal)
         await self._answer(RegisterModel, self._register)
+        await self._answer(GetLog, self._read_log)
 
     def put_fileset(self, contents: Mapping[str, bytes], kind: str = "workspace") -> str:
         fileset_id = new_id("fileset")
@@ -196,6 +200,9 @@ class Neighbours:
             raise NotFound("fileset_not_found", f"There is no file set {question.fileset_id}.")
         fileset, files = self.filesets[question.fileset_id]
         return FilePage(fileset=fileset, items=files)
+
+    def _read_log(self, question: GetLog) -> LogPage:
+        return LogPage(sealed=question.job_id in self.sealed_logs)
 
     def _open(self, order: OpenFileset) -> FilesetGrant:
         fileset = Fileset(id=new_id("fileset"), kind=order.kind, state="open", digest=order.digest, job_id=order.job_id)

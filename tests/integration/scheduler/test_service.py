@@ -21,6 +21,7 @@ from libs.common.contracts.messages import (
     ExecutionPage,
     ExecutionRunning,
     GetJob,
+    GetProject,
     Job,
     JobDetail,
     ListExecutions,
@@ -28,13 +29,14 @@ from libs.common.contracts.messages import (
     NodePage,
     NodesReported,
     Principal,
+    Project,
     StartExecution,
     StopExecution,
     StopJob,
     SubmitJob,
 )
 from libs.common.contracts.subjects import COMMANDS, EVENTS, delivery_subject, subject_for
-from libs.common.errors import NotFound
+from libs.common.errors import Conflict, NotFound
 from libs.common.ids import new_id
 from libs.common.migrations import migrate
 from libs.common.routing import INTERNAL, Route, Routes, Rule
@@ -66,6 +68,7 @@ EXECUTOR = Routes(
         Route(ListNodes, nothing, FROM_SCHEDULER),
     ),
 )
+REGISTRY = Routes("registry", (Route(GetProject, nothing, FROM_SCHEDULER),))
 GATEWAY = Routes("gateway", (), sends=(SubmitJob, StopJob, GetJob))
 
 
@@ -110,7 +113,8 @@ class StandIn:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[NatsServer]:
-    with running_nats(tmp_path / "nats", [grant_for(routes) for routes in (ROUTES, EXECUTOR, GATEWAY)]) as server:
+    everybody = [grant_for(routes) for routes in (ROUTES, EXECUTOR, REGISTRY, GATEWAY)]
+    with running_nats(tmp_path / "nats", everybody) as server:
         yield server
 
 
@@ -187,3 +191,25 @@ async def test_a_restarted_scheduler_learns_by_asking(server, executor, gateway,
     executor.known[command.attempt_id] = known
     async with running_scheduler(server, database_url, tmp_path / "b"):
         await reaches(gateway, job.id, "succeeded")
+
+
+async def test_a_project_closed_unheard_takes_no_more_jobs(server, executor, gateway, database_url, tmp_path):
+    bus = server.bus("registry")
+    await bus.start()
+    archived = Project(id=PROJECT, team_id=TEAM, state="archived", revision=2)
+
+    async def answer(raw: Any) -> None:
+        await raw.respond(archived.to_wire())
+
+    await bus.client.subscribe(subject_for(GetProject), cb=answer)
+
+    async def submit_on() -> None:
+        async with asyncio.timeout(60):
+            while True:
+                await gateway.ask(SubmitJob(project_id=PROJECT, template=template()), Job, USER, key=new_id("job"))
+                await asyncio.sleep(0.05)
+
+    async with running_scheduler(server, database_url, tmp_path):
+        with pytest.raises(Conflict, match="archived"):
+            await submit_on()
+    await bus.stop()

@@ -86,6 +86,7 @@ class FakeCluster:
 
     async def drop(self, node_id: str, attempt_id: str) -> None:
         self._check_agent(node_id)
+        self.barred.discard(attempt_id)
         known = self.attempts.get((node_id, attempt_id))
         if known and known.state == "ended":
             del self.attempts[node_id, attempt_id]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlmodel
 from sqlalchemy import select
 
-from libs.common.clock import utc_now
+from libs.common.clock import to_us, utc_now
 from libs.common.contracts.envelope import Envelope
 from libs.common.contracts.message import Message
 from libs.common.contracts.messages import (
@@ -27,7 +29,7 @@ from libs.common.contracts.messages import (
     StartExecution,
     StopExecution,
 )
-from libs.common.errors import Conflict, Unauthenticated
+from libs.common.errors import Conflict, Forbidden, Refusal, Unauthenticated, Unavailable
 from libs.common.ids import new_id, secret_hash
 from libs.common.migrations import migrate
 from libs.common.store import Store
@@ -35,12 +37,28 @@ from services.executor import handlers
 from services.executor.loops import Driver, Sweeper, Watcher
 from services.executor.routes import routes
 from services.executor.settings import ExecutorSettings
-from services.executor.store import SKELETON, ExecutionRow, ExecutorUnit
+from services.executor.store import SKELETON, ExecutionRow, ExecutorUnit, TokenRow
 from tests.unit.executor.fake_cluster import NODE, FakeCluster
 
 pytestmark = pytest.mark.unit
 TEAM = "t0team"
 SERVICE = Principal(kind="service", id="scheduler", team_id=TEAM)
+
+
+class FakeLogs:
+    """Storage, as far as it is asked."""
+
+    def __init__(self) -> None:
+        self.sealed: set[str] = set()
+        self.asked: list[str] = []
+        self.refusals: list[Refusal] = []
+
+    async def is_sealed(self, team_id: str, job_id: str) -> bool:
+        assert team_id == TEAM
+        self.asked.append(job_id)
+        if self.refusals:
+            raise self.refusals.pop(0)
+        return job_id in self.sealed
 
 
 @dataclass
@@ -55,7 +73,8 @@ class Bench:
     def __post_init__(self) -> None:
         self.driver = Driver(self.store, self.cluster, self.settings)
         self.watcher = Watcher(self.store, self.cluster, self.settings, self.driver.wake, lambda: self.now_s)
-        self.sweeper = Sweeper(self.store, self.cluster)
+        self.logs = FakeLogs()
+        self.sweeper = Sweeper(self.store, self.cluster, self.logs, self.settings, self.driver.wake)
 
     async def deliver(self, message: Message, **envelope: Any) -> None:
         """The same delivery twice, as the bus may do."""
@@ -107,7 +126,7 @@ class Bench:
 async def bench(database_url: str, tmp_path: Path) -> AsyncIterator[Bench]:
     store = Store(database_url, ExecutorUnit, SKELETON, "executor")
     await migrate(store.writer, "executor")
-    settings = ExecutorSettings(home=tmp_path, reconcile_s=0.0, keep_folder_s=0.0, node_fence_s=10.0)
+    settings = ExecutorSettings(home=tmp_path, reconcile_s=0.0, keep_folder_s=0.0, node_fence_s=10.0, revisit_s=0.0)
     made = Bench(store, FakeCluster(), settings)
     await made.watcher.look()
     yield made
@@ -204,6 +223,84 @@ async def test_the_folder_goes_when_the_log_is_sealed_and_not_before(bench: Benc
     await bench.work()
     assert (NODE, asked.attempt_id) in bench.cluster.attempts
     await bench.deliver(LogSealed(job_id=asked.job_id))
+    await bench.work()
+    assert bench.cluster.attempts == {}
+
+
+async def ended(bench: Bench) -> StartExecution:
+    """One whose process has ended, and whose folder is on its node."""
+    asked = start()
+    await bench.deliver(asked)
+    await bench.work()
+    bench.cluster.report(NODE, asked.attempt_id, state="ended", reason="exited")
+    await bench.deliver(report(asked, "ended", reason="exited", exit_code=0))
+    await bench.work()
+    return asked
+
+
+async def test_a_seal_that_was_never_told_is_asked_for(bench: Bench) -> None:
+    asked = await ended(bench)
+    await bench.sweeper.ask_for_seals()
+    await bench.work()
+    assert (NODE, asked.attempt_id) in bench.cluster.attempts
+    bench.logs.sealed.add(asked.job_id)
+    await bench.sweeper.ask_for_seals()
+    await bench.work()
+    assert bench.cluster.attempts == {}
+    await bench.sweeper.ask_for_seals()
+    assert bench.logs.asked == [asked.job_id] * 2
+
+
+async def test_storage_is_asked_first_for_what_was_asked_longest_ago(bench: Bench) -> None:
+    jobs = [(await ended(bench)).job_id for _ in range(3)]
+    bench.logs.refusals = [Forbidden("not_allowed", "Not you."), Unavailable("service_silent", "Nobody answers.")]
+    await bench.sweeper.ask_for_seals()
+    assert bench.logs.asked == jobs[:2]
+    await bench.sweeper.ask_for_seals()
+    assert bench.logs.asked == [*jobs[:2], jobs[2], *jobs[:2]]
+
+
+async def test_the_folder_goes_of_an_attempt_that_ended_before_its_start_was_noted(bench: Bench) -> None:
+    asked = start()
+    await bench.deliver(asked)
+    async with bench.store.begin() as unit:
+        row = await unit.execution(asked.attempt_id)
+        assert row
+        await handlers.advance(unit, row, "reserve")
+    bench.cluster.report(NODE, asked.attempt_id, state="ended", reason="exited")
+    await bench.deliver(report(asked, "ended", reason="exited", exit_code=0))
+    await bench.deliver(LogSealed(job_id=asked.job_id))
+    await bench.work()
+    assert bench.cluster.attempts == {}
+
+
+async def test_what_a_stop_left_on_the_node_for_a_start_that_never_came_goes_too(bench: Bench) -> None:
+    asked = start()
+    await bench.deliver(asked)
+    async with bench.store.begin() as unit:
+        row = await unit.execution(asked.attempt_id)
+        assert row
+        await handlers.advance(unit, row, "reserve")
+    await bench.deliver(StopExecution(attempt_id=asked.attempt_id, reason="cancelled"))
+    await bench.work()
+    assert bench.cluster.barred == {asked.attempt_id}
+    await bench.deliver(LogSealed(job_id=asked.job_id))
+    await bench.work()
+    assert bench.cluster.barred == set()
+
+
+@pytest.mark.parametrize("back_as", [NODE, "node2"])
+async def test_a_folder_whose_node_was_away_goes_when_its_agent_lists_it_again(bench: Bench, back_as: str) -> None:
+    asked = await ended(bench)
+    bench.cluster.alive.clear()
+    bench.now_s += 100
+    await bench.watcher.look()
+    await bench.deliver(LogSealed(job_id=asked.job_id))
+    await bench.work()
+    folder = bench.cluster.attempts.pop((NODE, asked.attempt_id))
+    bench.cluster.alive = {back_as}
+    bench.cluster.attempts[back_as, asked.attempt_id] = folder
+    await bench.watcher.look()
     await bench.work()
     assert bench.cluster.attempts == {}
 
@@ -309,6 +406,22 @@ async def test_a_token_dies_with_its_attempt(bench: Bench) -> None:
         await _authenticate(bench, token)
     with pytest.raises(Unauthenticated):
         await _authenticate(bench, "nbla_guess")
+    async with bench.store.view() as view:
+        assert (await view.session.exec(sqlmodel.select(TokenRow))).all() == []
+
+
+async def test_what_ended_over_a_year_ago_is_forgotten(bench: Bench) -> None:
+    old, newer, runs = [await ended(bench) for _ in range(2)] + [start()]
+    await bench.deliver(runs)
+    for asked, days in ((old, 366), (newer, 364)):
+        async with bench.store.begin() as unit:
+            row = await unit.execution(asked.attempt_id)
+            assert row
+            await unit.change(row, ended_us=to_us(utc_now() - timedelta(days=days)))
+    await bench.sweeper.forget_old()
+    async with bench.store.view() as view:
+        left = await view.executions([each.attempt_id for each in (old, newer, runs)])
+    assert {row.id for row in left} == {newer.attempt_id, runs.attempt_id}
 
 
 async def test_executions_of_other_teams_are_not_listed(bench: Bench) -> None:

@@ -11,6 +11,7 @@ from services.scheduler.domain.lifecycles import (
     ATTEMPTS,
     JOBS,
     MAX_INFRA_RETRIES,
+    MAX_PREEMPTIONS,
     ask_to_stop,
     follow_execution,
     lose_contact,
@@ -141,13 +142,13 @@ def test_a_failure_is_tried_again_until_the_retries_are_used():
         case = follow_execution(case, said(case, "ended", reason="exited", exit_code=3), NOW)
         assert (case.job.state, case.job.retries_used) == ("queued", tries)
         assert case.job.ready_us == NOW + retry_delay_s(tries) * SECOND
-        assert case.job.detail == f"exit code 3; tried again in {retry_delay_s(tries)} s"
+        assert case.job.detail == f"exit code 3; tried again in {retry_delay_s(tries):g} s"
         case = place(case.job, f"at{tries + 1}", "node1", NOW)
     case = follow_execution(case, said(case, "ended", reason="exited", exit_code=3), NOW)
     assert (case.job.state, case.job.attempt_count) == ("failed", 3)
 
 
-@pytest.mark.parametrize(("reason", "end"), [("lost", "lost"), ("fenced", "lost"), ("stopped", "preempted")])
+@pytest.mark.parametrize(("reason", "end"), [("lost", "lost"), ("fenced", "lost")])
 def test_a_lost_machine_costs_no_retry_of_the_user_and_at_most_five_times(reason, end):
     case = placed(max_retries=0)
     for tries in range(1, MAX_INFRA_RETRIES + 1):
@@ -158,6 +159,28 @@ def test_a_lost_machine_costs_no_retry_of_the_user_and_at_most_five_times(reason
     case = follow_execution(case, said(case, "ended", reason=reason), NOW)
     assert case.job.state == "failed"
     assert case.job.detail.endswith("given up after 5 new tries")
+
+
+def test_a_preemption_has_a_budget_of_its_own():
+    case = placed(max_retries=0)
+    for tries in range(1, MAX_PREEMPTIONS + 1):
+        case = follow_execution(case, said(case, "ended", reason="stopped"), NOW)
+        assert (case.job.state, case.attempt.state) == ("queued", "preempted")
+        assert (case.job.retries_used, case.job.infra_retries_used, case.job.preemptions_used) == (0, 0, tries)
+        case = place(case.job, f"at{tries + 1}", "node1", NOW)
+    lost = follow_execution(case, said(case, "ended", reason="lost"), NOW)
+    assert (lost.job.state, lost.job.infra_retries_used) == ("queued", 1)
+    assert lost.job.ready_us == NOW + SECOND
+    case = follow_execution(case, said(case, "ended", reason="stopped"), NOW)
+    assert (case.job.state, case.job.detail[-28:]) == ("failed", "given up after 100 new tries")
+
+
+@pytest.mark.parametrize(("jitter", "waited_s"), [(0.0, 0.5), (0.5, 0.75), (1.0, 1.0)])
+def test_jitter_spreads_what_failed_together(jitter, waited_s):
+    case = placed(max_retries=1)
+    again = follow_execution(case, said(case, "ended", reason="exited", exit_code=3), NOW, jitter)
+    assert again.job.ready_us == NOW + int(waited_s * SECOND)
+    assert again.job.detail == f"exit code 3; tried again in {waited_s:.2g} s"
 
 
 def test_a_report_of_an_older_attempt_never_changes_the_job():

@@ -6,6 +6,7 @@ import pytest
 
 from libs.common.contracts.messages import Input, JobTemplate, ModelOutput, Resources
 from libs.common.errors import Invalid, TooLarge
+from libs.common.ids import new_id
 from services.scheduler.domain.templates import SERVICES, checked_template
 from tests.unit.scheduler.cases import template
 
@@ -44,7 +45,11 @@ def test_a_bare_template_gets_its_defaults():
         ("ports", {"ports": (0,)}),
         ("ports", {"ports": (65_536,)}),
         ("ports", {"ports": (80, 80)}),
-        ("inputs", {"inputs": (Input(path="../x"),)}),
+        ("workspace_id", {"workspace_id": "../../etc"}),
+        ("workspace_id", {"workspace_id": new_id("job")}),
+        ("inputs", {"inputs": (Input(path="x"),)}),
+        ("inputs", {"inputs": (Input(fileset_id="fs1", path="x"),)}),
+        ("inputs", {"inputs": (Input(fileset_id=new_id("fileset"), path="../x"),)}),
         ("models", {"models": (ModelOutput(path="/etc"),)}),
         ("name", {"name": "x" * 201}),
         ("name", {"name": "a\nb"}),
@@ -56,6 +61,11 @@ def test_a_wrong_field_is_named_with_a_remedy(field, fields):
         checked_template(template(**fields))
     assert refusal.value.facts == {"field": f"template.{field}"}
     assert refusal.value.remedy
+
+
+def test_file_sets_are_named_by_their_ids():
+    inputs = (Input(fileset_id=new_id("fileset"), path="data"),)
+    assert checked_template(template(workspace_id=new_id("fileset"), inputs=inputs)).inputs == inputs
 
 
 def test_a_template_that_no_event_could_carry_is_too_large():

@@ -22,9 +22,10 @@ from libs.common.contracts.messages import (
     NodePage,
     NodesReported,
     Principal,
+    Project,
     SubmitJob,
 )
-from libs.common.errors import Unavailable
+from libs.common.errors import Refusal, Unavailable
 from libs.common.ids import new_id
 from libs.common.inbox import Inbox
 from libs.common.migrations import migrate
@@ -53,10 +54,13 @@ class FakeExecutor:
         self.known: dict[str, Execution] = {}
         self.inventory: NodePage | None = None
         self.asked: list[str] = []
+        self.refusals: dict[str, Refusal] = {}
 
     async def executions(self, team_id: str, attempt_ids: Sequence[str]) -> tuple[Execution, ...]:
         assert team_id
         self.asked += attempt_ids
+        if team_id in self.refusals:
+            raise self.refusals[team_id]
         return tuple(self.known[attempt_id] for attempt_id in attempt_ids if attempt_id in self.known)
 
     async def nodes(self) -> NodePage:
@@ -65,19 +69,39 @@ class FakeExecutor:
         return self.inventory
 
 
+class FakeRegistry:
+    """A registry that answers what a test put in."""
+
+    def __init__(self) -> None:
+        self.projects: dict[str, Project] = {}
+        self.asked: list[str] = []
+        self.refusals: list[Refusal] = []
+
+    async def project(self, team_id: str, project_id: str) -> Project | None:
+        self.asked.append(project_id)
+        if self.refusals:
+            raise self.refusals.pop(0)
+        found = self.projects.get(project_id)
+        return found if found and found.team_id == team_id else None
+
+
 class World:
     def __init__(self, url: str) -> None:
         self.now = datetime(2026, 1, 1, tzinfo=UTC)
         self.url = url
         self.executor = FakeExecutor()
+        self.registry = FakeRegistry()
+        self.registry.projects[PROJECT] = Project(id=PROJECT, team_id=TEAM, state="active", revision=1)
         self._start()
 
     def _start(self) -> None:
         self.store = SchedulerStore(self.url, clock=lambda: self.now)
         self.inbox = Inbox(self.store, "scheduler")
         self.placer = Placer(self.store, silent_s=30, pass_s=5, clock=lambda: self.now)
-        patience = Patience(pass_s=5, silent_s=30, attempt_s=15)
-        self.reconciler = Reconciler(self.store, self.executor, self.placer.policy, patience, clock=lambda: self.now)
+        patience = Patience(pass_s=5, silent_s=30, attempt_s=15, project_s=60)
+        self.reconciler = Reconciler(
+            self.store, self.executor, self.registry, self.placer.policy, patience, clock=lambda: self.now
+        )
         self._running = asyncio.create_task(self.inbox.run())
 
     async def open(self) -> World:

@@ -246,11 +246,13 @@ async def test_logs_stay_in_the_database_while_the_object_store_is_away(world: W
     world.objects.problem = "away"
     with pytest.raises(Exception, match="away"):
         await world.keeper.keep_logs()
-    assert (await world.page()).complete
+    page = await world.page()
+    assert (page.complete, page.sealed) == (True, False)
     assert await texts(world) == ["a"]
     world.objects.problem = ""
     await world.keeper.keep_logs()
     assert len(await world.events()) == 1
+    assert (await world.page()).sealed
 
 
 async def test_a_part_written_twice_after_a_kill_changes_nothing(world: World) -> None:

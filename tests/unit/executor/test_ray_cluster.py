@@ -1,0 +1,84 @@
+"""What is said where there is no head, and what calls that hang hold up: nobody. Needs no Ray that runs."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Mapping
+
+import pytest
+
+from services.executor.adapters.ray_agent import HeadQuestion
+from services.executor.adapters.ray_cluster import STARTING, RayCluster
+from services.executor.ports import AgentConfig, ClusterAway, NodeView, Reservation
+from tests.unit.executor.cluster_suite import eventually, reservation
+
+pytestmark = pytest.mark.unit
+
+CONFIG = AgentConfig("", "", "", "", "", "", "")
+
+
+class HangingCluster(RayCluster):
+    """Every reservation and every call to an agent hangs until `answers` is set."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: "head:1", CONFIG, "nabla")
+        self.answers = threading.Event()
+
+    def _join(self) -> None:
+        return
+
+    def _leave(self) -> None:
+        return
+
+    def _look(self, believed: Mapping[str, Mapping[str, str]]) -> tuple[NodeView, ...]:
+        return (NodeView("node1", "host", 1.0, 1, 0.0),)
+
+    def _reserve(self, wanted: Reservation) -> tuple[int, ...]:
+        self.answers.wait()
+        return ()
+
+    def _call_agent(self, node_id: str, method: str, *args: object) -> None:
+        self.answers.wait()
+
+
+async def test_nodes_are_looked_at_while_reservations_and_agents_hang() -> None:
+    cluster = HangingCluster()
+    hanging = [asyncio.create_task(cluster.reserve(reservation("node1"))) for _ in range(40)]
+    hanging += [asyncio.create_task(cluster.drop("node1", "at1")) for _ in range(40)]
+    await asyncio.sleep(0)
+    try:
+        assert len(await cluster.look({})) == 1
+    finally:
+        cluster.answers.set()
+        for task in hanging:
+            task.cancel()
+        await asyncio.gather(*hanging, return_exceptions=True)
+        await cluster.close()
+
+
+async def test_a_head_that_hangs_is_asked_once_and_again_when_it_has_answered() -> None:
+    answers, asked = threading.Event(), list[int]()
+
+    def ask() -> bool:
+        asked.append(threading.get_ident())
+        return answers.wait()
+
+    question = HeadQuestion(ask, within_s=0.01)
+    assert [await question.answered() for _ in range(3)] == [False] * 3
+    assert len(asked) <= 1
+    answers.set()
+    await eventually(question.answered)
+    assert len(set(asked)) == 1
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [("", STARTING), ("127.0.0.1:1", "the Ray head at 127.0.0.1:1 does not answer yet")],
+)
+async def test_a_head_that_was_never_there_is_named_where_its_address_is_known(address: str, said: str) -> None:
+    cluster = RayCluster(lambda: address, CONFIG, "nabla")
+    with pytest.raises(ClusterAway) as away:
+        await cluster.look({})
+    assert str(away.value) == said
+    await cluster.close()
