@@ -56,7 +56,6 @@ MAX_DELIVERIES = 20
 LONGEST_DELAY_S = 60.0
 # An outage ends for all at once, and nobody wants to wait a minute after it.
 OUTAGE_DELAY_S = 5.0
-NANOSECONDS = 1_000_000_000
 STREAM_OF_KIND = {Kind.EVENT: EVENTS, Kind.COMMAND: COMMANDS, Kind.FRAME: LOGS}
 
 log = logging.getLogger(__name__)

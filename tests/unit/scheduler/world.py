@@ -184,7 +184,7 @@ class World:
         """Everything ever emitted: name and body."""
         table = SKELETON.outbox
         async with self.store.view() as view:
-            rows = (await view.session.execute(select(table.c.headers, table.c.body).order_by(table.c.id))).all()
+            rows = (await view.execute(select(table.c.headers, table.c.body).order_by(table.c.id))).all()
         return [(json.loads(row.headers)["ce-type"].removesuffix(".v1"), json.loads(row.body)) for row in rows]
 
     async def names(self) -> list[str]:
