@@ -233,7 +233,9 @@ class AttemptRun:
         return record
 
     async def _keep(self, ended: ExitRecord) -> None:
-        """Seals artifacts and models once; problems go to the log and do not change how the job ended."""
+        """Seals artifacts and models once. What cannot be kept is told in log and report, and does not change how
+        the job ended.
+        """
         marker = self._folder.path / "sealed.json"
         if marker.exists() or ended.started_at_us is None:
             return
@@ -244,24 +246,38 @@ class AttemptRun:
             self.order.team_id,
             self.order.project_id,
         )
-        try:
-            count = await self._means.sealing.seal_artifacts(owner, self._folder.artifacts)
-            if count:
-                self._log.say("artifacts", f"artifacts: {count} files kept", tail=True)
-        except NotKept as error:
-            self._log.say("artifacts", f"artifacts: not kept: {error}", tail=True)
+        problems = await self._keep_artifacts(owner)
         if ended.reason == "exited" and ended.code == 0:
-            await self._keep_models(owner)
-        await asyncio.to_thread(write_durably, marker, b"{}")
+            problems += await self._keep_models(owner)
+        detail = short_reason("; ".join(problems))
+        await asyncio.to_thread(write_durably, marker, json.dumps({"detail": detail}).encode())
 
-    async def _keep_models(self, owner: Owner) -> None:
+    async def _keep_artifacts(self, owner: Owner) -> list[str]:
+        """What was not kept, in words."""
+        try:
+            kept = await self._means.sealing.seal_artifacts(owner, self._folder.artifacts)
+        except NotKept as error:
+            problems = [f"artifacts: not kept: {error}"]
+        else:
+            if kept.file_count:
+                self._log.say("artifacts", f"artifacts: {kept.file_count} files kept", tail=True)
+            problems = [f"artifacts: left out: {line}" for line in kept.left_out.lines()]
+        for number, problem in enumerate(problems):
+            self._log.say(f"artifacts-{number}", problem, tail=True)
+        return problems
+
+    async def _keep_models(self, owner: Owner) -> list[str]:
+        """What was not registered, in words."""
+        problems = []
         for model in self.order.template.models:
             try:
                 version = await self._means.sealing.register_model(owner, self._folder.artifacts, model)
                 said = f"model: {model.name} version {version} registered"
             except NotKept as error:
                 said = f"model: {model.name} not registered: {error}"
+                problems.append(said)
             self._log.say(f"model-{model.name}", said, tail=True)
+        return problems
 
     async def _report(self, state: str) -> None:
         """Tells the executor; returns when the bus has stored it. A phase is told once for each node."""
@@ -306,10 +322,11 @@ class AttemptRun:
         if not ended or state != ENDED:
             return seen
         lost = (self._folder.path / "lost.json").exists()
+        kept = read_json(self._folder.path / "sealed.json") or {}
         return seen.model_copy(
             update={
                 "reason": "lost" if lost else ended.reason,
-                "detail": short_reason(ended.detail),
+                "detail": short_reason("; ".join(filter(None, (ended.detail, kept.get("detail", ""))))),
                 "exit_code": ended.code,
                 "signal": ended.signal,
                 "peak_memory_bytes": ended.peak_rss_bytes,

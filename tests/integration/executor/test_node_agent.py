@@ -159,6 +159,25 @@ async def test_artifacts_and_models_are_kept_without_following_links(
     assert [(model.name, model.framework) for model in neighbours.models] == [("digits", "sklearn")]
 
 
+async def test_what_cannot_be_kept_is_named_and_the_rest_is_kept(config: AgentConfig, neighbours: Neighbours) -> None:
+    asked = order(
+        "mkdir /artifacts/m; echo fine > /artifacts/fine; for n in 1 2 3 4 5 6 7; do touch /artifacts/m/$n'\\'; done",
+        models=(ModelOutput(name="digits", path="m"),),
+    )
+    async with running(config) as agent:
+        await agent.start(asked)
+        end = await ended(agent, asked.attempt_id)
+    assert neighbours.sealed("artifacts", asked.job_id) == {"fine": b"fine\n"}
+    assert neighbours.models == []
+    told = [text for text in await texts(neighbours, asked, "nabla") if text.startswith(("artifacts", "model"))]
+    assert told[0] == "artifacts: 1 files kept"
+    assert told[1] == "artifacts: left out: m/1\\\\: its name holds a control character or a backslash"
+    assert told[6] == "artifacts: left out: 2 more"
+    assert told[7].startswith("model: digits not registered: 1\\\\: its name holds")
+    assert (end.reason, end.exit_code) == ("exited", 0)
+    assert "left out: m/1" in end.detail
+
+
 async def test_a_running_job_is_found_again_and_no_line_is_lost_or_double(
     config: AgentConfig, neighbours: Neighbours
 ) -> None:
