@@ -30,6 +30,7 @@ from services.executor.adapters.attempt_folder import (
     StartedRecord,
 )
 from services.executor.adapters.cgroup import Cgroup, Limits
+from services.executor.adapters.forward import Way
 from services.executor.adapters.launch import Job, LaunchRefused, launch, shell_code
 from services.executor.adapters.spool import SpoolWriter, Stream
 
@@ -43,7 +44,6 @@ _KILL_AGAIN_S = 1.0
 _WRITE_AGAIN_S = 1.0
 _CONTACT_BYTES = 128  # more than any record of a contact, so that each covers the one before
 _ERROR_TAIL_BYTES = 2000
-_NOT_STREAMS = 2  # registered with the selector besides stdout and stderr: the process, the wake-up pipe
 
 
 def become_shim(path: str | os.PathLike[str]) -> ShimRecord:
@@ -79,7 +79,7 @@ def see_through(path: str | os.PathLike[str]) -> None:
         try:
             record = _run(folder, afterwards)
         except Exception as error:
-            traceback.print_exc()
+            _say(traceback.format_exc())
             started = folder.read_started()  # what it left is kept, although nobody knows how it ended
             record = _refused(f"the shim failed: {error!r}", started.at_us if started else None)
         finally:
@@ -110,7 +110,7 @@ def _write_end(folder: AttemptFolder, record: ExitRecord) -> None:
         except FileNotFoundError:  # the folder is gone, and with it whoever would have asked
             return
         except OSError as error:
-            print(f"the end cannot be written down yet: {error}", flush=True)
+            _say(f"the end cannot be written down yet: {error}")
             time.sleep(_WRITE_AGAIN_S)
         else:
             return
@@ -143,6 +143,8 @@ class _Attempt:
         self._job = job
         self._spool = SpoolWriter(folder.spool, int(spec.max_spool_bytes))
         self._selector = selectors.DefaultSelector()
+        self._streams: set[int] = set()
+        self._unserved: list[Way] = []
         self._status: int | None = None
         self._error_tail = b""
         self._reason: ExitReason = "exited"
@@ -175,9 +177,33 @@ class _Attempt:
         streams: list[tuple[int, Stream]] = [(self._job.stdout, "o"), (self._job.stderr, "e")]
         for descriptor, stream in streams:
             self._selector.register(descriptor, selectors.EVENT_READ, partial(self._read, descriptor, stream))
+            self._streams.add(descriptor)
         process = os.pidfd_open(self._job.pid)
         self._selector.register(process, selectors.EVENT_READ, self._reap)
         self._selector.register(wake, selectors.EVENT_READ, partial(self._wake, wake))
+        for way in self._job.ways:
+            self._watch_relay(way)
+
+    def _watch_relay(self, way: Way) -> None:
+        relay = os.pidfd_open(way.pid)
+        self._selector.register(relay, selectors.EVENT_READ, partial(self._reap_relay, way, relay))
+
+    def _reap_relay(self, way: Way, relay: int) -> None:
+        """The next check replaces it, and not this: one that dies at once must not keep the shim from its work."""
+        self._selector.unregister(relay)
+        os.close(relay)
+        status = os.waitpid(way.pid, 0)[1]
+        _say(f"a relay through the wall ended ({shell_code(status)}); another one is started")
+        self._unserved.append(way)
+
+    def _serve_ways(self) -> None:
+        while self._unserved:
+            try:
+                self._unserved[-1].serve()
+            except OSError as error:  # the node has no room for a process: the next check tries again
+                _say(f"a relay cannot be started: {error}")
+                return
+            self._watch_relay(self._unserved.pop())
 
     def _step(self) -> None:
         for key, _ in self._selector.select(self._patience_s()):
@@ -203,6 +229,7 @@ class _Attempt:
             return
         if not data:
             self._selector.unregister(descriptor)
+            self._streams.discard(descriptor)
             return
         self._spool.write(stream, data, _now_us())
         if stream == "e":
@@ -225,9 +252,9 @@ class _Attempt:
         surprises.
         """
         deadline = time.monotonic() + _DRAIN_LIMIT_S
-        while len(self._selector.get_map()) > _NOT_STREAMS and time.monotonic() < deadline:
+        while self._streams and time.monotonic() < deadline:
             for key, _ in self._selector.select(0.05):
-                if key.fd in (self._job.stdout, self._job.stderr):
+                if key.fd in self._streams:
                     key.data()
 
     def _check(self, now: float) -> None:
@@ -236,6 +263,7 @@ class _Attempt:
         self._check_time(now)
         self._check_fence(now)
         self._check_memory(now)
+        self._serve_ways()
 
     def _check_stop(self, now: float) -> None:
         stop = self._folder.read_stop()
@@ -366,6 +394,12 @@ def _largest_child_bytes() -> int:
     exec.
     """
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+
+
+def _say(text: str) -> None:
+    """Into shim.log; a full disk must not end the shim for it."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode())
 
 
 def _now_us() -> int:
