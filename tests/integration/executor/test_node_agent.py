@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import urllib.request
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -224,7 +225,9 @@ async def test_a_job_that_passes_its_bounds_is_ended(
         await agent.start(asked)
         end = await ended(agent, asked.attempt_id)
     assert end.reason == reason
-    assert (await texts(neighbours, asked, "nabla"))[-1].startswith(("ended: its time", "killed: out of memory"))
+    last = (await texts(neighbours, asked, "nabla"))[-1]
+    said = r"killed: out of memory, limit 60\.0 MB, peak memory \d+\.\d MB, \d+\.\d s"
+    assert re.fullmatch(said if reason == "out_of_memory" else r"ended: its time limit of 0\.5 s is over, .*", last)
 
 
 async def test_a_stopped_job_ends_and_one_stopped_before_its_start_never_starts(

@@ -170,6 +170,33 @@ def test_what_a_failed_shim_had_started_is_kept(node: Node) -> None:
     assert ended.record.started_at_us
 
 
+FREEZER = Path("/sys/fs/cgroup/freezer")
+
+
+@pytest.mark.skipif(not os.access(FREEZER / "tasks", os.W_OK), reason="nothing here keeps a process from being killed")
+def test_what_would_not_die_is_told_and_waited_for(node: Node) -> None:
+    folder = node.start("echo ready; sleep 1000", isolation="process")
+    eventually(lambda: said(folder, "ready"), "the job's first line")
+    guardian, frozen = started(folder).pid, processes_of(folder)[-1]
+    group = FREEZER / folder.path.name
+    group.mkdir()
+    try:
+        (group / "tasks").write_text(str(frozen))
+        (group / "freezer.state").write_text("FROZEN")
+        os.kill(guardian, signal.SIGKILL)
+        line = f"[nabla: 1 of its processes would not die: {frozen} (sleep)]"
+        eventually(lambda: said(folder, line), "the word about it")
+        assert folder.read_exit() is None
+    finally:
+        (group / "freezer.state").write_text("THAWED")
+        eventually(lambda: processes.start_ticks(frozen) is None, "the end of the frozen process")
+        group.rmdir()
+    ended = node.end_of(folder)
+    assert ended.record.reason == "exited"
+    assert ended.record.detail.endswith(f"1 of its processes would not die: {frozen} (sleep)")
+    assert "would not die" in folder.log.read_text()
+
+
 def test_kill_of_the_zygote_is_not_noticed(node: Node, isolation: Isolation) -> None:
     folder = node.start("echo ready; while [ ! -e go ]; do sleep 0.02; done; echo done", isolation=isolation)
     eventually(lambda: said(folder, "ready"), "the job's first line")
@@ -197,6 +224,17 @@ def test_memory_that_runs_out_is_named(node: Node, isolation: Isolation) -> None
     assert (ended.record.reason, ended.record.signal) == ("out_of_memory", signal.SIGKILL)
     assert str(100 * MIB) in ended.record.detail
     assert ended.record.peak_rss_bytes > 50 * MIB
+
+
+def test_a_worker_killed_for_memory_ends_the_whole_job(node: Node, isolation: Isolation) -> None:
+    parent = (
+        "import subprocess, sys, time\n"
+        "subprocess.Popen([sys.executable, '-c', sys.argv[1]])\n"
+        "while True: time.sleep(1)  # for a result that never comes\n"
+    )
+    ended = node.run(["python3", "-c", parent, EAT_MEMORY], isolation=isolation, memory_bytes=100 * MIB)
+    assert (ended.record.reason, ended.record.signal) == ("out_of_memory", signal.SIGKILL)
+    assert processes_of(ended.folder) == []
 
 
 def test_processes_are_bounded(node: Node, isolation: Isolation) -> None:
