@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,15 @@ from services.executor.adapters.folder_watch import FolderWatch
 from services.executor.adapters.job_spec import NodeFacts, job_uid, spec_for, told_isolation
 from services.executor.adapters.sealing import NotKept, Owner, Sealing
 from services.executor.adapters.staging import Staging, StagingFailed
-from services.executor.adapters.transfer import remove_tree
+from services.executor.adapters.transfer import Threads, is_full_disk, remove_tree
+from services.executor.adapters.tries import GivenUp, try_within_reason
 from services.executor.domain.execution import ENDED, FINISHING, RUNNING, STARTING, short_reason
 from services.executor.ports import StartOrder
 
 LOOK_S = 1.0
 STARTED_PATIENCE_S = 0.2
 SHIP_AGAIN_S = 1.0
+REFUSALS = (StagingFailed, EnvironmentRefused, MalformedSpec, zygote.StartFailed, OSError)
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +55,7 @@ class Means:
     environments: Environments
     watch: FolderWatch
     node: NodeFacts
+    starting: Threads
     zygote_socket: Path
     revive_zygote: Callable[[], None]
 
@@ -100,7 +104,7 @@ class AttemptRun:
             self._log.job_ended()
             await self._report(FINISHING)
             with self._span("keep"):
-                await self._keep(ended)
+                await self._keep_within_reason(ended)
             self._log.say("end", end_line(ended, self.order.template), tail=True)
             self._log.close()
             await shipping
@@ -125,21 +129,35 @@ class AttemptRun:
         """Stages and starts, unless that was done before; whatever forbids it becomes the attempt's end."""
         if self._folder.read_exit() or self._folder.read_shim():
             return
+        attempt_id = self.order.attempt_id
+        starting = try_within_reason(self._prepare_and_start, "start the job", attempt_id, _is_refusal)
         try:
-            if not (self._folder.path / "spec.json").exists():
-                with self._span("prepare"):
-                    await self._or_stopped(self._prepare())
-            with self._span("start"):
-                await asyncio.to_thread(self._start_shim)
+            await self._or_stopped(starting)
         except _Stopped:
             stop = self._folder.read_stop()
             await self._never_started("stopped", stop.reason if stop else "")
-        except (StagingFailed, EnvironmentRefused, MalformedSpec, zygote.StartFailed, OSError) as error:
-            # First, as it may be what filled the disk: nothing could be said before.
-            await asyncio.to_thread(remove_tree, self._folder.workspace)
-            for number, line in enumerate(str(error).splitlines() or [repr(error)]):
-                self._log.say(f"refused-{number}", line)
-            await self._never_started("refused", str(error))
+        except GivenUp as error:
+            # A shim that an unfinished call may start yet will find this, and run nothing.
+            await asyncio.to_thread(self._folder.request_stop, 0.0, short_reason(str(error)))
+            await self._refuse(error)
+        except REFUSALS as error:
+            await self._refuse(error)
+
+    async def _prepare_and_start(self) -> None:
+        if not (self._folder.path / "spec.json").exists():
+            with self._span("prepare"):
+                await self._prepare()
+        with self._span("start"):
+            await self._start_shim()
+
+    async def _refuse(self, error: Exception) -> None:
+        if self._folder.read_shim():
+            return
+        # First, as it may be what filled the disk: nothing could be said before.
+        await asyncio.to_thread(remove_tree, self._folder.workspace)
+        for number, line in enumerate(str(error).splitlines() or [repr(error)]):
+            self._log.say(f"refused-{number}", line)
+        await self._never_started("refused", str(error))
 
     def _span(self, step: str) -> AbstractContextManager[object]:
         return span(f"agent {step}", self.order.traceparent, object=self.order.attempt_id)
@@ -172,17 +190,23 @@ class AttemptRun:
         spec = await asyncio.to_thread(spec_for, self.order, environment.prefix, node)
         await asyncio.to_thread(AttemptFolder.create, node.node_dir, spec)
 
-    def _start_shim(self) -> None:
+    async def _start_shim(self) -> None:
+        """Until a zygote answers. May be left at any point: a shim that comes after a stop wish heeds it."""
         while True:
-            self._means.revive_zygote()
             try:
-                zygote.start_attempt(self._means.zygote_socket, self._folder.path)
+                await self._means.starting.run(self._ask_zygote)
             except zygote.ZygoteUnavailable as error:
                 log.warning("the zygote does not answer", extra={"reason": str(error)})
             else:
                 return
 
+    def _ask_zygote(self) -> None:
+        self._means.revive_zygote()
+        zygote.start_attempt(self._means.zygote_socket, self._folder.path)
+
     async def _never_started(self, reason: Any, detail: str) -> None:
+        if self._folder.read_shim():
+            return  # it has all the same, and the shim says how it ended
         record = ExitRecord(
             code=None,
             signal=None,
@@ -231,6 +255,23 @@ class AttemptRun:
         write_durably(self._folder.path / "lost.json", b"{}")
         self._folder.write_exit(record)
         return record
+
+    async def _keep_within_reason(self, ended: ExitRecord) -> None:
+        """A full disk is no fault, and may be full for long."""
+        keep = partial(self._keep, ended)
+        try:
+            await try_within_reason(keep, "keep what the job left", self.order.attempt_id, is_full_disk)
+        except GivenUp as error:
+            said = f"{error}; it stays on {self._means.node.hostname} in {self._aside}"
+            self._log.say("unkept", said, tail=True)
+            record = {"detail": short_reason(said), "failed": True}
+            await asyncio.to_thread(write_durably, self._folder.path / "sealed.json", json.dumps(record).encode())
+        if (read_json(self._folder.path / "sealed.json") or {}).get("failed"):
+            await asyncio.to_thread(_set_aside, self._folder.artifacts, self._aside)
+
+    @property
+    def _aside(self) -> Path:
+        return self._means.node.node_dir / "unkept" / self.order.attempt_id
 
     async def _keep(self, ended: ExitRecord) -> None:
         """Seals artifacts and models once. What cannot be kept is told in log and report, and does not change how
@@ -323,11 +364,12 @@ class AttemptRun:
             return seen
         lost = (self._folder.path / "lost.json").exists()
         kept = read_json(self._folder.path / "sealed.json") or {}
+        unkept = kept.get("failed", False) and ended.reason == "exited" and ended.code == 0
         return seen.model_copy(
             update={
-                "reason": "lost" if lost else ended.reason,
+                "reason": "lost" if lost else "refused" if unkept else ended.reason,
                 "detail": short_reason("; ".join(filter(None, (ended.detail, kept.get("detail", ""))))),
-                "exit_code": ended.code,
+                "exit_code": None if unkept else ended.code,
                 "signal": ended.signal,
                 "peak_memory_bytes": ended.peak_rss_bytes,
                 "ended_at": from_us(ended.ended_at_us),
@@ -351,6 +393,17 @@ class AttemptRun:
 
 class _Stopped(Exception):
     """Somebody asked for the end before the start."""
+
+
+def _is_refusal(error: Exception) -> bool:
+    return isinstance(error, REFUSALS)
+
+
+def _set_aside(artifacts: Path, aside: Path) -> None:
+    """Out of the attempt's folder, which is deleted after the end. Repeating it is harmless."""
+    if artifacts.exists() and not aside.exists():
+        aside.parent.mkdir(mode=0o700, exist_ok=True)
+        artifacts.rename(aside)
 
 
 def end_line(ended: ExitRecord, template: JobTemplate) -> str:

@@ -3,6 +3,7 @@
 A plain class, so that it can be tested without Ray; `ray_agent` makes a Ray actor of it. It owns the node folder:
 
     attempts/<attempt id>/   see attempt_folder, attempt_run and attempt_log
+    unkept/<attempt id>/     artifacts that the platform failed to keep: they stay until somebody takes them
     cache/                   workspaces by team and file set, built environments by their requirements
     agent.lock               held by the living agent: two agents cannot work in one folder
     contact.json             when this node was last in contact; shims read it
@@ -33,12 +34,13 @@ from services.executor.adapters.sandbox import IsolationProbe, find_bwrap
 from services.executor.adapters.sealing import Sealing
 from services.executor.adapters.shim import write_contact
 from services.executor.adapters.staging import Staging
-from services.executor.adapters.transfer import remove_tree
+from services.executor.adapters.transfer import Threads, remove_tree
 from services.executor.domain.execution import ENDED
 from services.executor.ports import AgentConfig, AgentView, StartOrder
 
 LOCK_PATIENCE_S = 30.0
-RETRY_S = 1.0
+RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
+STARTS_AT_ONCE = 4
 LONGEST_SOCKET_PATH = 100
 
 log = logging.getLogger(__name__)
@@ -102,6 +104,7 @@ class NodeAgent:
             self._means.watch.close()
             self._means.staging.close()
             self._means.sealing.close()
+            self._means.starting.close()
             await self._means.bus.close()
             self._means = None
         if self._zygote:
@@ -169,13 +172,15 @@ class NodeAgent:
             self._tasks[order.attempt_id] = asyncio.create_task(self._see_through(run))
 
     async def _see_through(self, run: AttemptRun) -> None:
+        pause_s = RETRY_S
         try:
             while not run.is_over:
                 try:
                     await run.run()
                 except Exception:
                     log.exception("attempt is taken up again", extra={"attempt_id": run.order.attempt_id})
-                    await asyncio.sleep(RETRY_S)
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, LONGEST_RETRY_S)
         finally:
             self._tasks.pop(run.order.attempt_id, None)
 
@@ -202,6 +207,7 @@ class NodeAgent:
             environments=Environments(default, cache / "environments", hidden),
             watch=FolderWatch(),
             node=self._node_facts(),
+            starting=Threads(STARTS_AT_ONCE, "nabla-start"),
             zygote_socket=zygote_process.socket_path,
             revive_zygote=zygote_process.revive,
         )

@@ -27,13 +27,13 @@ T = TypeVar("T")
 
 
 class Threads:
-    """Threads of their own for what may wait for an object store.
+    """Threads of their own for what may wait for an object store, or for a zygote.
 
-    One that hangs takes all of them for minutes, and must not take those that start jobs and end them.
+    One that hangs takes all of them for minutes, and must not take those that start other jobs and end them.
     """
 
-    def __init__(self, count: int) -> None:
-        self._pool = ThreadPoolExecutor(count, thread_name_prefix="nabla-transfer")
+    def __init__(self, count: int, name: str = "nabla-transfer") -> None:
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix=name)
 
     async def run(self, work: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
@@ -76,7 +76,7 @@ def download(url: str, target: BinaryIO, size_bytes: int, sha256: str) -> None:
                 digest.update(chunk)
                 target.write(chunk)
     except (OSError, http.client.HTTPException) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full_disk(error):
             raise
         raise TransferBroken(_told(error)) from error
     if received != size_bytes:
@@ -113,6 +113,10 @@ def digests_of(descriptor: int) -> Digests:
             sha256.update(chunk)
             size += len(chunk)
     return Digests(size, md5.hexdigest(), sha256.hexdigest())
+
+
+def is_full_disk(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def remove_tree(path: Path) -> None:

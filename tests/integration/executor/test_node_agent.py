@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import signal
 import urllib.request
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ import pytest
 
 from libs.common.contracts.messages import Environment, Execution, Input, JobTemplate, ModelOutput, Resources
 from libs.common.ids import new_id
-from services.executor.adapters import cgroup, node_agent
+from services.executor.adapters import cgroup, node_agent, tries
 from services.executor.adapters.attempt_folder import AttemptFolder
 from services.executor.adapters.node_agent import NodeAgent
 from services.executor.ports import AgentConfig, StartOrder
@@ -326,6 +327,80 @@ async def test_a_dead_zygote_is_replaced(config: AgentConfig, neighbours: Neighb
         await agent.start(asked)
         await ended(agent, asked.attempt_id)
     assert await texts(neighbours, asked) == ["back"]
+
+
+async def test_a_stop_is_heard_while_no_zygote_answers(config: AgentConfig, neighbours: Neighbours) -> None:
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+    waiting = [order("echo never") for _ in range(3)]
+    async with running(config) as agent:
+        assert agent._zygote
+        zygote = agent._zygote._process
+        zygote.send_signal(signal.SIGSTOP)
+        try:
+            for asked in waiting:
+                await agent.start(asked)
+                spec = Path(config.node_dir) / "attempts" / asked.attempt_id / "spec.json"
+                await until(lambda spec=spec: asyncio.to_thread(spec.exists))
+            for asked in waiting:
+                await agent.stop(asked.attempt_id, 5.0, "cancelled")
+                assert (await ended(agent, asked.attempt_id)).reason == "stopped"
+        finally:
+            zygote.send_signal(signal.SIGCONT)
+        after = order("echo fine")
+        await agent.start(after)
+        assert (await ended(agent, after.attempt_id)).exit_code == 0
+    assert [await texts(neighbours, asked) for asked in waiting] == [[], [], []]
+
+
+async def test_a_start_that_breaks_each_time_is_told_as_the_platforms_failure(
+    config: AgentConfig, neighbours: Neighbours, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tries, "PAUSES_S", (0.01, 0.01))
+    asked = order("true", workspace_id=neighbours.put_workspace({"a": b"a"}))
+    neighbours.garbled.add("ListFiles")
+    async with running(config) as agent:
+        await agent.start(asked)
+        end = await ended(agent, asked.attempt_id)
+    assert neighbours.asked.count("ListFiles") == 3
+    assert (end.reason, end.exit_code) == ("refused", None)
+    assert "the platform failed to start the job, 3 times: " in end.detail
+    assert any("failed to start the job" in text for text in await texts(neighbours, asked, "nabla"))
+
+
+async def test_a_start_that_broke_once_goes_on(
+    config: AgentConfig, neighbours: Neighbours, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tries, "PAUSES_S", (0.01,) * 5000)
+    asked = order("cat a", workspace_id=neighbours.put_workspace({"a": b"a\n"}))
+    neighbours.garbled.add("ListFiles")
+    async with running(config) as agent:
+        await agent.start(asked)
+        await until(lambda: asyncio.to_thread(lambda: neighbours.asked.count("ListFiles") >= 2))
+        neighbours.garbled.clear()
+        assert (await ended(agent, asked.attempt_id)).exit_code == 0
+    assert await texts(neighbours, asked) == ["a"]
+
+
+async def test_artifacts_that_the_platform_fails_to_keep_stay_on_the_node(
+    config: AgentConfig, neighbours: Neighbours, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tries, "PAUSES_S", (0.01, 0.01))
+    asked, failed = order("echo w > /artifacts/w"), order("echo v > /artifacts/v; exit 3")
+    neighbours.garbled.add("OpenFileset")
+    async with running(config) as agent:
+        for each in (asked, failed):
+            await agent.start(each)
+        end, other = await ended(agent, asked.attempt_id), await ended(agent, failed.attempt_id)
+        for each in (asked, failed):
+            await agent.drop(each.attempt_id)
+    aside = Path(config.node_dir) / "unkept"
+    assert (aside / asked.attempt_id / "w").read_text() == "w\n"
+    assert (aside / failed.attempt_id / "v").read_text() == "v\n"
+    assert (end.reason, end.exit_code) == ("refused", None)
+    assert end.detail.startswith("the platform failed to keep what the job left, 3 times: ")
+    assert (other.reason, other.exit_code) == ("exited", 3)
+    said = await texts(neighbours, asked, "nabla")
+    assert any(text.endswith(str(aside / asked.attempt_id)) for text in said)
 
 
 async def test_an_agent_that_could_not_open_its_folder_can_try_again(
