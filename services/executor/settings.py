@@ -35,6 +35,8 @@ class ExecutorSettings(Settings):
     reserve_patience_s: float = 60.0
     # An attempt's folder stays on its node this long after its end, for a storage that lost its newest seconds.
     keep_folder_s: float = 600.0
+    # Environments built from requirements are kept on their node up to this size together; the longest unused go.
+    environments_bytes: int = 20_000_000_000
     # Where the platform is root, team n runs as uid_base + n.
     uid_base: int = 61000
     # Seconds between looks at the nodes.

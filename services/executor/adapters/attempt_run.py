@@ -182,13 +182,13 @@ class AttemptRun:
         if template.environment.kind == "requirements":
             # Building may take minutes: the first line says what is being waited for.
             self._log.say("building", "environment: preparing the requirements")
-        environment = await self._means.environments.prepare(template.environment)
-        self._log.say("environment", f"environment: {environment.name}")
-        uid = job_uid(self.order.team_uid, environment.prefix, node)
-        self._log.say("node", f"node: {node.hostname}, isolation: {told_isolation(uid, node)}")
-        await self._means.staging.lay(template, self.order.team_id, self._folder.workspace)
-        spec = await asyncio.to_thread(spec_for, self.order, environment.prefix, node)
-        await asyncio.to_thread(AttemptFolder.create, node.node_dir, spec)
+        async with self._means.environments.prepared(template.environment) as environment:
+            self._log.say("environment", f"environment: {environment.name}")
+            uid = job_uid(self.order.team_uid, environment.prefix, node)
+            self._log.say("node", f"node: {node.hostname}, isolation: {told_isolation(uid, node)}")
+            await self._means.staging.lay(template, self.order.team_id, self._folder.workspace)
+            spec = await asyncio.to_thread(spec_for, self.order, environment.prefix, node)
+            await asyncio.to_thread(AttemptFolder.create, node.node_dir, spec)
 
     async def _start_shim(self) -> None:
         """Until a zygote answers. May be left at any point: a shim that comes after a stop wish heeds it."""

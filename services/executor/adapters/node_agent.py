@@ -20,12 +20,13 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 from services.executor.adapters import cgroup, isolation, zygote
 from services.executor.adapters.agent_bus import AgentBus
-from services.executor.adapters.attempt_folder import AttemptFolder
+from services.executor.adapters.attempt_folder import AttemptFolder, MalformedSpec
 from services.executor.adapters.attempt_run import AttemptRun, Means, read_order, write_order
 from services.executor.adapters.environments import Environments
 from services.executor.adapters.folder_watch import FolderWatch
@@ -204,7 +205,13 @@ class NodeAgent:
             bus=bus,
             staging=Staging(bus, cache / "workspaces", config.front_door),
             sealing=Sealing(bus, config.front_door),
-            environments=Environments(default, cache / "environments", hidden),
+            environments=Environments(
+                default,
+                cache / "environments",
+                hidden,
+                config.environments_bytes,
+                partial(environments_in_use, self._attempts),
+            ),
             watch=FolderWatch(),
             node=self._node_facts(),
             starting=Threads(STARTS_AT_ONCE, "nabla-start"),
@@ -259,6 +266,16 @@ def stop_all(node_dir: Path, grace_s: float, reason: str) -> int:
     for folder in living:
         folder.request_stop(grace_s, reason)
     return len(living)
+
+
+def environments_in_use(attempts: Path) -> set[str]:
+    """The prefixes that the attempts of a node folder run with, or are about to."""
+    found = set()
+    for path in attempts.glob("*/spec.json"):
+        if not path.with_name("exit.json").exists():
+            with contextlib.suppress(MalformedSpec):
+                found.add(AttemptFolder(path.parent).read_spec().environment_prefix or "")
+    return found
 
 
 def _is_news(run: AttemptRun, believed: Mapping[str, str]) -> bool:
