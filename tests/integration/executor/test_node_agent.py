@@ -72,13 +72,25 @@ def order(*command: str, **template: object) -> StartOrder:
     )
 
 
-async def ended(agent: NodeAgent, attempt_id: str, timeout_s: float = 30.0) -> Execution:
+def file_in(config: AgentConfig, asked: StartOrder, name: str) -> Path:
+    """A file of the job's workspace, for which it waits or which it makes."""
+    return Path(config.node_dir) / "attempts" / asked.attempt_id / "workspace" / name
+
+
+async def has_ended(config: AgentConfig, asked: StartOrder) -> None:
+    """Waits for the end of the process itself, of which no agent need have heard."""
+    folder = AttemptFolder(Path(config.node_dir) / "attempts" / asked.attempt_id)
+    await until(lambda: asyncio.to_thread(folder.read_exit))
+
+
+async def ended(agent: NodeAgent, attempt_id: str) -> Execution:
     async def look() -> Execution | None:
         news = {each.attempt_id: each for each in (await agent.look({attempt_id: "asked"})).news}
         found = news.get(attempt_id)
         return found if found and found.state == "ended" else None
 
-    return await until(look, timeout_s)
+    found: Execution = await until(look)
+    return found
 
 
 async def texts(neighbours: Neighbours, asked: StartOrder, stream: str = "stdout") -> list[str]:
@@ -109,7 +121,9 @@ async def test_an_order_told_twice_is_run_once(config: AgentConfig, neighbours: 
         await asyncio.gather(agent.start(asked), agent.start(replace(asked, token="nbla_other")))
         await ended(agent, asked.attempt_id)
         await agent.start(asked)
-        await asyncio.sleep(0.2)
+        later = order("true")
+        await agent.start(later)
+        await ended(agent, later.attempt_id)
     assert (Path(config.storage_root) / TEAM / "ran").read_text() == "once\n"
     assert (await texts(neighbours, asked)) == ["done"]
 
@@ -152,7 +166,7 @@ async def test_artifacts_and_models_are_kept_without_following_links(
     async with running(config) as agent:
         neighbours.objects.away = True
         await agent.start(asked)
-        await asyncio.sleep(1.0)
+        await until(lambda: asyncio.to_thread(lambda: neighbours.objects.asked > 2 * 2))  # both files, and again
         assert "ended" not in [each.execution.state for each in await reports(neighbours)]
         neighbours.objects.away = False
         await ended(agent, asked.attempt_id)
@@ -183,25 +197,29 @@ async def test_what_cannot_be_kept_is_named_and_the_rest_is_kept(config: AgentCo
 async def test_a_running_job_is_found_again_and_no_line_is_lost_or_double(
     config: AgentConfig, neighbours: Neighbours
 ) -> None:
-    asked = order("for i in $(seq 60); do echo line $i; sleep 0.05; done; exit 4")
+    part = "while [ $part != 0 ] && [ ! -e go$part ]; do sleep 0.02; done; for i in $(seq 20); do echo $part $i; done"
+    asked = order(f"for part in 0 1 2 3; do {part}; done; exit 4")
     async with running(config) as agent:
         await agent.start(asked)
-        await until(lambda: texts(neighbours, asked))
-    for _ in range(2):
-        async with running(config) as agent:
-            await asyncio.sleep(0.5)
+        await until(lambda: _has_said(neighbours, asked, "0 20"))
+    for part in (1, 2):
+        file_in(config, asked, f"go{part}").touch()
+        async with running(config):
+            await until(partial(_has_said, neighbours, asked, f"{part} 20"))
+    file_in(config, asked, "go3").touch()
     async with running(config) as agent:
         end = await ended(agent, asked.attempt_id)
     assert (end.reason, end.exit_code) == ("exited", 4)
-    assert await texts(neighbours, asked) == [f"line {number}" for number in range(1, 61)]
+    assert await texts(neighbours, asked) == [f"{part} {number}" for part in range(4) for number in range(1, 21)]
 
 
 async def test_the_end_of_a_job_that_nobody_watched_is_reported(config: AgentConfig, neighbours: Neighbours) -> None:
-    asked = order("sleep 0.4; echo alone")
+    asked = order("while [ ! -e go ]; do sleep 0.02; done; echo alone")
     async with running(config) as agent:
         await agent.start(asked)
         await until(lambda: _started(config, asked))
-    await asyncio.sleep(0.8)
+    file_in(config, asked, "go").touch()
+    await has_ended(config, asked)
     async with running(config) as agent:
         await ended(agent, asked.attempt_id)
     assert await texts(neighbours, asked) == ["alone"]
@@ -253,9 +271,9 @@ async def test_a_stop_is_heard_while_the_workspace_cannot_be_fetched(
     neighbours.objects.away = True
     async with running(config) as agent:
         await agent.start(asked)
-        await asyncio.sleep(0.3)
+        await until(lambda: asyncio.to_thread(lambda: neighbours.objects.asked))
         await agent.stop(asked.attempt_id, 5.0, "cancelled")
-        assert (await ended(agent, asked.attempt_id, 5)).reason == "stopped"
+        assert (await ended(agent, asked.attempt_id)).reason == "stopped"
 
 
 async def test_a_workspace_for_which_the_disk_has_no_room_is_refused_and_takes_none(
@@ -495,10 +513,11 @@ async def test_an_object_store_that_hangs_holds_up_no_other_job(config: AgentCon
 
 
 async def test_only_what_is_over_is_dropped(config: AgentConfig, neighbours: Neighbours) -> None:
-    asked = order("sleep 0.3")
+    asked = order("while [ ! -e go ]; do sleep 0.02; done")
     async with running(config) as agent:
         await agent.start(asked)
         await agent.drop(asked.attempt_id)
+        file_in(config, asked, "go").touch()
         assert (await ended(agent, asked.attempt_id)).exit_code == 0
         await agent.drop(asked.attempt_id)
         assert (await agent.look({})).held == frozenset()
@@ -508,12 +527,13 @@ async def test_only_what_is_over_is_dropped(config: AgentConfig, neighbours: Nei
 async def test_nats_may_be_away_while_a_job_runs(
     config: AgentConfig, neighbours: Neighbours, nats_server: NatsServer
 ) -> None:
-    asked = order("for i in $(seq 30); do echo line $i; sleep 0.05; done")
+    asked = order("echo line 1; while [ ! -e go ]; do sleep 0.02; done; for i in $(seq 2 30); do echo line $i; done")
     async with running(config) as agent:
         await agent.start(asked)
         await until(lambda: texts(neighbours, asked))
         nats_server.kill()
-        await asyncio.sleep(1.0)
+        file_in(config, asked, "go").touch()
+        await has_ended(config, asked)
         nats_server.start()
         await ended(agent, asked.attempt_id)
     await until(lambda: _is_connected(neighbours))

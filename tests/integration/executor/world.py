@@ -82,6 +82,7 @@ class ObjectStore:
 
             def do_GET(self) -> None:
                 body = store.objects.get(self.path)
+                store.asked += 1
                 if store.away or body is None:
                     self._answer(503 if store.away else 404, b"")
                 else:
@@ -248,7 +249,7 @@ def tar_gz(contents: Mapping[str, bytes]) -> bytes:
     return packed.getvalue()
 
 
-async def until(condition: Callable[[], Awaitable[Any]], timeout_s: float = 20.0) -> Any:
+async def until(condition: Callable[[], Awaitable[Any]], timeout_s: float = 60.0) -> Any:
     """Waits until the condition holds and gives its value."""
     deadline = asyncio.get_running_loop().time() + timeout_s
     while True:
