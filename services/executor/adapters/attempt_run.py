@@ -14,7 +14,6 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,10 @@ from services.executor.adapters.attempt_log import AttemptLog, Identity
 from services.executor.adapters.environments import EnvironmentRefused, Environments
 from services.executor.adapters.folder_watch import FolderWatch
 from services.executor.adapters.job_spec import NodeFacts, job_uid, spec_for, told_isolation
-from services.executor.adapters.sealing import NotKept, Owner, Sealing
+from services.executor.adapters.keeping import Keeping
+from services.executor.adapters.sealing import Sealing
 from services.executor.adapters.staging import Staging, StagingFailed
-from services.executor.adapters.transfer import Threads, is_full_disk, remove_tree
+from services.executor.adapters.transfer import Threads, remove_tree
 from services.executor.adapters.tries import GivenUp, try_within_reason
 from services.executor.domain.execution import ENDED, FINISHING, RUNNING, STARTING, short_reason
 from services.executor.ports import StartOrder
@@ -71,6 +71,7 @@ class AttemptRun:
         self._log_changed = asyncio.Event()
         identity = Identity(order.job_id, order.attempt_id, order.number)
         self._log = AttemptLog(folder.path, identity, self._send_frame, self._log_changed)
+        self._keeping = Keeping(folder, order, self._log, means.sealing, means.node)
         self._reported: dict[str, Any] = read_json(folder.path / "reported.json") or {}
         self.phase = str(self._reported.get("state", STARTING))
 
@@ -104,7 +105,7 @@ class AttemptRun:
             self._log.job_ended()
             await self._report(FINISHING)
             with self._span("keep"):
-                await self._keep_within_reason(ended)
+                await self._keeping.keep(ended)
             self._log.say("end", end_line(ended, self.order.template), tail=True)
             self._log.close()
             await shipping
@@ -256,70 +257,6 @@ class AttemptRun:
         self._folder.write_exit(record)
         return record
 
-    async def _keep_within_reason(self, ended: ExitRecord) -> None:
-        """A full disk is no fault, and may be full for long."""
-        keep = partial(self._keep, ended)
-        try:
-            await try_within_reason(keep, "keep what the job left", self.order.attempt_id, is_full_disk)
-        except GivenUp as error:
-            said = f"{error}; it stays on {self._means.node.hostname} in {self._aside}"
-            self._log.say("unkept", said, tail=True)
-            record = {"detail": short_reason(said), "failed": True}
-            await asyncio.to_thread(write_durably, self._folder.path / "sealed.json", json.dumps(record).encode())
-        if (read_json(self._folder.path / "sealed.json") or {}).get("failed"):
-            await asyncio.to_thread(_set_aside, self._folder.artifacts, self._aside)
-
-    @property
-    def _aside(self) -> Path:
-        return self._means.node.node_dir / "unkept" / self.order.attempt_id
-
-    async def _keep(self, ended: ExitRecord) -> None:
-        """Seals artifacts and models once. What cannot be kept is told in log and report, and does not change how
-        the job ended.
-        """
-        marker = self._folder.path / "sealed.json"
-        if marker.exists() or ended.started_at_us is None:
-            return
-        owner = Owner(
-            self.order.attempt_id,
-            self.order.job_id,
-            self.order.number,
-            self.order.team_id,
-            self.order.project_id,
-        )
-        problems = await self._keep_artifacts(owner)
-        if ended.reason == "exited" and ended.code == 0:
-            problems += await self._keep_models(owner)
-        detail = short_reason("; ".join(problems))
-        await asyncio.to_thread(write_durably, marker, json.dumps({"detail": detail}).encode())
-
-    async def _keep_artifacts(self, owner: Owner) -> list[str]:
-        """What was not kept, in words."""
-        try:
-            kept = await self._means.sealing.seal_artifacts(owner, self._folder.artifacts)
-        except NotKept as error:
-            problems = [f"artifacts: not kept: {error}"]
-        else:
-            if kept.file_count:
-                self._log.say("artifacts", f"artifacts: {kept.file_count} files kept", tail=True)
-            problems = [f"artifacts: left out: {line}" for line in kept.left_out.lines()]
-        for number, problem in enumerate(problems):
-            self._log.say(f"artifacts-{number}", problem, tail=True)
-        return problems
-
-    async def _keep_models(self, owner: Owner) -> list[str]:
-        """What was not registered, in words."""
-        problems = []
-        for model in self.order.template.models:
-            try:
-                version = await self._means.sealing.register_model(owner, self._folder.artifacts, model)
-                said = f"model: {model.name} version {version} registered"
-            except NotKept as error:
-                said = f"model: {model.name} not registered: {error}"
-                problems.append(said)
-            self._log.say(f"model-{model.name}", said, tail=True)
-        return problems
-
     async def _report(self, state: str) -> None:
         """Tells the executor; returns when the bus has stored it. A phase is told once for each node."""
         if state in self._reported.get("told", []):
@@ -363,12 +300,12 @@ class AttemptRun:
         if not ended or state != ENDED:
             return seen
         lost = (self._folder.path / "lost.json").exists()
-        kept = read_json(self._folder.path / "sealed.json") or {}
-        unkept = kept.get("failed", False) and ended.reason == "exited" and ended.code == 0
+        kept = self._keeping.record()
+        unkept = kept.failed and ended.reason == "exited" and ended.code == 0
         return seen.model_copy(
             update={
                 "reason": "lost" if lost else "refused" if unkept else ended.reason,
-                "detail": short_reason("; ".join(filter(None, (ended.detail, kept.get("detail", ""))))),
+                "detail": short_reason("; ".join(filter(None, (ended.detail, kept.detail)))),
                 "exit_code": None if unkept else ended.code,
                 "signal": ended.signal,
                 "peak_memory_bytes": ended.peak_rss_bytes,
@@ -397,13 +334,6 @@ class _Stopped(Exception):
 
 def _is_refusal(error: Exception) -> bool:
     return isinstance(error, REFUSALS)
-
-
-def _set_aside(artifacts: Path, aside: Path) -> None:
-    """Out of the attempt's folder, which is deleted after the end. Repeating it is harmless."""
-    if artifacts.exists() and not aside.exists():
-        aside.parent.mkdir(mode=0o700, exist_ok=True)
-        artifacts.rename(aside)
 
 
 def end_line(ended: ExitRecord, template: JobTemplate) -> str:
