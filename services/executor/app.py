@@ -53,6 +53,7 @@ def agent_config(settings: ExecutorSettings) -> AgentConfig:
         nats_seed=settings.nats_seed("agent"),
         node_fence_s=settings.node_fence_s,
         isolation=settings.isolation,
+        environments_bytes=settings.environments_bytes,
         traces=settings.traces,
         version=VERSION,
     )

@@ -65,6 +65,7 @@ class AgentConfig:
     nats_seed: str = field(repr=False)
     node_fence_s: float = 120.0
     isolation: str = "auto"
+    environments_bytes: int = 20_000_000_000
     traces: bool = False
     version: str = ""
 

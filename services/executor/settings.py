@@ -41,6 +41,8 @@ class ExecutorSettings(Settings):
     keep_folder_s: float = 600.0
     # What was not told, such as that a log is sealed, is asked for after so long, and again each time.
     revisit_s: float = 3600.0
+    # Environments built from requirements are kept on their node up to this size together; the longest unused go.
+    environments_bytes: int = 20_000_000_000
     # Where the platform is root, team n runs as uid_base + n.
     uid_base: int = 61000
     # Seconds between looks at the nodes.

@@ -28,6 +28,7 @@ class Ending:
     memory_limit_bytes: int = 0
     timeout_s: float = 0.0
     environment: str = "default"
+    isolation: str = ""
 
     @classmethod
     def of(cls, job: Job, lines: Sequence[str]) -> Ending:
@@ -41,6 +42,7 @@ class Ending:
             memory_limit_bytes=template.resources.memory_bytes,
             timeout_s=template.timeout_s,
             environment=template.environment.kind,
+            isolation=attempt.isolation if attempt else "",
         )
 
 
@@ -128,6 +130,16 @@ def disk_full(ending: Ending) -> str | None:
     return "A disk is full. `nabla doctor` shows how much room there is; keep fewer checkpoints, or free some space."
 
 
+def no_internet(ending: Ending) -> str | None:
+    """Behind walls a job has the front door and nothing else; without walls it has this machine's own network."""
+    if ending.isolation == "process" or _found(_NO_NETWORK, ending) is None:
+        return None
+    return (
+        "A job reaches the platform and nothing else, no internet: name packages in a file and add --env FILE (they "
+        "are installed before the job starts), and bring data along in the folder you run from or in $NABLA_STORAGE."
+    )
+
+
 def missing_file(ending: Ending) -> str | None:
     match = _found(r"(?:FileNotFoundError: .*?|can't open file )'([^']+)'", ending)
     if match is None:
@@ -159,9 +171,17 @@ RULES: tuple[Rule, ...] = (
     disk_full,
     permission_denied,
     command_not_found,
+    no_internet,
     missing_file,
     killed,
     crashed,
+)
+
+# As resolvers, sockets, pip, curl, wget and git say it; pip's "Could not find a version" comes behind it, and without
+# it is a package that does not exist.
+_NO_NETWORK = (
+    r"Temporary failure in name resolution|Name or service not known|Failed to resolve '|Could not resolve host"
+    r"|unable to resolve host|Network is unreachable"
 )
 
 # Modules whose package has another name.

@@ -29,15 +29,18 @@ from services.executor.adapters.attempt_log import AttemptLog, Identity
 from services.executor.adapters.environments import EnvironmentRefused, Environments
 from services.executor.adapters.folder_watch import FolderWatch
 from services.executor.adapters.job_spec import NodeFacts, job_uid, spec_for, told_isolation
-from services.executor.adapters.sealing import NotKept, Owner, Sealing
+from services.executor.adapters.keeping import Keeping
+from services.executor.adapters.sealing import Sealing
 from services.executor.adapters.staging import Staging, StagingFailed
-from services.executor.adapters.transfer import remove_tree
+from services.executor.adapters.transfer import Threads, remove_tree
+from services.executor.adapters.tries import GivenUp, try_within_reason
 from services.executor.domain.execution import ENDED, FINISHING, RUNNING, STARTING, short_reason
 from services.executor.ports import StartOrder
 
 LOOK_S = 1.0
 STARTED_PATIENCE_S = 0.2
 SHIP_AGAIN_S = 1.0
+REFUSALS = (StagingFailed, EnvironmentRefused, MalformedSpec, zygote.StartFailed, OSError)
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +55,7 @@ class Means:
     environments: Environments
     watch: FolderWatch
     node: NodeFacts
+    starting: Threads
     zygote_socket: Path
     revive_zygote: Callable[[], None]
 
@@ -67,6 +71,7 @@ class AttemptRun:
         self._log_changed = asyncio.Event()
         identity = Identity(order.job_id, order.attempt_id, order.number)
         self._log = AttemptLog(folder.path, identity, self._send_frame, self._log_changed)
+        self._keeping = Keeping(folder, order, self._log, means.sealing, means.node)
         self._reported: dict[str, Any] = read_json(folder.path / "reported.json") or {}
         self.phase = str(self._reported.get("state", STARTING))
 
@@ -100,7 +105,7 @@ class AttemptRun:
             self._log.job_ended()
             await self._report(FINISHING)
             with self._span("keep"):
-                await self._keep(ended)
+                await self._keeping.keep(ended)
             self._log.say("end", end_line(ended, self.order.template), tail=True)
             self._log.close()
             await shipping
@@ -125,21 +130,35 @@ class AttemptRun:
         """Stages and starts, unless that was done before; whatever forbids it becomes the attempt's end."""
         if self._folder.read_exit() or self._folder.read_shim():
             return
+        attempt_id = self.order.attempt_id
+        starting = try_within_reason(self._prepare_and_start, "start the job", attempt_id, _is_refusal)
         try:
-            if not (self._folder.path / "spec.json").exists():
-                with self._span("prepare"):
-                    await self._or_stopped(self._prepare())
-            with self._span("start"):
-                await asyncio.to_thread(self._start_shim)
+            await self._or_stopped(starting)
         except _Stopped:
             stop = self._folder.read_stop()
             await self._never_started("stopped", stop.reason if stop else "")
-        except (StagingFailed, EnvironmentRefused, MalformedSpec, zygote.StartFailed, OSError) as error:
-            # First, as it may be what filled the disk: nothing could be said before.
-            await asyncio.to_thread(remove_tree, self._folder.workspace)
-            for number, line in enumerate(str(error).splitlines() or [repr(error)]):
-                self._log.say(f"refused-{number}", line)
-            await self._never_started("refused", str(error))
+        except GivenUp as error:
+            # A shim that an unfinished call may start yet will find this, and run nothing.
+            await asyncio.to_thread(self._folder.request_stop, 0.0, short_reason(str(error)))
+            await self._refuse(error)
+        except REFUSALS as error:
+            await self._refuse(error)
+
+    async def _prepare_and_start(self) -> None:
+        if not (self._folder.path / "spec.json").exists():
+            with self._span("prepare"):
+                await self._prepare()
+        with self._span("start"):
+            await self._start_shim()
+
+    async def _refuse(self, error: Exception) -> None:
+        if self._folder.read_shim():
+            return
+        # First, as it may be what filled the disk: nothing could be said before.
+        await asyncio.to_thread(remove_tree, self._folder.workspace)
+        for number, line in enumerate(str(error).splitlines() or [repr(error)]):
+            self._log.say(f"refused-{number}", line)
+        await self._never_started("refused", str(error))
 
     def _span(self, step: str) -> AbstractContextManager[object]:
         return span(f"agent {step}", self.order.traceparent, object=self.order.attempt_id)
@@ -164,25 +183,31 @@ class AttemptRun:
         if template.environment.kind == "requirements":
             # Building may take minutes: the first line says what is being waited for.
             self._log.say("building", "environment: preparing the requirements")
-        environment = await self._means.environments.prepare(template.environment)
-        self._log.say("environment", f"environment: {environment.name}")
-        uid = job_uid(self.order.team_uid, environment.prefix, node)
-        self._log.say("node", f"node: {node.hostname}, isolation: {told_isolation(uid, node)}")
-        await self._means.staging.lay(template, self.order.team_id, self._folder.workspace)
-        spec = await asyncio.to_thread(spec_for, self.order, environment.prefix, node)
-        await asyncio.to_thread(AttemptFolder.create, node.node_dir, spec)
+        async with self._means.environments.prepared(template.environment) as environment:
+            self._log.say("environment", f"environment: {environment.name}")
+            uid = job_uid(self.order.team_uid, environment.prefix, node)
+            self._log.say("node", f"node: {node.hostname}, isolation: {told_isolation(uid, node)}")
+            await self._means.staging.lay(template, self.order.team_id, self._folder.workspace)
+            spec = await asyncio.to_thread(spec_for, self.order, environment.prefix, node)
+            await asyncio.to_thread(AttemptFolder.create, node.node_dir, spec)
 
-    def _start_shim(self) -> None:
+    async def _start_shim(self) -> None:
+        """Until a zygote answers. May be left at any point: a shim that comes after a stop wish heeds it."""
         while True:
-            self._means.revive_zygote()
             try:
-                zygote.start_attempt(self._means.zygote_socket, self._folder.path)
+                await self._means.starting.run(self._ask_zygote)
             except zygote.ZygoteUnavailable as error:
                 log.warning("the zygote does not answer", extra={"reason": str(error)})
             else:
                 return
 
+    def _ask_zygote(self) -> None:
+        self._means.revive_zygote()
+        zygote.start_attempt(self._means.zygote_socket, self._folder.path)
+
     async def _never_started(self, reason: Any, detail: str) -> None:
+        if self._folder.read_shim():
+            return  # it has all the same, and the shim says how it ended
         record = ExitRecord(
             code=None,
             signal=None,
@@ -232,37 +257,6 @@ class AttemptRun:
         self._folder.write_exit(record)
         return record
 
-    async def _keep(self, ended: ExitRecord) -> None:
-        """Seals artifacts and models once; problems go to the log and do not change how the job ended."""
-        marker = self._folder.path / "sealed.json"
-        if marker.exists() or ended.started_at_us is None:
-            return
-        owner = Owner(
-            self.order.attempt_id,
-            self.order.job_id,
-            self.order.number,
-            self.order.team_id,
-            self.order.project_id,
-        )
-        try:
-            count = await self._means.sealing.seal_artifacts(owner, self._folder.artifacts)
-            if count:
-                self._log.say("artifacts", f"artifacts: {count} files kept", tail=True)
-        except NotKept as error:
-            self._log.say("artifacts", f"artifacts: not kept: {error}", tail=True)
-        if ended.reason == "exited" and ended.code == 0:
-            await self._keep_models(owner)
-        await asyncio.to_thread(write_durably, marker, b"{}")
-
-    async def _keep_models(self, owner: Owner) -> None:
-        for model in self.order.template.models:
-            try:
-                version = await self._means.sealing.register_model(owner, self._folder.artifacts, model)
-                said = f"model: {model.name} version {version} registered"
-            except NotKept as error:
-                said = f"model: {model.name} not registered: {error}"
-            self._log.say(f"model-{model.name}", said, tail=True)
-
     async def _report(self, state: str) -> None:
         """Tells the executor; returns when the bus has stored it. A phase is told once for each node."""
         if state in self._reported.get("told", []):
@@ -306,11 +300,13 @@ class AttemptRun:
         if not ended or state != ENDED:
             return seen
         lost = (self._folder.path / "lost.json").exists()
+        kept = self._keeping.record()
+        unkept = kept.failed and ended.reason == "exited" and ended.code == 0
         return seen.model_copy(
             update={
-                "reason": "lost" if lost else ended.reason,
-                "detail": short_reason(ended.detail),
-                "exit_code": ended.code,
+                "reason": "lost" if lost else "refused" if unkept else ended.reason,
+                "detail": short_reason("; ".join(filter(None, (ended.detail, kept.detail)))),
+                "exit_code": None if unkept else ended.code,
                 "signal": ended.signal,
                 "peak_memory_bytes": ended.peak_rss_bytes,
                 "ended_at": from_us(ended.ended_at_us),
@@ -334,6 +330,10 @@ class AttemptRun:
 
 class _Stopped(Exception):
     """Somebody asked for the end before the start."""
+
+
+def _is_refusal(error: Exception) -> bool:
+    return isinstance(error, REFUSALS)
 
 
 def end_line(ended: ExitRecord, template: JobTemplate) -> str:

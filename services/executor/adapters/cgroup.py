@@ -89,11 +89,15 @@ class Cgroup:
             self._set_memory(int(limits.memory_bytes))
 
     def _set_memory(self, size_bytes: int) -> None:
-        """Swap is refused as well where the kernel counts it: it would only make the end slow."""
+        """Swap is refused as well where the kernel counts it: it would only make the end slow. And the kernel ends
+        all of the group: a parent whose worker was killed alone may wait for it for ever.
+        """
         if self._unified:
             self._write("memory", "memory.max", str(size_bytes))
-            with suppress(FileNotFoundError):
-                self._write("memory", "memory.swap.max", "0")
+            # The last one since Linux 4.19: without it the shim ends what the kernel left, a moment later.
+            for name, value in (("memory.swap.max", "0"), ("memory.oom.group", "1")):
+                with suppress(FileNotFoundError):
+                    self._write("memory", name, value)
             return
         self._write("memory", "memory.limit_in_bytes", str(size_bytes))
         with suppress(FileNotFoundError):

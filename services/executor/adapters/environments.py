@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 import re
 import shutil
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +21,16 @@ from services.executor.adapters.transfer import remove_tree
 
 BUILD_LIMIT_S = 1800.0
 LAST_LINES = 10
+CACHE_BYTES = 20_000_000_000
+# In a built environment when all of it is there, with its size.
+COMPLETE = ".complete"
+GONE = ".gone-"
 # The installer reads its index from the platform's own settings, never from the job's text.
 _REQUIREMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\s*(\[[^\]]*\])?\s*([=<>!~;\\].*)?")
 _HASH = re.compile(r"--hash=[a-z0-9]+:[0-9a-fA-F]+\s*\\?")
+
+
+log = logging.getLogger(__name__)
 
 
 class EnvironmentRefused(NablaError):
@@ -31,6 +43,7 @@ class Prepared:
 
     prefix: str
     name: str
+    is_held: bool = False
 
 
 class Environments:
@@ -40,16 +53,44 @@ class Environments:
         default: the prefix of the platform's small environment.
         cache: where built ones are kept; each at a path of its own, as environments cannot be moved.
         hidden: folders of the platform that no job may be shown, whatever it calls its environment.
+        cache_bytes: beyond it the longest unused built ones are deleted, but for those in use.
+        in_use: prefixes that living attempts have on record.
     """
 
-    def __init__(self, default: Path, cache: Path, hidden: tuple[Path, ...]) -> None:
+    def __init__(
+        self,
+        default: Path,
+        cache: Path,
+        hidden: tuple[Path, ...],
+        cache_bytes: int = CACHE_BYTES,
+        in_use: Callable[[], Collection[str]] = frozenset,
+    ) -> None:
         self._default = default
         self._cache = cache
         self._hidden = tuple(path.resolve() for path in hidden)
+        self._cache_bytes = cache_bytes
+        self._in_use = in_use
         self._building: dict[str, asyncio.Lock] = {}
+        self._held: Counter[str] = Counter()
+        self._clearing = asyncio.Lock()
 
-    async def prepare(self, wanted: Environment) -> Prepared:
-        """Raises EnvironmentRefused."""
+    @asynccontextmanager
+    async def prepared(self, wanted: Environment) -> AsyncIterator[Prepared]:
+        """An environment that nobody deletes within the block; after it, whoever uses it must be among `in_use`.
+
+        Raises:
+            EnvironmentRefused.
+        """
+        found = await self._prepare(wanted)
+        try:
+            if found.is_held:
+                await self._make_room()
+            yield found
+        finally:
+            if found.is_held:
+                self._held[found.prefix] -= 1
+
+    async def _prepare(self, wanted: Environment) -> Prepared:
         match wanted.kind or "default":
             case "default":
                 return self._prepare_default()
@@ -84,10 +125,12 @@ class Environments:
         key = hashlib.sha256("\n".join([version, *lines]).encode()).hexdigest()[:24]
         prefix = self._cache / key
         async with self._building.setdefault(key, asyncio.Lock()):
-            if not (prefix / ".complete").exists():
+            if not (prefix / COMPLETE).exists():
                 await self._build(prefix, lines)
+            os.utime(prefix / COMPLETE)  # the longest unused go when room is needed
+            self._held[str(prefix)] += 1
         count = sum(line[0].isalnum() for line in lines)
-        return Prepared(str(prefix), f"{count} requirements ({version})")
+        return Prepared(str(prefix), f"{count} requirements ({version})", is_held=True)
 
     async def _build(self, prefix: Path, lines: list[str]) -> None:
         await asyncio.to_thread(_begin_anew, prefix)
@@ -96,7 +139,41 @@ class Environments:
         listed = prefix / "requirements.txt"
         await asyncio.to_thread(listed.write_text, "\n".join(lines) + "\n")
         await _run([*_installer(python, prefix), "--only-binary", ":all:", "-r", str(listed)])
-        await asyncio.to_thread((prefix / ".complete").touch)
+        size_bytes = await asyncio.to_thread(_size_of, prefix)
+        await asyncio.to_thread((prefix / COMPLETE).write_text, str(size_bytes))
+
+    async def _make_room(self) -> None:
+        """A failure costs room and no job. Chosen without a pause, so nobody takes one up meanwhile."""
+        async with self._clearing:
+            try:
+                for gone in self._put_away():
+                    await asyncio.to_thread(remove_tree, gone)
+            except OSError:
+                log.exception("built environments cannot be deleted")
+
+    def _put_away(self) -> list[Path]:
+        """Renames what is to be deleted, with what an earlier agent left half built or half deleted."""
+        built, broken = [], []
+        for path in self._cache.iterdir():
+            lock = self._building.get(path.name)
+            try:
+                status, size_bytes = (path / COMPLETE).stat(), int((path / COMPLETE).read_text())
+            except (OSError, ValueError):
+                if not (lock and lock.locked()):
+                    broken.append(path)
+            else:
+                built.append((status.st_mtime_ns, size_bytes, path))
+        total = sum(size_bytes for _, size_bytes, _ in built)
+        used = self._used() if total > self._cache_bytes else set()
+        for _, size_bytes, path in sorted(built):
+            if total > self._cache_bytes and str(path) not in used:
+                broken.append(path)
+                total -= size_bytes
+        return [path.rename(path.with_name(f"{GONE}{uuid.uuid4().hex}")) for path in broken]
+
+    def _used(self) -> set[str]:
+        asked_for = {str(self._cache / key) for key, lock in self._building.items() if lock.locked()}
+        return {*self._in_use(), *(prefix for prefix, count in self._held.items() if count), *asked_for}
 
 
 def checked_requirements(text: str) -> list[str]:
@@ -120,6 +197,10 @@ def _begin_anew(prefix: Path) -> None:
     if prefix.exists():
         remove_tree(prefix)
     prefix.mkdir(parents=True)
+
+
+def _size_of(prefix: Path) -> int:
+    return sum(path.lstat().st_blocks * 512 for path in prefix.rglob("*"))
 
 
 def _installer(python: str, prefix: Path) -> list[str]:

@@ -4,7 +4,8 @@ A socket belongs to the network namespace in which it was made, whoever holds it
 (the front door) is a listening socket made inside and served outside, and the way in (an exposed port) is one
 made outside and served by a process that lives inside. Serving is the same loop on both sides: accept,
 connect, copy. Each side is one process, forked only when asked for, run as the job's uid, ended with the
-shim.
+shim. The shim keeps the listeners and what is needed to serve them: a relay that dies is replaced, and
+connections made meanwhile wait.
 """
 
 from __future__ import annotations
@@ -35,23 +36,41 @@ class Route(NamedTuple):
     address: tuple[str, int]
 
 
-def open_front_door(network: int, doors: Sequence[FrontDoor], uid: int | None) -> int:
-    """Listen inside the network namespace and serve from out here. Returns the relay's pid; raises OSError.
+class Way:
+    """One direction through the wall, and the relay that serves it, a child of this process.
+
+    Args:
+        network: the namespace that the relay serves from; None for this process's own. Kept open.
+    """
+
+    def __init__(self, routes: Sequence[Route], network: int | None, uid: int | None) -> None:
+        self._routes, self._network, self._uid = routes, network, uid
+        self.pid = 0
+
+    def serve(self) -> None:
+        """Start the relay, the first one or another one; raises OSError."""
+        self.pid = _fork_relay(self._routes, self._network, self._uid)
+
+
+def open_front_door(network: int, doors: Sequence[FrontDoor], uid: int | None) -> Way:
+    """Listen inside the network namespace and serve from out here. Raises OSError.
 
     Connections wait in the listeners from now on, so the command can be let go.
     """
     targets = [_resolve(door.target_host, door.target_port) for door in doors]
     listeners = _listen_inside(network, [door.listen_port for door in doors], uid)
-    return _fork_relay([Route(s, *target) for s, target in zip(listeners, targets, strict=True)], None, uid)
+    way = Way([Route(s, *target) for s, target in zip(listeners, targets, strict=True)], None, uid)
+    way.serve()
+    return way
 
 
-def expose(network: int, ports: Sequence[int], uid: int | None) -> tuple[int, dict[int, int]]:
-    """Serve free ports of the host's loopback from inside the namespace: (the relay's pid, inside ->
-    host).
-    """
+def expose(network: int, ports: Sequence[int], uid: int | None) -> tuple[Way, dict[int, int]]:
+    """Serve free ports of the host's loopback from inside the namespace: (the way, inside -> host)."""
     routes = [Route(_listen("127.0.0.1", 0), socket.AF_INET, ("127.0.0.1", port)) for port in ports]
     host_ports = {route.address[1]: int(route.listener.getsockname()[1]) for route in routes}
-    return _fork_relay(routes, network, uid), host_ports
+    way = Way(routes, network, uid)
+    way.serve()
+    return way, host_ports
 
 
 def relay(routes: Sequence[Route]) -> NoReturn:
@@ -104,13 +123,12 @@ def _fork_relay(routes: Sequence[Route], network: int | None, uid: int | None) -
     pid = os.fork()
     if pid == 0:
         _run_relay(routes, network, uid, shim)
-    for route in routes:
-        route.listener.close()
     return pid
 
 
 def _run_relay(routes: Sequence[Route], network: int | None, uid: int | None, shim: int) -> NoReturn:
     try:
+        signal.set_wakeup_fd(-1)  # of a shim that is at work already
         os.setsid()
         _enter(network, uid)
         kernel.end_with_parent(signal.SIGKILL, shim)

@@ -60,6 +60,7 @@ class Job:
     _status: int
     _block: int
     ports: dict[int, int] = field(default_factory=dict)
+    ways: list[forward.Way] = field(default_factory=list)
 
     def release(self) -> None:
         """Let the command go. Raises LaunchRefused when it cannot be executed at all."""
@@ -242,13 +243,12 @@ def _open_ways(job: Job, spec: AttemptSpec) -> None:
         return
     uid = spec.run_as_uid if os.geteuid() == 0 else None
     network = kernel.open_network(job.root)
-    try:
-        if spec.front_door:
-            forward.open_front_door(network, spec.front_door, uid)
-        if spec.expose_ports:
-            job.ports.update(forward.expose(network, spec.expose_ports, uid)[1])
-    finally:
-        os.close(network)
+    if spec.front_door:
+        job.ways.append(forward.open_front_door(network, spec.front_door, uid))
+    if spec.expose_ports:
+        way, ports = forward.expose(network, spec.expose_ports, uid)
+        job.ways.append(way)
+        job.ports.update(ports)
 
 
 def _read_to_end(descriptor: int) -> str:

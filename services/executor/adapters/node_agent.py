@@ -3,6 +3,7 @@
 A plain class, so that it can be tested without Ray; `ray_agent` makes a Ray actor of it. It owns the node folder:
 
     attempts/<attempt id>/   see attempt_folder, attempt_run and attempt_log
+    unkept/<attempt id>/     artifacts that the platform failed to keep: they stay until somebody takes them
     cache/                   workspaces by team and file set, built environments by their requirements
     agent.lock               held by the living agent: two agents cannot work in one folder
     contact.json             when this node was last in contact; shims read it
@@ -19,12 +20,13 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 from services.executor.adapters import cgroup, isolation, zygote
 from services.executor.adapters.agent_bus import AgentBus
-from services.executor.adapters.attempt_folder import AttemptFolder
+from services.executor.adapters.attempt_folder import AttemptFolder, MalformedSpec
 from services.executor.adapters.attempt_run import AttemptRun, Means, read_order, write_order
 from services.executor.adapters.environments import Environments
 from services.executor.adapters.folder_watch import FolderWatch
@@ -33,12 +35,13 @@ from services.executor.adapters.sandbox import IsolationProbe, find_bwrap
 from services.executor.adapters.sealing import Sealing
 from services.executor.adapters.shim import write_contact
 from services.executor.adapters.staging import Staging
-from services.executor.adapters.transfer import remove_tree
+from services.executor.adapters.transfer import Threads, remove_tree
 from services.executor.domain.execution import ENDED
 from services.executor.ports import AgentConfig, AgentView, StartOrder
 
 LOCK_PATIENCE_S = 30.0
-RETRY_S = 1.0
+RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
+STARTS_AT_ONCE = 4
 LONGEST_SOCKET_PATH = 100
 
 log = logging.getLogger(__name__)
@@ -102,6 +105,7 @@ class NodeAgent:
             self._means.watch.close()
             self._means.staging.close()
             self._means.sealing.close()
+            self._means.starting.close()
             await self._means.bus.close()
             self._means = None
         if self._zygote:
@@ -169,13 +173,15 @@ class NodeAgent:
             self._tasks[order.attempt_id] = asyncio.create_task(self._see_through(run))
 
     async def _see_through(self, run: AttemptRun) -> None:
+        pause_s = RETRY_S
         try:
             while not run.is_over:
                 try:
                     await run.run()
                 except Exception:
                     log.exception("attempt is taken up again", extra={"attempt_id": run.order.attempt_id})
-                    await asyncio.sleep(RETRY_S)
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, LONGEST_RETRY_S)
         finally:
             self._tasks.pop(run.order.attempt_id, None)
 
@@ -199,9 +205,16 @@ class NodeAgent:
             bus=bus,
             staging=Staging(bus, cache / "workspaces", config.front_door),
             sealing=Sealing(bus, config.front_door),
-            environments=Environments(default, cache / "environments", hidden),
+            environments=Environments(
+                default,
+                cache / "environments",
+                hidden,
+                config.environments_bytes,
+                partial(environments_in_use, self._attempts),
+            ),
             watch=FolderWatch(),
             node=self._node_facts(),
+            starting=Threads(STARTS_AT_ONCE, "nabla-start"),
             zygote_socket=zygote_process.socket_path,
             revive_zygote=zygote_process.revive,
         )
@@ -253,6 +266,16 @@ def stop_all(node_dir: Path, grace_s: float, reason: str) -> int:
     for folder in living:
         folder.request_stop(grace_s, reason)
     return len(living)
+
+
+def environments_in_use(attempts: Path) -> set[str]:
+    """The prefixes that the attempts of a node folder run with, or are about to."""
+    found = set()
+    for path in attempts.glob("*/spec.json"):
+        if not path.with_name("exit.json").exists():
+            with contextlib.suppress(MalformedSpec):
+                found.add(AttemptFolder(path.parent).read_spec().environment_prefix or "")
+    return found
 
 
 def _is_news(run: AttemptRun, believed: Mapping[str, str]) -> bool:

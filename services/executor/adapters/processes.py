@@ -26,6 +26,14 @@ def start_ticks(pid: int) -> int | None:
     return None if fields is None or fields[_STATE] in (b"Z", b"X") else int(fields[_START_TICKS])
 
 
+def name_of(pid: int) -> str:
+    """The command's name as ps shows it; empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
 def descendants(ancestor: int) -> list[int]:
     """Every living or zombie process below `ancestor`, nearest first.
 

@@ -1,7 +1,9 @@
 """Keeps what an attempt left behind: /artifacts as a file set, and declared folders of it as models.
 
-Reads what a job wrote, so it opens every file without following links and takes nothing but regular files. Waits
-for storage and the object store as long as that takes: only then is the attempt reported as ended.
+Reads what a job wrote, so it opens every file without following links and takes nothing but regular files. One file
+that cannot be kept costs itself alone: of artifacts the rest is kept, and what was left out is named. A model is kept
+whole or not at all. Waits for storage and the object store as long as that takes: only then is the attempt reported
+as ended.
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ import asyncio
 import hashlib
 import logging
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -39,9 +42,17 @@ MAX_FILES = 10_000
 MAX_DEPTH = 200
 # Beneath the bus's limit of 8 MB a message, with 300 bytes for what is said of each file besides its path.
 MAX_NAMES_BYTES = 4 << 20
+# What storage takes of one file, and of its path: beyond them it refuses the whole set.
+MAX_FILE_BYTES = 5 << 30
+MAX_PATH_BYTES = 1024
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f\\]")
 AT_ONCE = 4
-# A seal refused because a file is missing or differs: uploaded again this often before it is believed.
+# A seal refused because a file is missing or differs: this often after uploads that brought nothing new. Of a large
+# set storage asks for one part after the other, and those are no failures.
 SEAL_TRIES = 3
+# So many of the files that are left out are named; of the others only the number is told.
+NAMED = 5
+_LONGEST_NAME = 120
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=Message)
@@ -49,6 +60,47 @@ M = TypeVar("M", bound=Message)
 
 class NotKept(NablaError):
     """What the job left cannot be kept; the text says why, for the user to read."""
+
+
+@dataclass(slots=True)
+class LeftOut:
+    """What cannot be kept: the first ones with the reason, for the user to read, and how many there are."""
+
+    named: list[str] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, path: str, why: str) -> None:
+        self.count += 1
+        if len(self.named) < NAMED:
+            self.named.append(f"{_printable(path)}: {why}")
+
+    def lines(self) -> list[str]:
+        more = self.count - len(self.named)
+        return [*self.named, *([f"{more} more"] if more else [])]
+
+
+@dataclass(slots=True)
+class Listing:
+    """The files of a folder that can be kept, and those that cannot."""
+
+    files: list[File] = field(default_factory=list)
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """How many files were kept, and what was left out."""
+
+    file_count: int
+    left_out: LeftOut
+
+
+class _FileLost(NablaError):
+    """A file that could be read when it was listed cannot be read any more."""
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(f"{path}: {why}")
+        self.path, self.why = path, why
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +126,15 @@ class Sealing:
         """Leaves what is under way to its end."""
         self._threads.close()
 
-    async def seal_artifacts(self, owner: Owner, folder: Path) -> int:
-        """Keeps the whole folder; the number of files, 0 when there is nothing to keep.
+    async def seal_artifacts(self, owner: Owner, folder: Path) -> Kept:
+        """Keeps all of the folder that can be kept.
 
         Raises:
-            NotKept.
+            NotKept: nothing of it was.
         """
-        sealed = await self._seal("artifacts", owner, folder, owner.attempt_id)
-        return sealed.file_count if sealed else 0
+        listing = await self._threads.run(_listed, folder)
+        sealed = await self._seal("artifacts", owner, folder, owner.attempt_id, listing)
+        return Kept(sealed.file_count if sealed else 0, listing.left_out)
 
     async def register_model(self, owner: Owner, artifacts: Path, wanted: ModelOutput) -> int:
         """Keeps one folder as a model and registers it; the new version's number.
@@ -95,7 +148,9 @@ class Sealing:
             raise NotKept(f"its folder {error}") from error
         await self._threads.run(_refuse_links, artifacts, relative)
         name = hashlib.sha256(wanted.name.encode()).hexdigest()[:8]
-        sealed = await self._seal("model", owner, artifacts / relative, f"{owner.attempt_id}-{name}")
+        listing = await self._threads.run(_listed, artifacts / relative)
+        _refuse_half(listing)
+        sealed = await self._seal("model", owner, artifacts / relative, f"{owner.attempt_id}-{name}", listing)
         if sealed is None:
             raise NotKept(f"there is no file in /artifacts/{wanted.path}")
         order = RegisterModel(
@@ -110,36 +165,51 @@ class Sealing:
         key = f"{owner.attempt_id}-{name}-register"
         return (await self._ask(order, ModelVersion, owner, key)).version
 
-    async def _seal(self, kind: str, owner: Owner, folder: Path, key: str) -> Fileset | None:
+    async def _seal(self, kind: str, owner: Owner, folder: Path, key: str, listing: Listing) -> Fileset | None:
         """Opens, uploads and seals; again from the start, under a new key, when URLs have run out."""
-        files = await self._threads.run(_listed, folder)
-        if not files:
-            return None
-        delay_s, turn = FIRST_DELAY_S, 0
-        while True:
+        delay_s, turn, tries = FIRST_DELAY_S, 0, 0
+        uploaded: set[str] = set()
+        while listing.files:
             turn += 1
             order = OpenFileset(
                 kind=kind,
                 project_id=owner.project_id,
-                digest=digest_of(files),
-                files=tuple(files),
+                digest=digest_of(listing.files),
+                files=tuple(listing.files),
                 job_id=owner.job_id,
                 attempt=owner.number,
                 endpoint=self._endpoint,
             )
-            grant = await self._ask(order, FilesetGrant, owner, f"{key}-{kind}-open-{turn}")
+            turn_key = f"{key}-{kind}-{order.digest[:8]}-{turn}"  # one key never stands for two lists of files
+            grant = await self._ask(order, FilesetGrant, owner, f"{turn_key}-open")
             if grant.fileset.state == "sealed":
                 return grant.fileset
+            asked = {file.path for file in grant.uploads}
             try:
                 await self._upload_all(folder, grant)
                 seal = SealFileset(fileset_id=grant.fileset.id)
-                return await self._ask(seal, Fileset, owner, f"{key}-{kind}-seal-{turn}")
-            except (TransferBroken, NotKept) as error:
-                if isinstance(error, NotKept) and turn == SEAL_TRIES:
+                return await self._ask(seal, Fileset, owner, f"{turn_key}-seal")
+            except _FileLost as error:
+                listing.files = [file for file in listing.files if file.path != error.path]
+                listing.left_out.add(error.path, error.why)
+                if kind == "model":
+                    _refuse_half(listing)
+                continue
+            except NotKept as error:
+                if asked - uploaded:
+                    uploaded |= asked
+                    tries, delay_s = 0, FIRST_DELAY_S
+                    continue
+                tries += 1
+                if tries == SEAL_TRIES:
                     raise
-                log.warning("upload is repeated", extra={"fileset_id": grant.fileset.id, "reason": str(error)})
+                reason: Exception = error
+            except TransferBroken as error:
+                reason = error
+            log.warning("upload is repeated", extra={"fileset_id": grant.fileset.id, "reason": str(reason)})
             await asyncio.sleep(delay_s)
             delay_s = min(delay_s * 2, LONGEST_DELAY_S)
+        return None
 
     async def _upload_all(self, folder: Path, grant: FilesetGrant) -> None:
         slots = asyncio.Semaphore(AT_ONCE)
@@ -148,7 +218,12 @@ class Sealing:
             async with slots:
                 await self._threads.run(_upload_one, folder, file)
 
-        await asyncio.gather(*(upload(file) for file in grant.uploads))
+        uploads = [asyncio.create_task(upload(file)) for file in grant.uploads]
+        try:
+            await asyncio.gather(*uploads)
+        finally:
+            for task in uploads:  # those that have not begun would meet the next turn's
+                task.cancel()
 
     async def _ask(self, message: Message, reply: type[M], owner: Owner, key: str) -> M:
         try:
@@ -168,53 +243,88 @@ def _refuse_links(artifacts: Path, relative: Path) -> None:
         raise NotKept(f"/artifacts/{relative} is a link that leads out of /artifacts")
 
 
-def _listed(folder: Path) -> list[File]:
-    with _told_as_not_kept(folder):
-        return _list(folder)
+def _refuse_half(listing: Listing) -> None:
+    """A model without one of its files is no model."""
+    if listing.left_out.count:
+        raise NotKept("; ".join(listing.left_out.lines()))
 
 
-def _list(folder: Path) -> list[File]:
-    files: list[File] = []
+def _listed(folder: Path) -> Listing:
+    listing = Listing()
     names_bytes = 0
-    for path in _regular_files(folder):
-        name = path.relative_to(folder).as_posix()
-        names_bytes += len(name.encode())
-        if len(files) == MAX_FILES or names_bytes > MAX_NAMES_BYTES:
-            raise NotKept(
-                f"more than {MAX_FILES} files, or {MAX_NAMES_BYTES >> 20} MB of names: pack them into an archive"
-            )
-        with _opened(path) as descriptor:
-            if descriptor is not None:
-                found = transfer.digests_of(descriptor)
-                files.append(File(path=name, size_bytes=found.size_bytes, md5=found.md5, sha256=found.sha256))
-    return files
-
-
-def _regular_files(folder: Path, depth: int = 0) -> Iterator[Path]:
-    """Depth first, sorted, through real folders only."""
     if folder.is_symlink() or not folder.is_dir():
-        return
-    if depth > MAX_DEPTH:
-        raise NotKept(f"folders are nested deeper than {MAX_DEPTH}: pack them into an archive")
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        return listing
+    for path in _regular_files(folder, folder, listing.left_out):
+        name = path.relative_to(folder).as_posix()
+        if len(listing.files) == MAX_FILES or names_bytes + len(name.encode()) > MAX_NAMES_BYTES:
+            most = f"{MAX_FILES} files and {MAX_NAMES_BYTES >> 20} MB of names"
+            listing.left_out.add(name, f"beyond the most that is kept ({most}); pack files into an archive")
+            continue
         try:
-            entry.name.encode()
-        except UnicodeEncodeError:
-            raise NotKept(f"the name {entry.name!r} is not text") from None
-        if entry.is_dir(follow_symlinks=False):
-            yield from _regular_files(Path(entry.path), depth + 1)
+            file = _described(path, name)
+        except OSError as error:
+            listing.left_out.add(name, _unreadable(error))
+            continue
+        if file and file.size_bytes > MAX_FILE_BYTES:
+            listing.left_out.add(name, f"larger than the {MAX_FILE_BYTES >> 30} GiB that a file may have; split it")
+        elif file:
+            listing.files.append(file)
+            names_bytes += len(name.encode())
+    return listing
+
+
+def _described(path: Path, name: str) -> File | None:
+    """None for what is no regular file; without hashes when it is too large to be kept."""
+    with _opened(path) as descriptor:
+        if descriptor is None:
+            return None
+        size_bytes = os.fstat(descriptor).st_size
+        if size_bytes > MAX_FILE_BYTES:
+            return File(path=name, size_bytes=size_bytes)
+        found = transfer.digests_of(descriptor)
+        return File(path=name, size_bytes=found.size_bytes, md5=found.md5, sha256=found.sha256)
+
+
+def _regular_files(folder: Path, top: Path, left_out: LeftOut, depth: int = 0) -> Iterator[Path]:
+    """Depth first, sorted, through real folders only; what cannot be named or opened is left out."""
+    if depth > MAX_DEPTH:
+        left_out.add(os.path.relpath(folder, top), f"nested deeper than {MAX_DEPTH} folders; pack it into an archive")
+        return
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        left_out.add(os.path.relpath(folder, top), _unreadable(error))
+        return
+    for entry in entries:
+        fault = _name_fault(os.path.relpath(entry.path, top))
+        is_folder = entry.is_dir(follow_symlinks=False)
+        if fault and (is_folder or entry.is_file(follow_symlinks=False)):
+            left_out.add(os.path.relpath(entry.path, top), fault)
+        elif is_folder:
+            yield from _regular_files(Path(entry.path), top, left_out, depth + 1)
         elif entry.is_file(follow_symlinks=False):
             yield Path(entry.path)
 
 
-@contextmanager
-def _told_as_not_kept(folder: Path) -> Iterator[None]:
-    """A file that the job closed to everybody, or a name too long to open, is told and not tried again for ever."""
+def _name_fault(path: str) -> str:
     try:
-        yield
-    except OSError as error:
-        name = os.path.relpath(error.filename, folder) if error.filename else "a file"
-        raise NotKept(f"{name} cannot be read: {error.strerror or error}") from error
+        size_bytes = len(path.encode())
+    except UnicodeEncodeError:
+        return "its name is not text"
+    if size_bytes > MAX_PATH_BYTES:
+        return f"its path is longer than {MAX_PATH_BYTES} bytes; pack it into an archive"
+    return "its name holds a control character or a backslash" if _UNSAFE.search(path) else ""
+
+
+def _printable(path: str) -> str:
+    """Of any name that a file may have, one line that a log can show."""
+    text = path.encode("utf-8", "backslashreplace").decode()
+    text = _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME // 2]}...{text[-_LONGEST_NAME // 2 :]}"
+
+
+def _unreadable(error: OSError) -> str:
+    return f"cannot be read: {error.strerror or error}"
 
 
 @contextmanager
@@ -228,6 +338,12 @@ def _opened(path: Path) -> Iterator[int | None]:
 
 
 def _upload_one(folder: Path, file: File) -> None:
-    with _told_as_not_kept(folder), _opened(folder / inner_path(file.path)) as descriptor:
-        assert descriptor is not None, "it was a regular file when it was listed, and its job has ended"
-        transfer.upload(file.url, descriptor, os.fstat(descriptor).st_size)
+    """A file that the job closed to everybody meanwhile is told, and not tried again for ever."""
+    try:
+        with _opened(folder / inner_path(file.path)) as descriptor:
+            if descriptor is not None:
+                transfer.upload(file.url, descriptor, os.fstat(descriptor).st_size)
+                return
+    except OSError as error:
+        raise _FileLost(file.path, _unreadable(error)) from error
+    raise _FileLost(file.path, "no regular file any more")

@@ -15,6 +15,8 @@ import selectors
 import signal
 import time
 import traceback
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from services.executor.adapters.attempt_folder import (
     StartedRecord,
 )
 from services.executor.adapters.cgroup import Cgroup, Limits
+from services.executor.adapters.forward import Way
 from services.executor.adapters.launch import Job, LaunchRefused, launch, shell_code
 from services.executor.adapters.spool import SpoolWriter, Stream
 
@@ -39,11 +42,13 @@ _CHECK_S = 1.0
 _SAMPLE_S = 0.25
 _SAMPLE_SHARE = 20  # memory is looked at for at most a twentieth of the time
 _DRAIN_LIMIT_S = 5.0
+_ENDING_S = 5.0  # what has not died by then is told
+_UNDEAD_NAMED = 5
+_ENDING_LIMIT_S = 60.0  # and by then left behind: it dies when the kernel lets it
 _KILL_AGAIN_S = 1.0
 _WRITE_AGAIN_S = 1.0
 _CONTACT_BYTES = 128  # more than any record of a contact, so that each covers the one before
 _ERROR_TAIL_BYTES = 2000
-_NOT_STREAMS = 2  # registered with the selector besides stdout and stderr: the process, the wake-up pipe
 
 
 def become_shim(path: str | os.PathLike[str]) -> ShimRecord:
@@ -79,11 +84,12 @@ def see_through(path: str | os.PathLike[str]) -> None:
         try:
             record = _run(folder, afterwards)
         except Exception as error:
-            traceback.print_exc()
+            _say(traceback.format_exc())
             started = folder.read_started()  # what it left is kept, although nobody knows how it ended
             record = _refused(f"the shim failed: {error!r}", started.at_us if started else None)
-        finally:
-            processes.end_descendants()
+        undead = _end_all()
+        if undead and undead not in record.detail:
+            record = replace(record, detail="; ".join(filter(None, (record.detail, undead))))
         _write_end(folder, record)
 
 
@@ -110,7 +116,7 @@ def _write_end(folder: AttemptFolder, record: ExitRecord) -> None:
         except FileNotFoundError:  # the folder is gone, and with it whoever would have asked
             return
         except OSError as error:
-            print(f"the end cannot be written down yet: {error}", flush=True)
+            _say(f"the end cannot be written down yet: {error}")
             time.sleep(_WRITE_AGAIN_S)
         else:
             return
@@ -143,6 +149,8 @@ class _Attempt:
         self._job = job
         self._spool = SpoolWriter(folder.spool, int(spec.max_spool_bytes))
         self._selector = selectors.DefaultSelector()
+        self._streams: set[int] = set()
+        self._unserved: list[Way] = []
         self._status: int | None = None
         self._error_tail = b""
         self._reason: ExitReason = "exited"
@@ -163,10 +171,15 @@ class _Attempt:
         self._folder.write_started(StartedRecord(self._job.root, started_at_us, self._spec.isolation, ports))
         while self._status is None:
             self._step()
-        processes.end_descendants()
+        undead = _end_all(self._tell)
         self._drain()
         self._spool.close(_now_us())
-        return self._record(started_at_us)
+        return self._record(started_at_us, undead)
+
+    def _tell(self, text: str) -> None:
+        """A line of the platform's own in the job's log."""
+        self._spool.write("e", f"[nabla: {text}]\n".encode(), _now_us())
+        self._spool.flush(_now_us())
 
     def _watch(self) -> None:
         wake, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -175,9 +188,33 @@ class _Attempt:
         streams: list[tuple[int, Stream]] = [(self._job.stdout, "o"), (self._job.stderr, "e")]
         for descriptor, stream in streams:
             self._selector.register(descriptor, selectors.EVENT_READ, partial(self._read, descriptor, stream))
+            self._streams.add(descriptor)
         process = os.pidfd_open(self._job.pid)
         self._selector.register(process, selectors.EVENT_READ, self._reap)
         self._selector.register(wake, selectors.EVENT_READ, partial(self._wake, wake))
+        for way in self._job.ways:
+            self._watch_relay(way)
+
+    def _watch_relay(self, way: Way) -> None:
+        relay = os.pidfd_open(way.pid)
+        self._selector.register(relay, selectors.EVENT_READ, partial(self._reap_relay, way, relay))
+
+    def _reap_relay(self, way: Way, relay: int) -> None:
+        """The next check replaces it, and not this: one that dies at once must not keep the shim from its work."""
+        self._selector.unregister(relay)
+        os.close(relay)
+        status = os.waitpid(way.pid, 0)[1]
+        _say(f"a relay through the wall ended ({shell_code(status)}); another one is started")
+        self._unserved.append(way)
+
+    def _serve_ways(self) -> None:
+        while self._unserved:
+            try:
+                self._unserved[-1].serve()
+            except OSError as error:  # the node has no room for a process: the next check tries again
+                _say(f"a relay cannot be started: {error}")
+                return
+            self._watch_relay(self._unserved.pop())
 
     def _step(self) -> None:
         for key, _ in self._selector.select(self._patience_s()):
@@ -203,6 +240,7 @@ class _Attempt:
             return
         if not data:
             self._selector.unregister(descriptor)
+            self._streams.discard(descriptor)
             return
         self._spool.write(stream, data, _now_us())
         if stream == "e":
@@ -225,9 +263,9 @@ class _Attempt:
         surprises.
         """
         deadline = time.monotonic() + _DRAIN_LIMIT_S
-        while len(self._selector.get_map()) > _NOT_STREAMS and time.monotonic() < deadline:
+        while self._streams and time.monotonic() < deadline:
             for key, _ in self._selector.select(0.05):
-                if key.fd in (self._job.stdout, self._job.stderr):
+                if key.fd in self._streams:
                     key.data()
 
     def _check(self, now: float) -> None:
@@ -236,6 +274,7 @@ class _Attempt:
         self._check_time(now)
         self._check_fence(now)
         self._check_memory(now)
+        self._serve_ways()
 
     def _check_stop(self, now: float) -> None:
         stop = self._folder.read_stop()
@@ -270,9 +309,13 @@ class _Attempt:
         return self._contact_s
 
     def _check_memory(self, now: float) -> None:
-        """With a control group the kernel enforces and this only records; without, this enforces."""
+        """With a control group the kernel enforces, and this ends what it left of the job: it may have killed one
+        worker, for which its parent waits for ever. Without, this enforces.
+        """
         if self._cgroup is not None:
             self._peak_bytes = max(self._peak_bytes, self._cgroup.resident_bytes())
+            if self._status is None and self._cgroup.oom_kills():
+                self._end("out_of_memory", self._killed_by_kernel(), now, 0)
         elif self._spec.memory_bytes is not None:
             self._sample(now, self._spec.memory_bytes)
 
@@ -299,7 +342,7 @@ class _Attempt:
                 self._job.signal(signal.SIGTERM)
         self._kill_at = min(self._kill_at, kill_at)
 
-    def _record(self, started_at_us: int) -> ExitRecord:
+    def _record(self, started_at_us: int, undead: str) -> ExitRecord:
         code = shell_code(self._status or 0)
         if self._kill_at is None:
             self._explain(code)
@@ -308,7 +351,7 @@ class _Attempt:
             code=None if refused else code,
             signal=code - 128 if 128 < code <= 128 + signal.NSIG and not refused else None,
             reason=self._reason,
-            detail=self._detail,
+            detail="; ".join(filter(None, (self._detail, undead))),
             peak_rss_bytes=max(self._peak_bytes, _largest_child_bytes()),
             started_at_us=None if refused else started_at_us,
             ended_at_us=_now_us(),
@@ -319,14 +362,32 @@ class _Attempt:
         if self._job.setup_failed(code):
             self._reason, self._detail = "refused", self._error_tail.decode("utf-8", "replace").strip()
         elif code != 0 and self._cgroup is not None and self._cgroup.oom_kills():
-            self._reason = "out_of_memory"
-            self._detail = _memory_detail(self._spec.memory_bytes, "the kernel killed a process for it")
+            self._reason, self._detail = "out_of_memory", self._killed_by_kernel()
         elif code == 127:
             self._detail = f"command not found: {_first_word(self._spec.command)}"
         elif code == 126:
             self._detail = f"not executable: {_first_word(self._spec.command)}"
         elif 128 < code < 128 + signal.NSIG:
             self._detail = f"ended by {_signal_name(code - 128)}"
+
+    def _killed_by_kernel(self) -> str:
+        return _memory_detail(self._spec.memory_bytes, "the kernel killed a process for it")
+
+
+def _end_all(tell: Callable[[str], None] | None = None) -> str:
+    """Kill all that is left of the attempt, and say what would not die at once: "" in health.
+
+    A process that waits in the kernel (for a network disk, for a GPU) takes the signal only when that lets it go.
+    """
+    if processes.end_descendants(_ENDING_S):
+        return ""
+    left = processes.descendants(os.getpid())
+    names = ", ".join(f"{pid} ({processes.name_of(pid)})" for pid in left[:_UNDEAD_NAMED])
+    undead = f"{len(left)} of its processes would not die: {names}{', ...' if len(left) > _UNDEAD_NAMED else ''}"
+    for say in filter(None, (_say, tell)):
+        say(undead)
+    processes.end_descendants(_ENDING_LIMIT_S - _ENDING_S)
+    return undead
 
 
 def _without_end(reason: ExitReason, detail: str, started_at_us: int | None = None) -> ExitRecord:
@@ -366,6 +427,12 @@ def _largest_child_bytes() -> int:
     exec.
     """
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+
+
+def _say(text: str) -> None:
+    """Into shim.log; a full disk must not end the shim for it."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode())
 
 
 def _now_us() -> int:

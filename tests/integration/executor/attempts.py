@@ -21,7 +21,7 @@ from services.executor.adapters.sandbox import find_bwrap, probe_isolation
 from services.executor.adapters.spool import LogLine, SpoolReader
 
 JOB_UID = 30_001 if os.geteuid() == 0 else None
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 T = TypeVar("T")
 

@@ -6,11 +6,12 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 from services.executor.adapters import processes
-from services.executor.adapters.attempt_folder import FrontDoor
+from services.executor.adapters.attempt_folder import AttemptFolder, FrontDoor
 from tests.integration.executor.attempts import (
     Node,
     eventually,
@@ -228,6 +229,51 @@ def test_kill_of_the_shim_ends_its_relays(node: Node) -> None:
         assert len(tree) >= 5  # two relays, bwrap, the sandbox's first process, sleep
         os.kill(record.pid, 9)
         eventually(lambda: all(processes.start_ticks(pid) is None for pid in tree), "the end of the relays")
+
+
+def test_a_relay_that_dies_is_replaced_in_both_directions(node: Node) -> None:
+    ask = ASK_OUTSIDE.replace("print(", "print(number, ").replace("import socket, sys", "import socket, sys, os, time")
+    ask = ask.replace("\n", "\n    ").rstrip()
+    script = (
+        f"for number in range(3):{ask}\n"
+        "    open(f'asked{number}', 'w').close()\n"
+        "    while not os.path.exists(f'go{number}'): time.sleep(0.02)\n"
+    )
+    with Server(answer_after_the_end) as server:
+        door = FrontDoor(8080, "127.0.0.1", server.port)
+        serve = node.start(["python3", "-c", SERVE_INSIDE, "9000"], expose_ports=[9000])
+        asking = node.start(["python3", "-c", script, "8080"], front_door=[door])
+        port = started(serve).ports[9000]
+        eventually(lambda: said(serve, "listening"), "the server inside")
+        for number in range(3):
+            eventually((asking.workspace / f"asked{number}").exists, "the answer through the front door")
+            with socket.create_connection(("127.0.0.1", port), 20) as connection:
+                connection.settimeout(20)
+                connection.shutdown(socket.SHUT_WR)
+                assert receive_all(connection) == b"inside got 0"
+            for folder in (asking, serve):
+                kill_relay(folder)
+            (asking.workspace / f"go{number}").touch()
+        ended = node.end_of(asking)
+        serve.request_stop(0, "over")
+        node.end_of(serve)
+    assert ended.lines("o") == [f"{number} answer to question" for number in range(3)], ended.text
+    assert (asking.path / "shim.log").read_text().count("another one is started") >= 2
+
+
+def kill_relay(folder: AttemptFolder) -> None:
+    """The shim's one child that is not the job's: it leads a session and is called as the shim is."""
+    record, begun = folder.read_shim(), folder.read_started()
+    assert record is not None
+    assert begun is not None
+
+    def relays() -> list[int]:
+        below = [pid for pid in processes.descendants(record.pid) if Path(f"/proc/{pid}/comm").exists()]
+        return [pid for pid in below if Path(f"/proc/{pid}/comm").read_text() == "nabla-shim\n"]
+
+    (relay,) = eventually(relays, "the relay")
+    os.kill(relay, 9)
+    eventually(lambda: processes.start_ticks(relay) is None, "the end of the relay")
 
 
 def test_relays_are_started_only_when_asked_for(node: Node) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import signal
 import urllib.request
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +18,7 @@ import pytest
 
 from libs.common.contracts.messages import Environment, Execution, Input, JobTemplate, ModelOutput, Resources
 from libs.common.ids import new_id
-from services.executor.adapters import cgroup, node_agent
+from services.executor.adapters import cgroup, node_agent, tries
 from services.executor.adapters.attempt_folder import AttemptFolder
 from services.executor.adapters.node_agent import NodeAgent
 from services.executor.ports import AgentConfig, StartOrder
@@ -70,13 +72,25 @@ def order(*command: str, **template: object) -> StartOrder:
     )
 
 
-async def ended(agent: NodeAgent, attempt_id: str, timeout_s: float = 30.0) -> Execution:
+def file_in(config: AgentConfig, asked: StartOrder, name: str) -> Path:
+    """A file of the job's workspace, for which it waits or which it makes."""
+    return Path(config.node_dir) / "attempts" / asked.attempt_id / "workspace" / name
+
+
+async def has_ended(config: AgentConfig, asked: StartOrder) -> None:
+    """Waits for the end of the process itself, of which no agent need have heard."""
+    folder = AttemptFolder(Path(config.node_dir) / "attempts" / asked.attempt_id)
+    await until(lambda: asyncio.to_thread(folder.read_exit))
+
+
+async def ended(agent: NodeAgent, attempt_id: str) -> Execution:
     async def look() -> Execution | None:
         news = {each.attempt_id: each for each in (await agent.look({attempt_id: "asked"})).news}
         found = news.get(attempt_id)
         return found if found and found.state == "ended" else None
 
-    return await until(look, timeout_s)
+    found: Execution = await until(look)
+    return found
 
 
 async def texts(neighbours: Neighbours, asked: StartOrder, stream: str = "stdout") -> list[str]:
@@ -107,7 +121,9 @@ async def test_an_order_told_twice_is_run_once(config: AgentConfig, neighbours: 
         await asyncio.gather(agent.start(asked), agent.start(replace(asked, token="nbla_other")))
         await ended(agent, asked.attempt_id)
         await agent.start(asked)
-        await asyncio.sleep(0.2)
+        later = order("true")
+        await agent.start(later)
+        await ended(agent, later.attempt_id)
     assert (Path(config.storage_root) / TEAM / "ran").read_text() == "once\n"
     assert (await texts(neighbours, asked)) == ["done"]
 
@@ -150,7 +166,7 @@ async def test_artifacts_and_models_are_kept_without_following_links(
     async with running(config) as agent:
         neighbours.objects.away = True
         await agent.start(asked)
-        await asyncio.sleep(1.0)
+        await until(lambda: asyncio.to_thread(lambda: neighbours.objects.asked > 2 * 2))  # both files, and again
         assert "ended" not in [each.execution.state for each in await reports(neighbours)]
         neighbours.objects.away = False
         await ended(agent, asked.attempt_id)
@@ -159,28 +175,51 @@ async def test_artifacts_and_models_are_kept_without_following_links(
     assert [(model.name, model.framework) for model in neighbours.models] == [("digits", "sklearn")]
 
 
+async def test_what_cannot_be_kept_is_named_and_the_rest_is_kept(config: AgentConfig, neighbours: Neighbours) -> None:
+    asked = order(
+        "mkdir /artifacts/m; echo fine > /artifacts/fine; for n in 1 2 3 4 5 6 7; do touch /artifacts/m/$n'\\'; done",
+        models=(ModelOutput(name="digits", path="m"),),
+    )
+    async with running(config) as agent:
+        await agent.start(asked)
+        end = await ended(agent, asked.attempt_id)
+    assert neighbours.sealed("artifacts", asked.job_id) == {"fine": b"fine\n"}
+    assert neighbours.models == []
+    told = [text for text in await texts(neighbours, asked, "nabla") if text.startswith(("artifacts", "model"))]
+    assert told[0] == "artifacts: 1 files kept"
+    assert told[1] == "artifacts: left out: m/1\\\\: its name holds a control character or a backslash"
+    assert told[6] == "artifacts: left out: 2 more"
+    assert told[7].startswith("model: digits not registered: 1\\\\: its name holds")
+    assert (end.reason, end.exit_code) == ("exited", 0)
+    assert "left out: m/1" in end.detail
+
+
 async def test_a_running_job_is_found_again_and_no_line_is_lost_or_double(
     config: AgentConfig, neighbours: Neighbours
 ) -> None:
-    asked = order("for i in $(seq 60); do echo line $i; sleep 0.05; done; exit 4")
+    part = "while [ $part != 0 ] && [ ! -e go$part ]; do sleep 0.02; done; for i in $(seq 20); do echo $part $i; done"
+    asked = order(f"for part in 0 1 2 3; do {part}; done; exit 4")
     async with running(config) as agent:
         await agent.start(asked)
-        await until(lambda: texts(neighbours, asked))
-    for _ in range(2):
-        async with running(config) as agent:
-            await asyncio.sleep(0.5)
+        await until(lambda: _has_said(neighbours, asked, "0 20"))
+    for part in (1, 2):
+        file_in(config, asked, f"go{part}").touch()
+        async with running(config):
+            await until(partial(_has_said, neighbours, asked, f"{part} 20"))
+    file_in(config, asked, "go3").touch()
     async with running(config) as agent:
         end = await ended(agent, asked.attempt_id)
     assert (end.reason, end.exit_code) == ("exited", 4)
-    assert await texts(neighbours, asked) == [f"line {number}" for number in range(1, 61)]
+    assert await texts(neighbours, asked) == [f"{part} {number}" for part in range(4) for number in range(1, 21)]
 
 
 async def test_the_end_of_a_job_that_nobody_watched_is_reported(config: AgentConfig, neighbours: Neighbours) -> None:
-    asked = order("sleep 0.4; echo alone")
+    asked = order("while [ ! -e go ]; do sleep 0.02; done; echo alone")
     async with running(config) as agent:
         await agent.start(asked)
         await until(lambda: _started(config, asked))
-    await asyncio.sleep(0.8)
+    file_in(config, asked, "go").touch()
+    await has_ended(config, asked)
     async with running(config) as agent:
         await ended(agent, asked.attempt_id)
     assert await texts(neighbours, asked) == ["alone"]
@@ -205,7 +244,9 @@ async def test_a_job_that_passes_its_bounds_is_ended(
         await agent.start(asked)
         end = await ended(agent, asked.attempt_id)
     assert end.reason == reason
-    assert (await texts(neighbours, asked, "nabla"))[-1].startswith(("ended: its time", "killed: out of memory"))
+    last = (await texts(neighbours, asked, "nabla"))[-1]
+    said = r"killed: out of memory, limit 60\.0 MB, peak memory \d+\.\d MB, \d+\.\d s"
+    assert re.fullmatch(said if reason == "out_of_memory" else r"ended: its time limit of 0\.5 s is over, .*", last)
 
 
 async def test_a_stopped_job_ends_and_one_stopped_before_its_start_never_starts(
@@ -230,9 +271,9 @@ async def test_a_stop_is_heard_while_the_workspace_cannot_be_fetched(
     neighbours.objects.away = True
     async with running(config) as agent:
         await agent.start(asked)
-        await asyncio.sleep(0.3)
+        await until(lambda: asyncio.to_thread(lambda: neighbours.objects.asked))
         await agent.stop(asked.attempt_id, 5.0, "cancelled")
-        assert (await ended(agent, asked.attempt_id, 5)).reason == "stopped"
+        assert (await ended(agent, asked.attempt_id)).reason == "stopped"
 
 
 async def test_a_workspace_for_which_the_disk_has_no_room_is_refused_and_takes_none(
@@ -304,6 +345,80 @@ async def test_a_dead_zygote_is_replaced(config: AgentConfig, neighbours: Neighb
         await agent.start(asked)
         await ended(agent, asked.attempt_id)
     assert await texts(neighbours, asked) == ["back"]
+
+
+async def test_a_stop_is_heard_while_no_zygote_answers(config: AgentConfig, neighbours: Neighbours) -> None:
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+    waiting = [order("echo never") for _ in range(3)]
+    async with running(config) as agent:
+        assert agent._zygote
+        zygote = agent._zygote._process
+        zygote.send_signal(signal.SIGSTOP)
+        try:
+            for asked in waiting:
+                await agent.start(asked)
+                spec = Path(config.node_dir) / "attempts" / asked.attempt_id / "spec.json"
+                await until(lambda spec=spec: asyncio.to_thread(spec.exists))
+            for asked in waiting:
+                await agent.stop(asked.attempt_id, 5.0, "cancelled")
+                assert (await ended(agent, asked.attempt_id)).reason == "stopped"
+        finally:
+            zygote.send_signal(signal.SIGCONT)
+        after = order("echo fine")
+        await agent.start(after)
+        assert (await ended(agent, after.attempt_id)).exit_code == 0
+    assert [await texts(neighbours, asked) for asked in waiting] == [[], [], []]
+
+
+async def test_a_start_that_breaks_each_time_is_told_as_the_platforms_failure(
+    config: AgentConfig, neighbours: Neighbours, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tries, "PAUSES_S", (0.01, 0.01))
+    asked = order("true", workspace_id=neighbours.put_workspace({"a": b"a"}))
+    neighbours.garbled.add("ListFiles")
+    async with running(config) as agent:
+        await agent.start(asked)
+        end = await ended(agent, asked.attempt_id)
+    assert neighbours.asked.count("ListFiles") == 3
+    assert (end.reason, end.exit_code) == ("refused", None)
+    assert "the platform failed to start the job, 3 times: " in end.detail
+    assert any("failed to start the job" in text for text in await texts(neighbours, asked, "nabla"))
+
+
+async def test_a_start_that_broke_once_goes_on(
+    config: AgentConfig, neighbours: Neighbours, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tries, "PAUSES_S", (0.01,) * 5000)
+    asked = order("cat a", workspace_id=neighbours.put_workspace({"a": b"a\n"}))
+    neighbours.garbled.add("ListFiles")
+    async with running(config) as agent:
+        await agent.start(asked)
+        await until(lambda: asyncio.to_thread(lambda: neighbours.asked.count("ListFiles") >= 2))
+        neighbours.garbled.clear()
+        assert (await ended(agent, asked.attempt_id)).exit_code == 0
+    assert await texts(neighbours, asked) == ["a"]
+
+
+async def test_artifacts_that_the_platform_fails_to_keep_stay_on_the_node(
+    config: AgentConfig, neighbours: Neighbours, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tries, "PAUSES_S", (0.01, 0.01))
+    asked, failed = order("echo w > /artifacts/w"), order("echo v > /artifacts/v; exit 3")
+    neighbours.garbled.add("OpenFileset")
+    async with running(config) as agent:
+        for each in (asked, failed):
+            await agent.start(each)
+        end, other = await ended(agent, asked.attempt_id), await ended(agent, failed.attempt_id)
+        for each in (asked, failed):
+            await agent.drop(each.attempt_id)
+    aside = Path(config.node_dir) / "unkept"
+    assert (aside / asked.attempt_id / "w").read_text() == "w\n"
+    assert (aside / failed.attempt_id / "v").read_text() == "v\n"
+    assert (end.reason, end.exit_code) == ("refused", None)
+    assert end.detail.startswith("the platform failed to keep what the job left, 3 times: ")
+    assert (other.reason, other.exit_code) == ("exited", 3)
+    said = await texts(neighbours, asked, "nabla")
+    assert any(text.endswith(str(aside / asked.attempt_id)) for text in said)
 
 
 async def test_an_agent_that_could_not_open_its_folder_can_try_again(
@@ -398,10 +513,11 @@ async def test_an_object_store_that_hangs_holds_up_no_other_job(config: AgentCon
 
 
 async def test_only_what_is_over_is_dropped(config: AgentConfig, neighbours: Neighbours) -> None:
-    asked = order("sleep 0.3")
+    asked = order("while [ ! -e go ]; do sleep 0.02; done")
     async with running(config) as agent:
         await agent.start(asked)
         await agent.drop(asked.attempt_id)
+        file_in(config, asked, "go").touch()
         assert (await ended(agent, asked.attempt_id)).exit_code == 0
         await agent.drop(asked.attempt_id)
         assert (await agent.look({})).held == frozenset()
@@ -411,12 +527,13 @@ async def test_only_what_is_over_is_dropped(config: AgentConfig, neighbours: Nei
 async def test_nats_may_be_away_while_a_job_runs(
     config: AgentConfig, neighbours: Neighbours, nats_server: NatsServer
 ) -> None:
-    asked = order("for i in $(seq 30); do echo line $i; sleep 0.05; done")
+    asked = order("echo line 1; while [ ! -e go ]; do sleep 0.02; done; for i in $(seq 2 30); do echo line $i; done")
     async with running(config) as agent:
         await agent.start(asked)
         await until(lambda: texts(neighbours, asked))
         nats_server.kill()
-        await asyncio.sleep(1.0)
+        file_in(config, asked, "go").touch()
+        await has_ended(config, asked)
         nats_server.start()
         await ended(agent, asked.attempt_id)
     await until(lambda: _is_connected(neighbours))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nabla.hints import LAST_LINES, Ending, hint
 from services.executor.adapters import sandbox, zygote
 from services.executor.adapters.attempt_folder import Bind, Isolation
 from tests.integration.executor.attempts import (
@@ -173,6 +174,19 @@ def test_threads_and_subprocesses_still_work(node: Node) -> None:
         "print(sum(concurrent.futures.ProcessPoolExecutor(2).map(abs, [-1, -2])))\n"
     )
     assert node.run(["python3", "-c", script]).lines() == ["thread", "child", "3"]
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        "import urllib.request as u; u.urlopen('http://example.com')",
+        "import socket as s; s.create_connection(('1.1.1.1', 80))",
+    ],
+)
+def test_a_job_that_wants_the_internet_gets_the_hint_that_there_is_none(node: Node, ask: str) -> None:
+    ended = node.run(["python3", "-c", ask])
+    ending = Ending("failed", exit_code=ended.code, lines=ended.lines()[-LAST_LINES:], isolation="bwrap")
+    assert "no internet" in (hint(ending) or ""), ended.text
 
 
 def test_network_of_the_host_is_out_of_reach(node: Node) -> None:

@@ -6,16 +6,19 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from services.executor.adapters import processes, shim, zygote
-from services.executor.adapters.attempt_folder import AttemptFolder, Isolation
+from services.executor.adapters.attempt_folder import WAKE, AttemptFolder, Isolation
 from services.executor.adapters.spool import SpoolReader
 from tests.integration.executor.attempts import (
     JOB_UID,
     PATIENCE_S,
+    Ended,
     Node,
     eventually,
     log_of,
@@ -80,14 +83,24 @@ def test_broken_pipes_end_commands_as_in_a_shell(node: Node, isolation: Isolatio
     assert node.run("yes | head -n 1", isolation=isolation).text == "y"
 
 
+def run_beyond_its_time(node: Node, command: str, **fields: Any) -> Ended:
+    """Of a machine so slow that its time is over before the command is under way, more is given."""
+    for timeout_s in (0.3, 3.0, PATIENCE_S):
+        ended = node.run(command, timeout_s=timeout_s, **fields)
+        if "ready" in ended.lines():
+            return ended
+    raise AssertionError("the command never came so far")
+
+
 def test_timeout_ends_the_job(node: Node, isolation: Isolation) -> None:
-    ended = node.run("sleep 1000", isolation=isolation, timeout_s=0.3)
+    ended = run_beyond_its_time(node, "echo ready; sleep 1000", isolation=isolation)
     assert ended.record.reason == "timed_out"
     assert ended.record.signal == signal.SIGTERM
 
 
 def test_timeout_kills_a_job_that_ignores_it(node: Node, isolation: Isolation) -> None:
-    ended = node.run("trap '' TERM; sleep 1000; sleep 1000", isolation=isolation, timeout_s=0.3, stop_grace_s=0.3)
+    command = "trap '' TERM; echo ready; sleep 1000; sleep 1000"
+    ended = run_beyond_its_time(node, command, isolation=isolation, stop_grace_s=0.3)
     assert (ended.record.reason, ended.record.signal) == ("timed_out", signal.SIGKILL)
 
 
@@ -170,6 +183,33 @@ def test_what_a_failed_shim_had_started_is_kept(node: Node) -> None:
     assert ended.record.started_at_us
 
 
+FREEZER = Path("/sys/fs/cgroup/freezer")
+
+
+@pytest.mark.skipif(not os.access(FREEZER / "tasks", os.W_OK), reason="nothing here keeps a process from being killed")
+def test_what_would_not_die_is_told_and_waited_for(node: Node) -> None:
+    folder = node.start("echo ready; sleep 1000", isolation="process")
+    eventually(lambda: said(folder, "ready"), "the job's first line")
+    guardian, frozen = started(folder).pid, processes_of(folder)[-1]
+    group = FREEZER / folder.path.name
+    group.mkdir()
+    try:
+        (group / "tasks").write_text(str(frozen))
+        (group / "freezer.state").write_text("FROZEN")
+        os.kill(guardian, signal.SIGKILL)
+        line = f"[nabla: 1 of its processes would not die: {frozen} (sleep)]"
+        eventually(lambda: said(folder, line), "the word about it")
+        assert folder.read_exit() is None
+    finally:
+        (group / "freezer.state").write_text("THAWED")
+        eventually(lambda: processes.start_ticks(frozen) is None, "the end of the frozen process")
+        group.rmdir()
+    ended = node.end_of(folder)
+    assert ended.record.reason == "exited"
+    assert ended.record.detail.endswith(f"1 of its processes would not die: {frozen} (sleep)")
+    assert "would not die" in folder.log.read_text()
+
+
 def test_kill_of_the_zygote_is_not_noticed(node: Node, isolation: Isolation) -> None:
     folder = node.start("echo ready; while [ ! -e go ]; do sleep 0.02; done; echo done", isolation=isolation)
     eventually(lambda: said(folder, "ready"), "the job's first line")
@@ -199,6 +239,17 @@ def test_memory_that_runs_out_is_named(node: Node, isolation: Isolation) -> None
     assert ended.record.peak_rss_bytes > 50 * MIB
 
 
+def test_a_worker_killed_for_memory_ends_the_whole_job(node: Node, isolation: Isolation) -> None:
+    parent = (
+        "import subprocess, sys, time\n"
+        "subprocess.Popen([sys.executable, '-c', sys.argv[1]])\n"
+        "while True: time.sleep(1)  # for a result that never comes\n"
+    )
+    ended = node.run(["python3", "-c", parent, EAT_MEMORY], isolation=isolation, memory_bytes=100 * MIB)
+    assert (ended.record.reason, ended.record.signal) == ("out_of_memory", signal.SIGKILL)
+    assert processes_of(ended.folder) == []
+
+
 def test_processes_are_bounded(node: Node, isolation: Isolation) -> None:
     script = (
         "import os, time\nn = 0\ntry:\n    while n < 500:\n        n += 1\n"
@@ -221,14 +272,18 @@ def test_fork_bomb_ends_with_its_attempt(node: Node, isolation: Isolation) -> No
 def test_node_out_of_contact_fences_the_job(node: Node, isolation: Isolation, tmp_path: Path) -> None:
     contact = tmp_path / "contact.json"
     record_contact(contact, time.clock_gettime(time.CLOCK_BOOTTIME) + 3600)
+    wait = "for n in 0 1; do while [ ! -e go$n ]; do sleep 0.02; done; echo went $n; done"
     folder = node.start(
-        "trap '' TERM; echo ready; sleep 1000; sleep 1000",
+        f"trap '' TERM; echo ready; {wait}; sleep 1000; sleep 1000",
         isolation=isolation,
         node_contact_file=str(contact),
-        node_fence_s=0.2,
+        node_fence_s=0.001,
     )
     eventually(lambda: said(folder, "ready"), "the job's first line")
-    time.sleep(1.5)  # the shim looks once a second
+    os.kill(shim_pid(folder), WAKE)  # it looks now; by the time the second line after that is read, it has
+    for number in range(2):
+        (folder.workspace / f"go{number}").touch()
+        eventually(partial(said, folder, f"went {number}"), "the job's next line")
     assert folder.read_exit() is None
     record_contact(contact, 0)
     ended = node.end_of(folder)

@@ -9,6 +9,27 @@ pytestmark = pytest.mark.unit
 
 GIB = 1 << 30
 
+NO_INTERNET = ("no internet", "--env FILE", "$NABLA_STORAGE")
+# As printed in a sandbox: by whom, with which exit code.
+WITHOUT_INTERNET: list[tuple[str, int, tuple[str, ...]]] = [
+    (
+        "pip",
+        1,
+        (
+            "WARNING: Retrying (Retry(total=0, connect=None, read=None, redirect=None, status=None)) after connection "
+            "broken by 'NameResolutionError(\"HTTPSConnection(host='pypi.org', port=443): Failed to resolve "
+            "'pypi.org' ([Errno -3] Temporary failure in name resolution)\")': /simple/humanize/",
+            "ERROR: Could not find a version that satisfies the requirement humanize (from versions: none)",
+            "ERROR: No matching distribution found for humanize",
+        ),
+    ),
+    ("urllib", 1, ("urllib.error.URLError: <urlopen error [Errno -3] Temporary failure in name resolution>",)),
+    ("an address", 1, ("OSError: [Errno 101] Network is unreachable",)),
+    ("curl", 6, ("curl: (6) Could not resolve host: example.com",)),
+    ("wget", 4, ("wget: unable to resolve host address 'example.com'",)),
+    ("git", 128, ("fatal: unable to access 'http://example.com/x/': Could not resolve host: example.com",)),
+]
+
 # name, how it ended, what the hint must say
 ENDINGS: list[tuple[str, Ending, tuple[str, ...]]] = [
     (
@@ -95,6 +116,10 @@ ENDINGS: list[tuple[str, Ending, tuple[str, ...]]] = [
         Ending("failed", exit_code=2, lines=("python: can't open file '/workspace/trian.py': [Errno 2] No such file",)),
         ("trian.py",),
     ),
+    *(
+        (f"no internet ({name})", Ending("failed", exit_code=code, lines=lines, isolation="bwrap"), NO_INTERNET)
+        for name, code, lines in WITHOUT_INTERNET
+    ),
     ("killed", Ending("failed", exit_code=137), ("SIGKILL",)),
     ("crashed", Ending("failed", exit_code=139), ("PYTHONFAULTHANDLER",)),
 ]
@@ -119,6 +144,8 @@ def test_every_rule_has_an_ending_in_the_table() -> None:
         Ending("cancelled", exit_code=137),
         Ending("failed", exit_code=3, lines=("accuracy too low", "page not found", "Error: not found")),
         Ending("failed", exit_code=1, lines=("ValueError: bad",)),
+        Ending("failed", exit_code=1, lines=("OSError: [Errno 101] Network is unreachable",), isolation="process"),
+        Ending("failed", exit_code=1, lines=("ERROR: Could not find a version that satisfies the requirement nunpy",)),
     ],
 )
 def test_others_get_none(ending: Ending) -> None:
@@ -130,10 +157,11 @@ def test_an_ending_is_read_off_a_job() -> None:
         state="failed",
         detail="attempt 2 failed",
         exit_code=137,
-        attempt=Attempt(detail="out of memory", peak_memory_bytes=GIB),
+        attempt=Attempt(detail="out of memory", peak_memory_bytes=GIB, isolation="bwrap"),
         template=JobTemplate(resources=Resources(memory_bytes=GIB // 2)),
     )
     assert "1.0 GiB of the 512.0 MiB" in str(hint(Ending.of(job, [])))
+    assert Ending.of(job, []).isolation == "bwrap"
 
 
 def test_sizes_are_readable() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from libs.common.contracts.messages import LogFrame
+from services.executor.adapters import attempt_log as attempt_log_module
 from services.executor.adapters.attempt_log import BODY_BYTES, AttemptLog, Identity
 from services.executor.adapters.spool import SpoolWriter
 
@@ -158,17 +159,36 @@ async def test_a_line_of_escapes_and_bytes_that_are_no_text_fits_into_a_frame(fo
     assert [text[-4:] for _, text in stream.lines()] == ["cut]"]
 
 
-async def test_unfinished_lines_wait_for_company_but_the_first_does_not(folder: Path) -> None:
+async def test_unfinished_lines_wait_for_company_but_the_first_does_not(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_back, go_on, sleep = asyncio.Event(), asyncio.Event(), asyncio.sleep
+
+    async def hold_back(_: float) -> None:
+        held_back.set()
+        await go_on.wait()
+
+    monkeypatch.setattr(attempt_log_module, "BATCH_S", 3600.0)
+    monkeypatch.setattr(asyncio, "sleep", hold_back)
     stream = Stream()
     log = attempt_log(folder, stream)
     shipping = asyncio.create_task(log.ship())
     writer = SpoolWriter(folder / "spool", 1 << 20)
-    for number in range(20):
+
+    def write(number: int) -> None:
         writer.write("o", b"%d\n" % number, NOW_US)
         log._changed.set()
-        await asyncio.sleep(0.005)
-    await asyncio.sleep(0.1)
+
+    write(0)
+    async with asyncio.timeout(60):
+        while not stream.frames:
+            await sleep(0.01)
+        write(1)
+        await held_back.wait()
+        for number in range(2, 20):
+            write(number)
+        go_on.set()
+        while len(stream.frames) < 2:
+            await sleep(0.01)
     shipping.cancel()
-    assert len(stream.lines()) == 20
-    assert len(stream.frames[0].lines) < 5
-    assert len(stream.frames) <= 8
+    assert [len(frame.lines) for frame in stream.frames.values()] == [1, 19]

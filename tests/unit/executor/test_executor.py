@@ -110,7 +110,7 @@ class Bench:
     async def emitted(self) -> list[tuple[str, Message]]:
         outbox = SKELETON.outbox
         async with self.store.view() as view:
-            rows = (await view.session.execute(select(outbox).order_by(outbox.c.id))).all()
+            rows = (await view.execute(select(outbox).order_by(outbox.c.id))).all()
         found = []
         for row in rows:
             name = row.subject.split(".", 3)[3]
