@@ -6,6 +6,7 @@ from libs.common.bus import Bus
 from libs.common.inbox import Inbox
 from libs.common.service import Service
 from libs.common.store import Store
+from services.storage.adapters.frames import BusFrames
 from services.storage.adapters.jobs import BusJobs
 from services.storage.adapters.s3 import S3
 from services.storage.adapters.tail import Tail
@@ -28,7 +29,7 @@ def build(settings: StorageSettings | None = None) -> Service:
     tail = Tail(bus.hint)
     filesets = FilesetHandlers(store, s3, s3)
     logs = LogHandlers(store, s3, tail, settings)
-    keeper = LogKeeper(store, inbox, logs, s3, settings)
+    keeper = LogKeeper(store, inbox, logs, s3, BusFrames(bus), settings=settings)
     inbox.after_commit(tail.committed)
     inbox.after_commit(keeper.committed)
     bucket = BucketKeeper(s3, settings, keeper.wake)

@@ -32,7 +32,7 @@ from services.storage.domain.logs import (
     unpacked_chunk,
 )
 from services.storage.log_handlers import LogHandlers
-from services.storage.ports import BlockStore, Jobs, ObjectStore
+from services.storage.ports import BlockStore, Frames, Jobs, ObjectStore
 from services.storage.settings import StorageSettings
 from services.storage.store import ChunkRow, FilesetRow, LogRow, StorageUnit
 
@@ -76,14 +76,16 @@ class LogKeeper:
         inbox: Inbox[StorageUnit],
         handlers: LogHandlers,
         blocks: BlockStore,
-        settings: StorageSettings,
+        frames: Frames,
         *,
+        settings: StorageSettings,
         clock: Clock = utc_now,
     ) -> None:
         self._store = store
         self._inbox = inbox
         self._handlers = handlers
         self._blocks = blocks
+        self._frames = frames
         self._settings = settings
         self._clock = clock
         self._wake = asyncio.Event()
@@ -110,13 +112,21 @@ class LogKeeper:
         async with self._store.view() as view:
             rows = await view.logs.to_keep(LIVE_BYTES, ROWS_A_PASS)
             _live_chunks.set(await view.logs.live_chunks())
+            awaited = {row.id for row in rows if row.state == ENDED and not await self._handlers.is_whole(view, row)}
+        if awaited:
+            await _calmly("look after frames", self._look_after_frames)
         for row in rows:
-            await self.keep(row)
+            if row.id not in awaited:
+                await self._keep(row)
 
-    async def keep(self, row: LogRow) -> None:
+    async def _look_after_frames(self) -> None:
+        """Learns how far what the bus held is settled: by that, logs without a last frame are given up on."""
+        now = self._clock()
+        newest, settled = await self._frames.newest_and_settled()
+        self._handlers.intake.note(now, newest, settled)
+
+    async def _keep(self, row: LogRow) -> None:
         """Moves the log's lines into the object store, and seals it when it is whole."""
-        if row.state == ENDED and not await self._whole(row):
-            return
         while await self._compact_part(row.id):
             pass
         if row.state == ENDED:
@@ -137,10 +147,6 @@ class LogKeeper:
                 team_id=team_id,
             )
             await self._inbox.apply(self._gap_route, LogFrame(job_id=job_id), envelope)
-
-    async def _whole(self, row: LogRow) -> bool:
-        async with self._store.view() as view:
-            return await self._handlers.is_whole(view, row)
 
     async def _compact_part(self, job_id: str) -> bool:
         """Moves the oldest chunks, up to a part; whether there were any."""

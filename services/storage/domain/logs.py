@@ -12,7 +12,7 @@ import gzip
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from libs.common.contracts.messages import LogFrame, LogLine, LogPage
 from libs.common.transitions import TransitionTable
@@ -94,6 +94,42 @@ def nothing_awaited(attempts: Iterable[str], closed_by_source: Iterable[tuple[st
     for attempt_id, last in closed_by_source:
         closed[attempt_id] = closed.get(attempt_id, True) and last
     return all(closed.values()) and all(attempt in closed for attempt in attempts)
+
+
+@dataclass(slots=True)
+class Intake:
+    """For how long in a row the bus has answered and we had settled all that it held for us.
+
+    Patience by the clock alone would give up on lines that wait in the bus because we, or it, were away.
+
+    Args:
+        unseen: after so long without a look nothing is known of the time before.
+    """
+
+    unseen: timedelta
+    _since: datetime | None = None
+    _until: datetime | None = None
+    _looked_at: datetime | None = None
+    # When which frame was the newest: once that is settled, so is all that the bus held at that moment.
+    _goal: tuple[datetime, int] | None = None
+
+    def note(self, now: datetime, newest: int, settled: int) -> None:
+        """Takes down a look: the number of the bus's newest frame, and up to which one all are settled."""
+        if self._looked_at is None or now - self._looked_at > self.unseen:
+            self._since, self._until, self._goal = now, None, None
+        self._looked_at = now
+        if self._goal and settled >= self._goal[1]:
+            self._until, self._goal = self._goal[0], None
+        if settled >= newest:
+            self._until = now
+        elif self._goal is None:
+            self._goal = now, newest
+
+    def settled_s(self, after: datetime) -> float:
+        """Of the time after that moment, how much we have heard out."""
+        if self._since is None or self._until is None:
+            return 0.0
+        return (self._until - max(after, self._since)).total_seconds()
 
 
 def start_after(after: int, last_sequence: int) -> int:

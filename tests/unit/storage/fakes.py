@@ -62,6 +62,20 @@ class FakeObjects:
             raise Unavailable("object_store_unavailable", self.problem)
 
 
+class FakeFrames:
+    """The bus's frames, all settled unless a test says otherwise."""
+
+    def __init__(self) -> None:
+        self.newest = 0
+        self.settled = 0
+        self.silent = False
+
+    async def newest_and_settled(self) -> tuple[int, int]:
+        if self.silent:
+            raise Unavailable("bus_silent", "the bus does not answer")
+        return self.newest, self.settled
+
+
 class FakeJobs:
     """The scheduler's jobs; those of teams that are named here alone."""
 

@@ -186,12 +186,50 @@ async def test_an_attempt_that_never_says_its_last_line_is_awaited_for_a_minute(
     await world.deliver(JobStarting(job=job(1, 1)))
     await world.deliver(frame(0, "a"))
     await world.deliver(JobFailed(job=job(2, 1)))
-    world.later(59)
-    await world.keeper.keep_logs()
+    await world.keeping(65)
     assert not (await world.page()).complete
-    world.later(2)
-    await world.keeper.keep_logs()
+    await world.keeping(10)
     assert (await world.page()).complete
+    assert len(await world.events()) == 1
+
+
+async def test_no_log_is_given_up_on_while_frames_wait_in_the_bus(world: World) -> None:
+    await world.deliver(JobStarting(job=job(1, 1)))
+    await world.deliver(JobFailed(job=job(2, 1)))
+    world.frames.newest, world.frames.settled = 9, 3
+    await world.keeping(600)
+    assert not (await world.page()).complete
+    world.frames.newest, world.frames.settled = 20, 19
+    await world.keeping(10)
+    await world.deliver(frame(0, "a", last=True))
+    await world.keeper.keep_logs()
+    assert await texts(world) == ["a"]
+    assert len(await world.events()) == 1
+
+
+async def test_frames_that_never_stop_coming_do_not_keep_a_log_open(world: World) -> None:
+    await world.deliver(JobStarting(job=job(1, 1)))
+    await world.deliver(JobFailed(job=job(2, 1)))
+    for number in range(0, 160, 10):
+        world.frames.newest, world.frames.settled = number + 10, number
+        await world.keeping(5)
+    assert len(await world.events()) == 1
+
+
+async def test_time_in_which_the_bus_was_away_or_we_were_is_no_patience(world: World) -> None:
+    await world.deliver(JobStarting(job=job(1, 1)))
+    await world.deliver(JobFailed(job=job(2, 1)))
+    await world.keeping(40)
+    world.frames.silent = True
+    await world.keeping(600)
+    world.frames.silent = False
+    await world.keeping(60)
+    world.later(3600)
+    await world.keeping(60)
+    assert not (await world.page()).complete
+    await world.deliver(frame(0, "a", last=True))
+    await world.keeper.keep_logs()
+    assert await texts(world) == ["a"]
     assert len(await world.events()) == 1
 
 

@@ -40,7 +40,7 @@ from services.storage.loops import LogCheck, LogKeeper, Sweeper
 from services.storage.routes import routes
 from services.storage.settings import StorageSettings
 from services.storage.store import SKELETON, StorageUnit
-from tests.unit.storage.fakes import FakeJobs, FakeObjects
+from tests.unit.storage.fakes import FakeFrames, FakeJobs, FakeObjects
 
 M = TypeVar("M", bound=Message)
 
@@ -62,7 +62,16 @@ class World:
         self.tail = Tail(self._hear)
         self.filesets = FilesetHandlers(self.store, self.objects, self.objects)
         self.logs = LogHandlers(self.store, self.objects, self.tail, self.settings)
-        self.keeper = LogKeeper(self.store, self.inbox, self.logs, self.objects, self.settings, clock=lambda: self.now)
+        self.frames = FakeFrames()
+        self.keeper = LogKeeper(
+            self.store,
+            self.inbox,
+            self.logs,
+            self.objects,
+            self.frames,
+            settings=self.settings,
+            clock=lambda: self.now,
+        )
         self.jobs = FakeJobs()
         self.check = LogCheck(self.store, self.inbox, self.logs, self.jobs, self.settings, clock=lambda: self.now)
         self.sweeper = Sweeper(self.store, self.objects, self.settings, clock=lambda: self.now)
@@ -75,6 +84,12 @@ class World:
 
     def later(self, seconds: float) -> None:
         self.now += timedelta(seconds=seconds)
+
+    async def keeping(self, seconds: int) -> None:
+        """Lets time pass with the loop that keeps logs at work."""
+        for _ in range(seconds // 5):
+            self.later(5)
+            await self.keeper.keep_logs()
 
     async def ask(self, message: Message, asker: Principal, reply: type[M], key: str = "") -> M:
         """What the bus does with a request or query."""
