@@ -12,7 +12,7 @@ from services.storage.adapters.s3 import S3
 from services.storage.adapters.tail import Tail
 from services.storage.handlers import FilesetHandlers
 from services.storage.log_handlers import LogHandlers
-from services.storage.loops import BucketKeeper, LogCheck, LogKeeper, Sweeper
+from services.storage.loops import BucketKeeper, LogCheck, LogKeeper, LogScrub, Sweeper
 from services.storage.routes import routes
 from services.storage.settings import StorageSettings
 from services.storage.store import SKELETON, StorageUnit
@@ -33,6 +33,7 @@ def build(settings: StorageSettings | None = None) -> Service:
     inbox.after_commit(tail.committed)
     inbox.after_commit(keeper.committed)
     bucket = BucketKeeper(s3, settings, keeper.wake)
+    scrub = LogScrub(store, s3, s3, settings)
     check = LogCheck(store, inbox, logs, BusJobs(bus), settings)
     sweeper = Sweeper(store, s3, settings)
     return Service(
@@ -42,7 +43,7 @@ def build(settings: StorageSettings | None = None) -> Service:
         bus=bus,
         inbox=inbox,
         routes=routes(filesets, logs),
-        loops=(bucket.run, keeper.run, tail.run, check.run, sweeper.run),
+        loops=(bucket.run, keeper.run, scrub.run, tail.run, check.run, sweeper.run),
         describe=lambda: _described(s3),
     )
 

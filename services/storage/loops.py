@@ -28,17 +28,20 @@ from services.storage.domain.logs import (
     LOG,
     OVER,
     Block,
+    lost_lines,
     packed_blocks,
     unpacked_chunk,
 )
 from services.storage.log_handlers import LogHandlers
 from services.storage.ports import BlockStore, Frames, Jobs, ObjectStore
 from services.storage.settings import StorageSettings
-from services.storage.store import ChunkRow, FilesetRow, LogRow, StorageUnit
+from services.storage.store import ChunkRow, FilesetRow, LogRow, Part, StorageUnit
 
 ROWS_A_PASS = 20
 CHUNKS_A_PART = 500
 PART_BYTES = 8 << 20
+CHUNKS_A_PASS = 1000
+SCRUBBED_S = 3600
 # A running job's log moves to the object store in parts of its own once this much waits in the database.
 LIVE_BYTES = 32 << 20
 SWEEP_S = 60.0
@@ -47,6 +50,7 @@ CHECK_S = 60.0
 log = logging.getLogger(__name__)
 
 _live_chunks = meter().create_gauge("nabla_log_live_chunks", description="Log chunks not yet in the object store")
+_lost_parts = meter().create_counter("nabla_log_lost_parts_total", description="Parts of logs lost by the object store")
 _swept = meter().create_counter("nabla_filesets_swept_total", description="Forgotten file sets removed")
 
 
@@ -151,7 +155,7 @@ class LogKeeper:
     async def _compact_part(self, job_id: str) -> bool:
         """Moves the oldest chunks, up to a part; whether there were any."""
         async with self._store.view() as view:
-            chunks = await view.logs.chunks(job_id, 0, CHUNKS_A_PART)
+            chunks = await view.logs.waiting_chunks(job_id, CHUNKS_A_PART)
         if not chunks:
             return False
         body, blocks = await asyncio.to_thread(_part_of, chunks)
@@ -163,7 +167,7 @@ class LogKeeper:
 
     async def _seal(self, unit: StorageUnit, job_id: str) -> None:
         row = await unit.logs.get(job_id)
-        if row is None or await unit.logs.chunks(job_id, 0, 1) or await unit.logs.held(job_id):
+        if row is None or await unit.logs.waiting_chunks(job_id, 1) or await unit.logs.held(job_id):
             return
         state = LOG.next_state(row.id, row.state, "seal")
         if state == row.state:
@@ -178,6 +182,87 @@ class LogKeeper:
             object_id=row.id,
             revision=row.revision + 1,
         )
+
+
+class LogScrub:
+    """Looks at each start whether the object store still has what it acknowledged lately, and mends it.
+
+    The store writes to disk some time after it has acknowledged. So lines stay in the database for a while longer, and
+    none of them goes before this has looked: a power cut is followed by a start.
+    """
+
+    def __init__(
+        self,
+        store: Store[StorageUnit],
+        blocks: BlockStore,
+        objects: ObjectStore,
+        settings: StorageSettings,
+        clock: Clock = utc_now,
+    ) -> None:
+        self._store = store
+        self._objects = objects
+        self._blocks = blocks
+        self._settings = settings
+        self._clock = clock
+        self._since_us: int | None = None
+        self._reached = ""
+        self.done = False
+
+    async def run(self) -> None:
+        while True:
+            if not self._objects.problem:
+                await _calmly("look whether logs are stored", self.scrub)
+            await self.forget_chunks()
+            await asyncio.sleep(self._settings.reconcile_s)
+
+    async def scrub(self) -> None:
+        """One pass over a bounded number of objects, until all of the last hour have been seen."""
+        if self.done:
+            return
+        async with self._store.view() as view:
+            if self._since_us is None:
+                # Of the hour before the last block, however long we have been away since.
+                self._since_us = (await view.logs.newest_block_us() or 0) - SCRUBBED_S * 1_000_000
+            parts = await view.logs.parts(self._reached, self._since_us, ROWS_A_PASS)
+        for part in parts:
+            await self._look_at(part)
+            self._reached = part.key
+        self.done = len(parts) < ROWS_A_PASS
+
+    async def _look_at(self, part: Part) -> None:
+        async with self._store.view() as view:
+            chunks = await view.logs.chunks_of(part)
+        try:
+            found = await self._blocks.find(part.key)
+        except Unavailable as error:
+            if not chunks:
+                # Nothing that we could do, now or later; whoever reads these lines is told the same.
+                log.error("part of a log cannot be read", extra={"key": part.key, "reason": str(error)})
+                return
+            found = None
+        if found is None or len(found) != part.size_bytes:
+            await self._mend(part, [line for chunk in chunks for line in unpacked_chunk(chunk.body)])
+
+    async def _mend(self, part: Part, lines: list[LogLine]) -> None:
+        """Writes the object again, with words in the place of lines that nobody has any more."""
+        whole = [line.sequence for line in lines] == list(range(part.first_sequence, part.last_sequence + 1))
+        if not whole:
+            lines = lost_lines(part.first_sequence, part.last_sequence, self._clock())
+        body, blocks = await asyncio.to_thread(packed_blocks, lines)
+        await self._blocks.write(part.key, body)
+        await self._store.run(lambda unit: unit.logs.replace_blocks(part.job_id, part.key, blocks, to_us(unit.now)))
+        log.error("the object store had lost part of a log", extra={"key": part.key, "mended": whole})
+        _lost_parts.add(1, {"mended": str(whole)})
+
+    async def forget_chunks(self) -> None:
+        """Removes lines that the object store has had for long, and has been looked at for since we started."""
+
+        async def forget(unit: StorageUnit) -> int:
+            before = to_us(unit.now) - round(self._settings.durable_horizon_s * 1e6)
+            return await unit.logs.forget_chunks(before, CHUNKS_A_PASS)
+
+        while self.done and await self._store.run(forget) == CHUNKS_A_PASS:
+            pass
 
 
 class LogCheck:
@@ -290,11 +375,11 @@ class Sweeper:
 
 
 async def _record(unit: StorageUnit, job_id: str, key: str, blocks: tuple[Block, ...]) -> None:
-    """The part is in the object store: its blocks take the place of its chunks."""
+    """The part is in the object store: its blocks take its chunks over."""
     row = await unit.logs.get(job_id)
     assert row is not None
-    freed = await unit.logs.compact(job_id, key, blocks)
-    await unit.swap(LogRow, row.id, row.revision, {"live_bytes": max(0, row.live_bytes - freed)})
+    taken = await unit.logs.compact(job_id, key, blocks, to_us(unit.now))
+    await unit.swap(LogRow, row.id, row.revision, {"live_bytes": max(0, row.live_bytes - taken)})
 
 
 def _part_of(chunks: Sequence[ChunkRow]) -> tuple[bytes, tuple[Block, ...]]:

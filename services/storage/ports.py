@@ -52,6 +52,9 @@ class BlockStore(Protocol):
 
     async def read(self, key: str, offset: int, length: int) -> bytes: ...
 
+    async def find(self, key: str) -> bytes | None:
+        """The whole object, or None when the store answers that it does not have it."""
+
 
 class Frames(Protocol):
     """The frames that the bus holds for us. Raises Unavailable while it does not answer."""

@@ -30,6 +30,9 @@ class StorageSettings(Settings):
     # held for us was settled counts.
     last_frame_patience_s: float = 60.0
 
+    # How long lines stay in the database after the object store has acknowledged them: by then it has them on disk.
+    durable_horizon_s: float = 600.0
+
     @property
     def front_address(self) -> str:
         """The front door's host:port, for which URLs are signed when the client names none."""

@@ -115,6 +115,22 @@ class S3:
 
         return await self._call(got)
 
+    async def find(self, key: str) -> bytes | None:
+        def got(client: Minio) -> bytes | None:
+            try:
+                answer = client.get_object(self._bucket, key)
+            except S3Error as error:
+                if error.code == "NoSuchKey":
+                    return None
+                raise
+            try:
+                return answer.data
+            finally:
+                answer.close()
+                answer.release_conn()
+
+        return await self._call(got)
+
     def _make_bucket(self, client: Minio) -> None:
         if not client.bucket_exists(self._bucket):
             client.make_bucket(self._bucket)

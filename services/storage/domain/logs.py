@@ -84,6 +84,17 @@ def lost_mark(frame: LogFrame, next_line: int, now: datetime) -> LogLine:
     return LogLine(at=now, stream=PLATFORM_STREAM, text=f"[{words} lost on the way to storage]")
 
 
+def lost_lines(first_sequence: int, last_sequence: int, now: datetime) -> list[LogLine]:
+    """What stands in the place of lines that the object store has lost: as many, so that all others keep theirs."""
+    count = last_sequence - first_sequence + 1
+    words = f"[{'1 line was' if count == 1 else f'{count} lines were'} lost by the object store]"
+    numbers = range(first_sequence, last_sequence + 1)
+    return [
+        LogLine(sequence=number, at=now, stream=PLATFORM_STREAM, text=words if number == first_sequence else "")
+        for number in numbers
+    ]
+
+
 def nothing_awaited(attempts: Iterable[str], closed_by_source: Iterable[tuple[str, bool]]) -> bool:
     """Whether each started attempt has said its last line, on each rank that was heard.
 

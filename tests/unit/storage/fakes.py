@@ -53,6 +53,10 @@ class FakeObjects:
         self._check()
         return self.kept[key, ""][offset : offset + length]
 
+    async def find(self, key: str) -> bytes | None:
+        self._check()
+        return self.kept.get((key, ""))
+
     def upload(self, url: str, body: bytes) -> None:
         key = url.split("/", 3)[3]
         self.kept[key, f"v{len(self.kept) + 1}"] = body

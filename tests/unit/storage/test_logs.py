@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import event
 
+from libs.common.clock import to_us
 from libs.common.contracts.messages import JobCancelled, JobFailed, JobStarting, JobSucceeded, LogFrame, LogPage
 from libs.common.errors import Invalid, Unavailable
 from services.storage.domain.logs import LOG, MAX_LINE_BYTES, clipped, nothing_awaited, packed_blocks, unpacked_block
@@ -254,10 +255,15 @@ async def test_ranges_are_the_same_live_and_sealed(world: World, monkeypatch: py
     await world.deliver(JobSucceeded(job=job(1)))
     await world.keeper.keep_logs()
     assert len(world.objects.kept) > 1
-    async with world.store.view() as view:
-        assert not await view.logs.chunks("js1", 0, 1)
-        assert len(await view.logs.blocks("js1", 0, 100)) > 3
     assert [(await world.page(*ask)).lines for ask in asked] == live
+    async with world.store.view() as view:
+        chunks = await view.logs.chunks("js1", 0, 100)
+        assert not await view.logs.waiting_chunks("js1", 1)
+        assert len(await view.logs.blocks("js1", 0, 100)) > 3
+    for _ in chunks:
+        # Some in the database and all in the object store, then none in the database.
+        await world.store.run(lambda unit: unit.logs.forget_chunks(to_us(world.now) + 1, 1))
+        assert [(await world.page(*ask)).lines for ask in asked] == live
     assert await texts(world, limit=9) == [f"line {n}" for n in range(100)]
 
 
@@ -312,8 +318,83 @@ async def test_a_running_jobs_long_log_moves_on_while_it_grows(world: World, mon
         row = await view.logs.get("js1")
         assert isinstance(row, LogRow)
         assert (row.state, len(await view.logs.blocks("js1", 0, 9))) == ("live", 1)
-        assert len(await view.logs.chunks("js1", 0, 9)) == 1
+        assert len(await view.logs.waiting_chunks("js1", 9)) == 1
     assert await texts(world) == ["a", "b", "c"]
+
+
+async def a_sealed_log(world: World, *, parts: int = 1) -> list[str]:
+    lines = [f"line {number}" for number in range(6)]
+    for number, text in enumerate(lines):
+        await world.deliver(frame(number, text, last=number == 5))
+    await world.deliver(JobSucceeded(job=job(1, 1)))
+    await world.keeper.keep_logs()
+    assert len(world.objects.kept) == parts
+    return lines
+
+
+async def test_lines_stay_in_the_database_until_the_object_store_has_them_on_disk(world: World) -> None:
+    lines = await a_sealed_log(world)
+    world.later(599)
+    await world.start_scrubbing()
+    (key,) = world.objects.kept
+    del world.objects.kept[key]
+    assert await texts(world) == lines
+    world.later(2)
+    await world.scrub.forget_chunks()
+    async with world.store.view() as view:
+        assert not await view.logs.chunks("js1", 0, 1)
+    with pytest.raises(KeyError):
+        await texts(world)
+
+
+@pytest.mark.parametrize("body", [None, b"", b"half"])
+async def test_what_the_object_store_lost_in_a_power_cut_is_written_again(
+    world: World, monkeypatch: pytest.MonkeyPatch, body: bytes | None
+) -> None:
+    monkeypatch.setattr("services.storage.loops.PART_BYTES", 10)
+    monkeypatch.setattr("services.storage.loops.ROWS_A_PASS", 2)
+    lines = await a_sealed_log(world, parts=3)
+    before = dict(world.objects.kept)
+    for key in list(before)[1:]:
+        del world.objects.kept[key]
+        if body is not None:
+            world.objects.kept[key] = body
+    # However long the machine was off: no line goes from the database before the objects were looked at.
+    world.later(86_400)
+    await world.start_scrubbing()
+    assert world.objects.kept == before
+    async with world.store.view() as view:
+        assert not await view.logs.chunks("js1", 0, 1)
+    assert await texts(world) == lines
+
+
+async def test_nothing_is_forgotten_or_mended_while_the_object_store_is_away(world: World) -> None:
+    lines = await a_sealed_log(world)
+    world.later(86_400)
+    world.objects.problem = "away"
+    with pytest.raises(Unavailable):
+        await world.scrub.scrub()
+    await world.scrub.forget_chunks()
+    assert await texts(world) == lines
+    world.objects.problem = ""
+    writes = world.objects.writes
+    await world.start_scrubbing()
+    assert await texts(world) == lines
+    assert world.objects.writes == writes
+
+
+async def test_lines_that_nobody_has_any_more_are_marked_and_the_rest_can_be_read(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.storage.loops.PART_BYTES", 10)
+    lines = await a_sealed_log(world, parts=3)
+    world.later(700)
+    await world.start_scrubbing()
+    del world.objects.kept[sorted(world.objects.kept)[1]]
+    await world.start_scrubbing()
+    await world.start_scrubbing()
+    marked = ["[2 lines were lost by the object store]", ""]
+    assert await texts(world) == [*lines[:2], *marked, *lines[4:]]
 
 
 def test_blocks_are_one_gzip_file_and_the_same_each_time() -> None:

@@ -36,7 +36,7 @@ from libs.common.store import Store
 from services.storage.adapters.tail import Tail
 from services.storage.handlers import FilesetHandlers
 from services.storage.log_handlers import LogHandlers
-from services.storage.loops import LogCheck, LogKeeper, Sweeper
+from services.storage.loops import LogCheck, LogKeeper, LogScrub, Sweeper
 from services.storage.routes import routes
 from services.storage.settings import StorageSettings
 from services.storage.store import SKELETON, StorageUnit
@@ -74,6 +74,7 @@ class World:
         )
         self.jobs = FakeJobs()
         self.check = LogCheck(self.store, self.inbox, self.logs, self.jobs, self.settings, clock=lambda: self.now)
+        self.scrub = LogScrub(self.store, self.objects, self.objects, self.settings, clock=lambda: self.now)
         self.sweeper = Sweeper(self.store, self.objects, self.settings, clock=lambda: self.now)
         self.inbox.after_commit(self.tail.committed)
         self.routes = routes(self.filesets, self.logs)
@@ -90,6 +91,13 @@ class World:
         for _ in range(seconds // 5):
             self.later(5)
             await self.keeper.keep_logs()
+
+    async def start_scrubbing(self) -> None:
+        """What storage does with its logs at each start."""
+        self.scrub = LogScrub(self.store, self.objects, self.objects, self.settings, clock=lambda: self.now)
+        while not self.scrub.done:
+            await self.scrub.scrub()
+        await self.scrub.forget_chunks()
 
     async def ask(self, message: Message, asker: Principal, reply: type[M], key: str = "") -> M:
         """What the bus does with a request or query."""
