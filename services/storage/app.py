@@ -12,7 +12,8 @@ from services.storage.adapters.s3 import S3
 from services.storage.adapters.tail import Tail
 from services.storage.handlers import FilesetHandlers
 from services.storage.log_handlers import LogHandlers
-from services.storage.loops import BucketKeeper, LogCheck, LogKeeper, LogScrub, Sweeper
+from services.storage.loops.filesets import BucketKeeper, Sweeper
+from services.storage.loops.logs import LogCheck, LogKeeper, LogScrub
 from services.storage.routes import routes
 from services.storage.settings import StorageSettings
 from services.storage.store import SKELETON, StorageUnit

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import BigInteger, Column, Index, LargeBinary, String, Text, delete, func, insert, update
+from sqlalchemy import BigInteger, Column, ColumnElement, Index, LargeBinary, String, Text, delete, func, insert, update
 from sqlalchemy.orm import registry
 from sqlalchemy.orm.attributes import set_committed_value
 from sqlmodel import Field, SQLModel, col, select
@@ -232,20 +232,22 @@ class Filesets:
 
     async def forgotten(self, touched_before_us: int, limit: int) -> Sequence[FilesetRow]:
         """Open sets that nobody asked for since then."""
-        return await self._oldest(OPEN, limit, col(FilesetRow.touched_us) < touched_before_us)
+        query = select(FilesetRow).where(col(FilesetRow.state) == OPEN, col(FilesetRow.touched_us) < touched_before_us)
+        return (await self._session.exec(query.order_by(col(FilesetRow.touched_us)).limit(limit))).all()
 
-    async def deleted(self, limit: int) -> Sequence[FilesetRow]:
-        return await self._oldest(DELETED, limit)
+    async def deleted(self, after_id: str, limit: int) -> Sequence[FilesetRow]:
+        return await self._in_turn(DELETED, after_id, limit)
 
-    async def untidy(self, sealed_before_us: int, limit: int) -> Sequence[FilesetRow]:
+    async def untidy(self, sealed_before_us: int, after_id: str, limit: int) -> Sequence[FilesetRow]:
         """Sets sealed before then whose other object versions are still there."""
         tidy, sealed = col(FilesetRow.tidy).is_(False), col(FilesetRow.sealed_us) < sealed_before_us
-        return await self._oldest(SEALED, limit, tidy, sealed)
+        return await self._in_turn(SEALED, after_id, limit, tidy, sealed)
 
-    async def _oldest(self, state: str, limit: int, *conditions: object) -> Sequence[FilesetRow]:
-        query = select(FilesetRow).where(col(FilesetRow.state) == state, *conditions)  # type: ignore[arg-type]
-        query = query.order_by(col(FilesetRow.touched_us)).limit(limit)
-        return (await self._session.exec(query)).all()
+    async def _in_turn(
+        self, state: str, after_id: str, limit: int, *conditions: ColumnElement[bool]
+    ) -> Sequence[FilesetRow]:
+        query = select(FilesetRow).where(col(FilesetRow.state) == state, col(FilesetRow.id) > after_id, *conditions)
+        return (await self._session.exec(query.order_by(col(FilesetRow.id)).limit(limit))).all()
 
     async def drop(self, fileset_id: str) -> None:
         await self._session.exec(delete(FileRow).where(col(FileRow.fileset_id) == fileset_id))
@@ -318,10 +320,11 @@ class Logs:
         await self._session.delete(row)
         await self._session.flush()
 
-    async def jobs_waiting_since(self, arrived_before_us: int, limit: int) -> Sequence[str]:
-        """Jobs with a frame that came before then and still waits."""
-        query = select(HeldRow.job_id).where(col(HeldRow.arrived_us) < arrived_before_us).distinct().limit(limit)
-        return (await self._session.exec(query)).all()
+    async def with_gap_since(self, arrived_before_us: int, after_id: str, limit: int) -> Sequence[LogRow]:
+        """Logs with a frame that came before then and still waits, in the order of their ids."""
+        waiting = select(HeldRow.job_id).where(col(HeldRow.arrived_us) < arrived_before_us)
+        query = select(LogRow).where(col(LogRow.id).in_(waiting), col(LogRow.id) > after_id)
+        return (await self._session.exec(query.order_by(col(LogRow.id)).limit(limit))).all()
 
     async def add_chunk(self, job_id: str, first: int, last: int, body: bytes) -> None:
         values = {"job_id": job_id, "first_sequence": first, "last_sequence": last, "body": body}
@@ -422,12 +425,16 @@ class Logs:
         ]
         await self._session.exec(insert(BlockRow), params=rows)
 
-    async def to_keep(self, live_bytes: int, limit: int) -> Sequence[LogRow]:
-        """Logs whose job has ended, oldest end first, then live ones with more than `live_bytes` in the database."""
-        ended = select(LogRow).where(col(LogRow.state) == ENDED).order_by(col(LogRow.ended_us)).limit(limit)
-        heavy = select(LogRow).where(col(LogRow.live_bytes) > live_bytes, col(LogRow.state) == LIVE).limit(limit)
-        rows = (await self._session.exec(ended)).all()
-        return [*rows, *(await self._session.exec(heavy)).all()]
+    async def to_keep(self, after_id: str, live_bytes: int, limit: int) -> Sequence[LogRow]:
+        """Logs whose job has ended, and live ones with more than `live_bytes` in the database, in the order of their
+        ids."""
+        ended = select(LogRow).where(col(LogRow.state) == ENDED)
+        heavy = select(LogRow).where(col(LogRow.live_bytes) > live_bytes, col(LogRow.state) == LIVE)
+        rows: list[LogRow] = []
+        for query in (ended, heavy):
+            behind = query.where(col(LogRow.id) > after_id).order_by(col(LogRow.id)).limit(limit)
+            rows += (await self._session.exec(behind)).all()
+        return sorted(rows, key=lambda row: row.id)[:limit]
 
     async def live(self, after_id: str, limit: int) -> Sequence[LogRow]:
         """Logs whose job has not ended as far as we know, in the order of their ids."""

@@ -36,7 +36,8 @@ from libs.common.store import Store
 from services.storage.adapters.tail import Tail
 from services.storage.handlers import FilesetHandlers
 from services.storage.log_handlers import LogHandlers
-from services.storage.loops import LogCheck, LogKeeper, LogScrub, Sweeper
+from services.storage.loops.filesets import Sweeper
+from services.storage.loops.logs import LogCheck, LogKeeper, LogScrub
 from services.storage.routes import routes
 from services.storage.settings import StorageSettings
 from services.storage.store import SKELETON, StorageUnit

@@ -1,20 +1,16 @@
-"""What storage does by itself: keeps the bucket there, compacts and seals logs, sweeps file sets.
-
-Each step records nothing before it has acted and can be repeated: keys follow from ids and sequences, so writing or
-removing an object twice is the same as once.
-"""
+"""Closes gaps in logs, moves lines into the object store, seals logs, and sees that they stay."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from datetime import timedelta
+from collections.abc import Sequence
+from functools import partial
 
 from libs.common.clock import Clock, to_us, utc_now
 from libs.common.contracts.envelope import Envelope
 from libs.common.contracts.messages import Job, JobSucceeded, LogFrame, LogLine, LogSealed
-from libs.common.errors import StaleRevision, Unavailable
+from libs.common.errors import Unavailable
 from libs.common.faults import crash_point
 from libs.common.ids import new_id
 from libs.common.inbox import Inbox
@@ -22,7 +18,6 @@ from libs.common.routing import INTERNAL, Route
 from libs.common.store import Store
 from libs.common.telemetry import meter
 from libs.common.waiting import happens
-from services.storage.domain.filesets import FILESET
 from services.storage.domain.logs import (
     ENDED,
     LOG,
@@ -33,42 +28,24 @@ from services.storage.domain.logs import (
     unpacked_chunk,
 )
 from services.storage.log_handlers import LogHandlers
+from services.storage.loops.passes import ROWS_A_PASS, apart, calmly, in_turn
 from services.storage.ports import BlockStore, Frames, Jobs, ObjectStore
 from services.storage.settings import StorageSettings
-from services.storage.store import ChunkRow, FilesetRow, LogRow, Part, StorageUnit
+from services.storage.store import ChunkRow, LogRow, Part, StorageUnit
 
-ROWS_A_PASS = 20
 CHUNKS_A_PART = 500
 PART_BYTES = 8 << 20
 CHUNKS_A_PASS = 1000
 SCRUBBED_S = 3600
 # A running job's log moves to the object store in parts of its own once this much waits in the database.
 LIVE_BYTES = 32 << 20
-SWEEP_S = 60.0
 CHECK_S = 60.0
+MID_TURN_S = 1.0
 
 log = logging.getLogger(__name__)
 
 _live_chunks = meter().create_gauge("nabla_log_live_chunks", description="Log chunks not yet in the object store")
 _lost_parts = meter().create_counter("nabla_log_lost_parts_total", description="Parts of logs lost by the object store")
-_swept = meter().create_counter("nabla_filesets_swept_total", description="Forgotten file sets removed")
-
-
-class BucketKeeper:
-    """Makes the bucket as soon as the object store answers, and knows when it does not."""
-
-    def __init__(self, objects: ObjectStore, settings: StorageSettings, appeared: Callable[[], None]) -> None:
-        self._objects = objects
-        self._settings = settings
-        self._appeared = appeared
-
-    async def run(self) -> None:
-        while True:
-            before = self._objects.problem
-            await self._objects.prepare()
-            if before and not self._objects.problem:
-                self._appeared()
-            await asyncio.sleep(self._settings.reconcile_s if not self._objects.problem else 1.0)
 
 
 class LogKeeper:
@@ -93,6 +70,7 @@ class LogKeeper:
         self._settings = settings
         self._clock = clock
         self._wake = asyncio.Event()
+        self._reached = self._reached_gaps = ""
         self._gap_route = Route(LogFrame, handlers.close_gaps, INTERNAL)
 
     def committed(self) -> None:
@@ -107,21 +85,23 @@ class LogKeeper:
     async def run(self) -> None:
         while True:
             self._wake.clear()
-            await _calmly("keep logs", self.keep_logs)
-            await happens(self._wake, self._settings.reconcile_s)
+            await calmly("keep logs", self.keep_logs)
+            pause_s = self._settings.reconcile_s
+            await happens(self._wake, min(MID_TURN_S, pause_s) if self._reached else pause_s)
 
     async def keep_logs(self) -> None:
         """One pass over a bounded number of logs."""
         await self._close_gaps()
         async with self._store.view() as view:
-            rows = await view.logs.to_keep(LIVE_BYTES, ROWS_A_PASS)
+            rows = await view.logs.to_keep(self._reached, LIVE_BYTES, ROWS_A_PASS)
             _live_chunks.set(await view.logs.live_chunks())
             awaited = {row.id for row in rows if row.state == ENDED and not await self._handlers.is_whole(view, row)}
         if awaited:
-            await _calmly("look after frames", self._look_after_frames)
-        for row in rows:
+            await calmly("look after frames", self._look_after_frames)
+        self._reached = ""
+        for row, self._reached in in_turn(rows, ROWS_A_PASS):
             if row.id not in awaited:
-                await self._keep(row)
+                await apart("keep a log", row.id, partial(self._keep, row))
 
     async def _look_after_frames(self) -> None:
         """Learns how far what the bus held is settled: by that, logs without a last frame are given up on."""
@@ -139,18 +119,22 @@ class LogKeeper:
     async def _close_gaps(self) -> None:
         patience_us = round(self._settings.gap_patience_s * 1e6)
         async with self._store.view() as view:
-            jobs = await view.logs.jobs_waiting_since(to_us(self._clock()) - patience_us, ROWS_A_PASS)
-            teams = {job: found.team_id for job in jobs if (found := await view.logs.get(job))}
-        for job_id, team_id in teams.items():
-            envelope = Envelope(
-                id=new_id("event"),
-                type=LogFrame.ROUTE.type,
-                source="storage",
-                time=self._clock(),
-                object_id=job_id,
-                team_id=team_id,
-            )
-            await self._inbox.apply(self._gap_route, LogFrame(job_id=job_id), envelope)
+            before_us = to_us(self._clock()) - patience_us
+            rows = await view.logs.with_gap_since(before_us, self._reached_gaps, ROWS_A_PASS)
+        self._reached_gaps = ""
+        for row, self._reached_gaps in in_turn(rows, ROWS_A_PASS):
+            await apart("close a gap", row.id, partial(self._close_gap, row))
+
+    async def _close_gap(self, row: LogRow) -> None:
+        envelope = Envelope(
+            id=new_id("event"),
+            type=LogFrame.ROUTE.type,
+            source="storage",
+            time=self._clock(),
+            object_id=row.id,
+            team_id=row.team_id,
+        )
+        await self._inbox.apply(self._gap_route, LogFrame(job_id=row.id), envelope)
 
     async def _compact_part(self, job_id: str) -> bool:
         """Moves the oldest chunks, up to a part; whether there were any."""
@@ -211,7 +195,7 @@ class LogScrub:
     async def run(self) -> None:
         while True:
             if not self._objects.problem:
-                await _calmly("look whether logs are stored", self.scrub)
+                await calmly("look whether logs are stored", self.scrub)
             await self.forget_chunks()
             await asyncio.sleep(self._settings.reconcile_s)
 
@@ -225,7 +209,7 @@ class LogScrub:
                 self._since_us = (await view.logs.newest_block_us() or 0) - SCRUBBED_S * 1_000_000
             parts = await view.logs.parts(self._reached, self._since_us, ROWS_A_PASS)
         for part in parts:
-            await self._look_at(part)
+            await apart("look whether a log is stored", part.key, partial(self._look_at, part))
             self._reached = part.key
         self.done = len(parts) < ROWS_A_PASS
 
@@ -292,19 +276,22 @@ class LogCheck:
     async def run(self) -> None:
         while True:
             await asyncio.sleep(self._settings.reconcile_s if self._reached else CHECK_S)
-            await _calmly("check live logs", self.check)
+            await calmly("check live logs", self.check)
 
     async def check(self) -> None:
         """One pass, from where the last one stopped."""
         async with self._store.view() as view:
             rows = await view.logs.live(self._reached, ROWS_A_PASS)
         for row in rows:
-            job = await self._jobs.get(row.id, row.team_id)
-            if job and job.state in OVER:
-                await self._end(job)
+            await apart("check a live log", row.id, partial(self._check_one, row))
             self._reached = row.id
         if len(rows) < ROWS_A_PASS:
             self._reached = ""
+
+    async def _check_one(self, row: LogRow) -> None:
+        job = await self._jobs.get(row.id, row.team_id)
+        if job and job.state in OVER:
+            await self._end(job)
 
     async def _end(self, job: Job) -> None:
         """As the event would have done it; whichever way a job ended, its log ends the same."""
@@ -317,61 +304,6 @@ class LogCheck:
             team_id=job.team_id,
         )
         await self._inbox.apply(self._end_route, JobSucceeded(job=job), envelope)
-
-
-class Sweeper:
-    """Removes what nobody can need: forgotten open sets, and versions that came after a set was sealed."""
-
-    def __init__(
-        self,
-        store: Store[StorageUnit],
-        objects: ObjectStore,
-        settings: StorageSettings,
-        clock: Clock = utc_now,
-    ) -> None:
-        self._store = store
-        self._objects = objects
-        self._settings = settings
-        self._clock = clock
-
-    async def run(self) -> None:
-        while True:
-            await asyncio.sleep(SWEEP_S)
-            if not self._objects.problem:
-                await _calmly("sweep file sets", self.sweep)
-
-    async def sweep(self) -> None:
-        """One pass over a bounded number of file sets."""
-        now_us = to_us(self._clock())
-        await self._store.run(lambda unit: self._expire(unit, now_us))
-        async with self._store.view() as view:
-            deleted = await view.filesets.deleted(ROWS_A_PASS)
-            # Until then a URL that was given before the seal still takes a PUT.
-            untidy = await view.filesets.untidy(now_us - 2 * self._settings.url_lifetime_s * 1_000_000, ROWS_A_PASS)
-        for row in deleted:
-            await self._remove(row)
-        for row in untidy:
-            await self._tidy(row)
-        await self._objects.abort_multiparts(self._clock() - timedelta(days=1))
-
-    async def _expire(self, unit: StorageUnit, now_us: int) -> None:
-        before = now_us - round(self._settings.open_lifetime_s * 1e6)
-        for row in await unit.filesets.forgotten(before, ROWS_A_PASS):
-            state = FILESET.next_state(row.id, row.state, "expire")
-            await unit.swap(FilesetRow, row.id, row.revision, {"state": state})
-
-    async def _remove(self, row: FilesetRow) -> None:
-        await self._objects.remove(await self._objects.versions(f"{row.kind}/{row.id}/"))
-        crash_point("storage.after_objects_removed")
-        await self._store.run(lambda unit: unit.filesets.drop(row.id))
-        _swept.add(1)
-
-    async def _tidy(self, row: FilesetRow) -> None:
-        stored = await self._objects.versions(f"{row.kind}/{row.id}/")
-        async with self._store.view() as view:
-            kept = {file.version for file in await view.filesets.files(row.id)}
-        await self._objects.remove([item for item in stored if item.version not in kept])
-        await self._store.run(lambda unit: unit.swap(FilesetRow, row.id, row.revision, {"tidy": True}))
 
 
 async def _record(unit: StorageUnit, job_id: str, key: str, blocks: tuple[Block, ...]) -> None:
@@ -393,11 +325,3 @@ def _part_of(chunks: Sequence[ChunkRow]) -> tuple[bytes, tuple[Block, ...]]:
         if size > PART_BYTES:
             break
     return packed_blocks(lines)
-
-
-async def _calmly(what: str, work: Callable[[], Awaitable[None]]) -> None:
-    """Runs one pass; what it could not do now is left to the next one."""
-    try:
-        await work()
-    except (Unavailable, StaleRevision) as error:
-        log.warning("%s: put off", what, extra={"reason": str(error)})
