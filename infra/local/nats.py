@@ -13,6 +13,7 @@ from libs.common.contracts.messages import MESSAGES
 from libs.common.contracts.subjects import (
     DEAD_LETTERS,
     EVENTS,
+    LOGS,
     dead_letter_subject,
     filter_for,
 )
@@ -75,8 +76,8 @@ def _consumer_rights(stream: str, service: str) -> set[str]:
 
 
 def storage_extra() -> Grant:
-    """Storage repeats log lines live."""
-    return Grant("storage", publish=("nabla.tail.>",))
+    """Storage repeats log lines live, and asks which log frames the bus still holds for it."""
+    return Grant("storage", publish=("nabla.tail.>", f"$JS.API.STREAM.INFO.{LOGS}"))
 
 
 def gateway_extra() -> Grant:

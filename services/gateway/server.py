@@ -15,6 +15,9 @@ from services.gateway.settings import GatewaySettings
 # Longer than a proxy keeps idle connections (Traefik: 90 s): else it would send a request into a closing one.
 KEEP_ALIVE_S = 120
 STOP_S = 5
+# How long a client may leave what was sent to it unread. Closing a connection waits until all is read, so without this
+# whoever never reads would hold a connection, and what is in its buffer, for as long as it likes.
+UNREAD_S = 60
 
 
 class _Embedded(uvicorn.Server):
@@ -51,6 +54,10 @@ class WebServer:
         host, port = self._socket.getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
+    @property
+    def connection_count(self) -> int:
+        return len(self._server.server_state.connections)
+
     async def start(self) -> None:
         """Returns when it answers.
 
@@ -74,6 +81,9 @@ def bound(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family=family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Linux only; connections inherit it.
+    if user_timeout := getattr(socket, "TCP_USER_TIMEOUT", None):
+        listener.setsockopt(socket.IPPROTO_TCP, user_timeout, UNREAD_S * 1000)
     listener.bind((host, port))
     listener.setblocking(False)
     return listener

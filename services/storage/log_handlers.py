@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 
 from libs.common.clock import from_us, to_us
 from libs.common.contracts.envelope import Envelope
@@ -27,6 +28,7 @@ from services.storage.domain.logs import (
     ENDED,
     LOG,
     SEALED,
+    Intake,
     PageCutter,
     is_early,
     lost_mark,
@@ -57,6 +59,7 @@ class LogHandlers:
         self._settings = settings
         # A log may have become whole: the loop that seals looks once this is committed.
         self.may_be_whole = False
+        self.intake = Intake(timedelta(seconds=settings.last_frame_patience_s / 2))
 
     async def note_attempt(self, message: JobStarting, unit: StorageUnit, call: Envelope) -> None:
         """A new attempt: its last frame will be awaited, and older attempts can no longer write artifacts."""
@@ -216,8 +219,7 @@ class LogHandlers:
             return True
         if log.state != ENDED or log.ended_us is None or await unit.logs.held(log.id):
             return False
-        waited = unit.now - from_us(log.ended_us)
-        if waited.total_seconds() > self._settings.last_frame_patience_s:
+        if self.intake.settled_s(from_us(log.ended_us)) > self._settings.last_frame_patience_s:
             return True
         return nothing_awaited(*await unit.logs.attempts_and_sources(log.id))
 

@@ -52,6 +52,16 @@ class BlockStore(Protocol):
 
     async def read(self, key: str, offset: int, length: int) -> bytes: ...
 
+    async def find(self, key: str) -> bytes | None:
+        """The whole object, or None when the store answers that it does not have it."""
+
+
+class Frames(Protocol):
+    """The frames that the bus holds for us. Raises Unavailable while it does not answer."""
+
+    async def newest_and_settled(self) -> tuple[int, int]:
+        """The number of the newest frame, and the one up to which all are settled."""
+
 
 class Jobs(Protocol):
     """The scheduler's jobs, for logs whose job has ended without our hearing of it."""

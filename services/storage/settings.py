@@ -26,8 +26,12 @@ class StorageSettings(Settings):
     # How long a frame that came too early waits for the lines before it, until those are marked as lost. Longer than
     # the bus takes to deliver again what a killed process had in its hands (30 s).
     gap_patience_s: float = 60.0
-    # How long the log of an ended job waits for the last frames of its attempts.
+    # How long the log of an ended job waits for the last frames of its attempts. Only time in which all that the bus
+    # held for us was settled counts.
     last_frame_patience_s: float = 60.0
+
+    # How long lines stay in the database after the object store has acknowledged them: by then it has them on disk.
+    durable_horizon_s: float = 600.0
 
     @property
     def front_address(self) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import BigInteger, Column, Index, LargeBinary, String, Text, delete, func, insert, update
+from sqlalchemy import BigInteger, Column, ColumnElement, Index, LargeBinary, String, Text, delete, func, insert, update
 from sqlalchemy.orm import registry
 from sqlalchemy.orm.attributes import set_committed_value
 from sqlmodel import Field, SQLModel, col, select
@@ -116,25 +118,41 @@ class HeldRow(Base, table=True):
 
 
 class ChunkRow(Base, table=True):
-    """Lines of a log that are not in the object store yet."""
+    """Lines of a log that are not in the object store yet, or have not been there for long."""
 
     __tablename__ = "log_chunk"
+    __table_args__ = (Index("log_chunk_stored", "stored_us"),)
     job_id: str = Field(primary_key=True, max_length=40)
     first_sequence: int = Field(sa_column=Column(BigInteger, primary_key=True))
     last_sequence: int = Field(sa_column=Column(BigInteger, nullable=False))
     body: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    # When a block took these lines over.
+    stored_us: int | None = Field(default=None, sa_column=Column(BigInteger, nullable=True))
 
 
 class BlockRow(Base, table=True):
     """Lines of a log that are in the object store, and at which bytes of which object."""
 
     __tablename__ = "log_block"
+    __table_args__ = (Index("log_block_stored", "stored_us"),)
     job_id: str = Field(primary_key=True, max_length=40)
     first_sequence: int = Field(sa_column=Column(BigInteger, primary_key=True))
     last_sequence: int = Field(sa_column=Column(BigInteger, nullable=False))
     key: str = Field(sa_column=Column(String(255), nullable=False))
     offset_bytes: int = Field(sa_column=Column(BigInteger, nullable=False))
     length_bytes: int = Field(sa_column=Column(BigInteger, nullable=False))
+    stored_us: int = Field(sa_column=Column(BigInteger, nullable=False))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One object of a log: which lines, and how long it is."""
+
+    key: str
+    job_id: str
+    first_sequence: int
+    last_sequence: int
+    size_bytes: int
 
 
 SKELETON = Skeleton(Base.metadata)
@@ -214,20 +232,22 @@ class Filesets:
 
     async def forgotten(self, touched_before_us: int, limit: int) -> Sequence[FilesetRow]:
         """Open sets that nobody asked for since then."""
-        return await self._oldest(OPEN, limit, col(FilesetRow.touched_us) < touched_before_us)
+        query = select(FilesetRow).where(col(FilesetRow.state) == OPEN, col(FilesetRow.touched_us) < touched_before_us)
+        return (await self._session.exec(query.order_by(col(FilesetRow.touched_us)).limit(limit))).all()
 
-    async def deleted(self, limit: int) -> Sequence[FilesetRow]:
-        return await self._oldest(DELETED, limit)
+    async def deleted(self, after_id: str, limit: int) -> Sequence[FilesetRow]:
+        return await self._in_turn(DELETED, after_id, limit)
 
-    async def untidy(self, sealed_before_us: int, limit: int) -> Sequence[FilesetRow]:
+    async def untidy(self, sealed_before_us: int, after_id: str, limit: int) -> Sequence[FilesetRow]:
         """Sets sealed before then whose other object versions are still there."""
         tidy, sealed = col(FilesetRow.tidy).is_(False), col(FilesetRow.sealed_us) < sealed_before_us
-        return await self._oldest(SEALED, limit, tidy, sealed)
+        return await self._in_turn(SEALED, after_id, limit, tidy, sealed)
 
-    async def _oldest(self, state: str, limit: int, *conditions: object) -> Sequence[FilesetRow]:
-        query = select(FilesetRow).where(col(FilesetRow.state) == state, *conditions)  # type: ignore[arg-type]
-        query = query.order_by(col(FilesetRow.touched_us)).limit(limit)
-        return (await self._session.exec(query)).all()
+    async def _in_turn(
+        self, state: str, after_id: str, limit: int, *conditions: ColumnElement[bool]
+    ) -> Sequence[FilesetRow]:
+        query = select(FilesetRow).where(col(FilesetRow.state) == state, col(FilesetRow.id) > after_id, *conditions)
+        return (await self._session.exec(query.order_by(col(FilesetRow.id)).limit(limit))).all()
 
     async def drop(self, fileset_id: str) -> None:
         await self._session.exec(delete(FileRow).where(col(FileRow.fileset_id) == fileset_id))
@@ -300,10 +320,11 @@ class Logs:
         await self._session.delete(row)
         await self._session.flush()
 
-    async def jobs_waiting_since(self, arrived_before_us: int, limit: int) -> Sequence[str]:
-        """Jobs with a frame that came before then and still waits."""
-        query = select(HeldRow.job_id).where(col(HeldRow.arrived_us) < arrived_before_us).distinct().limit(limit)
-        return (await self._session.exec(query)).all()
+    async def with_gap_since(self, arrived_before_us: int, after_id: str, limit: int) -> Sequence[LogRow]:
+        """Logs with a frame that came before then and still waits, in the order of their ids."""
+        waiting = select(HeldRow.job_id).where(col(HeldRow.arrived_us) < arrived_before_us)
+        query = select(LogRow).where(col(LogRow.id).in_(waiting), col(LogRow.id) > after_id)
+        return (await self._session.exec(query.order_by(col(LogRow.id)).limit(limit))).all()
 
     async def add_chunk(self, job_id: str, first: int, last: int, body: bytes) -> None:
         values = {"job_id": job_id, "first_sequence": first, "last_sequence": last, "body": body}
@@ -319,6 +340,51 @@ class Logs:
         )
         return (await self._session.exec(query)).all()
 
+    async def waiting_chunks(self, job_id: str, limit: int) -> Sequence[ChunkRow]:
+        """Chunks that no block has taken over yet, in order."""
+        query = (
+            select(ChunkRow)
+            .where(col(ChunkRow.job_id) == job_id, col(ChunkRow.stored_us).is_(None))
+            .order_by(col(ChunkRow.first_sequence))
+            .limit(limit)
+        )
+        return (await self._session.exec(query)).all()
+
+    async def forget_chunks(self, stored_before_us: int, limit: int) -> int:
+        """Removes chunks that a block took over before then; answers how many."""
+        old = select(ChunkRow.job_id, ChunkRow.first_sequence).where(col(ChunkRow.stored_us) < stored_before_us)
+        by_job: dict[str, list[int]] = defaultdict(list)
+        for job_id, first in (await self._session.exec(old.order_by(col(ChunkRow.stored_us)).limit(limit))).all():
+            by_job[job_id].append(first)
+        for job_id, firsts in by_job.items():
+            mine = (col(ChunkRow.job_id) == job_id, col(ChunkRow.first_sequence).in_(firsts))
+            await self._session.exec(delete(ChunkRow).where(*mine))
+        return sum(len(firsts) for firsts in by_job.values())
+
+    async def newest_block_us(self) -> int | None:
+        """When a block was last recorded."""
+        return (await self._session.exec(select(func.max(BlockRow.stored_us)))).one()
+
+    async def parts(self, after_key: str, since_us: int, limit: int) -> list[Part]:
+        """Objects recorded since then, in the order of their keys."""
+        end = func.max(col(BlockRow.offset_bytes) + col(BlockRow.length_bytes))
+        first, last = func.min(BlockRow.first_sequence), func.max(BlockRow.last_sequence)
+        columns: Any = (BlockRow.key, BlockRow.job_id, first, last, end)
+        query = (
+            select(*columns)
+            .where(col(BlockRow.stored_us) >= since_us, col(BlockRow.key) > after_key)
+            .group_by(col(BlockRow.key), col(BlockRow.job_id))
+            .order_by(col(BlockRow.key))
+            .limit(limit)
+        )
+        return [Part(*row) for row in (await self._session.exec(query)).all()]
+
+    async def chunks_of(self, part: Part) -> Sequence[ChunkRow]:
+        """The chunks that went into this object, as far as they are still there."""
+        within = col(ChunkRow.first_sequence).between(part.first_sequence, part.last_sequence)
+        query = select(ChunkRow).where(col(ChunkRow.job_id) == part.job_id, within)
+        return (await self._session.exec(query.order_by(col(ChunkRow.first_sequence)))).all()
+
     async def blocks(self, job_id: str, after: int, limit: int) -> Sequence[BlockRow]:
         """Blocks with lines beyond `after`, in order."""
         query = (
@@ -329,8 +395,22 @@ class Logs:
         )
         return (await self._session.exec(query)).all()
 
-    async def compact(self, job_id: str, key: str, blocks: Sequence[Block]) -> int:
-        """Puts these blocks, which are in the object store, in the place of their chunks; answers the bytes freed."""
+    async def compact(self, job_id: str, key: str, blocks: Sequence[Block], now_us: int) -> int:
+        """These blocks, which are in the object store, take their chunks over; answers how many bytes those have."""
+        await self.add_blocks(job_id, key, blocks, now_us)
+        first, last = blocks[0].first_sequence, blocks[-1].last_sequence
+        mine = (col(ChunkRow.job_id) == job_id, col(ChunkRow.first_sequence).between(first, last))
+        taken = select(func.sum(func.length(ChunkRow.body))).where(*mine)
+        taken_bytes: int = (await self._session.exec(taken)).one() or 0
+        await self._session.exec(update(ChunkRow).where(*mine).values(stored_us=now_us))
+        return taken_bytes
+
+    async def replace_blocks(self, job_id: str, key: str, blocks: Sequence[Block], now_us: int) -> None:
+        """The object has been written anew."""
+        await self._session.exec(delete(BlockRow).where(col(BlockRow.job_id) == job_id, col(BlockRow.key) == key))
+        await self.add_blocks(job_id, key, blocks, now_us)
+
+    async def add_blocks(self, job_id: str, key: str, blocks: Sequence[Block], now_us: int) -> None:
         rows = [
             {
                 "job_id": job_id,
@@ -339,23 +419,22 @@ class Logs:
                 "key": key,
                 "offset_bytes": block.offset,
                 "length_bytes": block.length,
+                "stored_us": now_us,
             }
             for block in blocks
         ]
         await self._session.exec(insert(BlockRow), params=rows)
-        first, last = blocks[0].first_sequence, blocks[-1].last_sequence
-        mine = (col(ChunkRow.job_id) == job_id, col(ChunkRow.first_sequence).between(first, last))
-        freed = select(func.sum(func.length(ChunkRow.body))).where(*mine)
-        freed_bytes: int = (await self._session.exec(freed)).one() or 0
-        await self._session.exec(delete(ChunkRow).where(*mine))
-        return freed_bytes
 
-    async def to_keep(self, live_bytes: int, limit: int) -> Sequence[LogRow]:
-        """Logs whose job has ended, oldest end first, then live ones with more than `live_bytes` in the database."""
-        ended = select(LogRow).where(col(LogRow.state) == ENDED).order_by(col(LogRow.ended_us)).limit(limit)
-        heavy = select(LogRow).where(col(LogRow.live_bytes) > live_bytes, col(LogRow.state) == LIVE).limit(limit)
-        rows = (await self._session.exec(ended)).all()
-        return [*rows, *(await self._session.exec(heavy)).all()]
+    async def to_keep(self, after_id: str, live_bytes: int, limit: int) -> Sequence[LogRow]:
+        """Logs whose job has ended, and live ones with more than `live_bytes` in the database, in the order of their
+        ids."""
+        ended = select(LogRow).where(col(LogRow.state) == ENDED)
+        heavy = select(LogRow).where(col(LogRow.live_bytes) > live_bytes, col(LogRow.state) == LIVE)
+        rows: list[LogRow] = []
+        for query in (ended, heavy):
+            behind = query.where(col(LogRow.id) > after_id).order_by(col(LogRow.id)).limit(limit)
+            rows += (await self._session.exec(behind)).all()
+        return sorted(rows, key=lambda row: row.id)[:limit]
 
     async def live(self, after_id: str, limit: int) -> Sequence[LogRow]:
         """Logs whose job has not ended as far as we know, in the order of their ids."""
@@ -363,7 +442,8 @@ class Logs:
         return (await self._session.exec(query.order_by(col(LogRow.id)).limit(limit))).all()
 
     async def live_chunks(self) -> int:
-        return (await self._session.exec(select(func.count()).select_from(ChunkRow))).one()
+        query = select(func.count()).select_from(ChunkRow).where(col(ChunkRow.stored_us).is_(None))
+        return (await self._session.exec(query)).one()
 
     async def forget_sources(self, job_id: str) -> None:
         for table in (SourceRow, AttemptRow, HeldRow):

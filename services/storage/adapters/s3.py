@@ -8,24 +8,36 @@ from __future__ import annotations
 import asyncio
 import io
 import re
+import ssl
 from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import TypeVar
 from urllib.parse import quote
+from xml.etree.ElementTree import ParseError
 
 import urllib3
 from minio import Minio
 from minio.commonconfig import ENABLED
 from minio.datatypes import Object
 from minio.deleteobjects import DeleteObject
-from minio.error import MinioException, S3Error
+from minio.error import InvalidResponseError, MinioException, S3Error, ServerError
 from minio.versioningconfig import VersioningConfig
 
 from libs.common.errors import Invalid, Unavailable
 from services.storage.domain.filesets import Stored
 from services.storage.settings import StorageSettings
 
+CONNECT_S, READ_S = 2, 20
+_SAID = {
+    "AccessDenied": "access denied: the keys are wrong or may not do this",
+    "InvalidAccessKeyId": "access denied: it does not know the access key",
+    "SignatureDoesNotMatch": "access denied: the secret key is wrong",
+    "RequestTimeTooSkewed": "access denied: its clock and ours are more than 15 minutes apart",
+    "NoSuchBucket": "the bucket is not there",
+    "NoSuchKey": "the object is not there",
+    "BucketAlreadyExists": "the bucket's name belongs to somebody else",
+}
 _ENDPOINT = re.compile(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?)(:[0-9]{1,5})?")
 
 T = TypeVar("T")
@@ -39,7 +51,7 @@ class S3:
         self._bucket = settings.s3_bucket
         self._lifetime = timedelta(seconds=settings.url_lifetime_s)
         self._client_for = lru_cache(maxsize=64)(self._new_client)
-        self.problem = "the object store has not been asked yet"
+        self.problem = "The object store has not been asked yet."
 
     def put_url(self, endpoint: str, key: str) -> str:
         return self._signing(endpoint).get_presigned_url("PUT", self._bucket, key, self._lifetime)
@@ -103,6 +115,22 @@ class S3:
 
         return await self._call(got)
 
+    async def find(self, key: str) -> bytes | None:
+        def got(client: Minio) -> bytes | None:
+            try:
+                answer = client.get_object(self._bucket, key)
+            except S3Error as error:
+                if error.code == "NoSuchKey":
+                    return None
+                raise
+            try:
+                return answer.data
+            finally:
+                answer.close()
+                answer.release_conn()
+
+        return await self._call(got)
+
     def _make_bucket(self, client: Minio) -> None:
         if not client.bucket_exists(self._bucket):
             client.make_bucket(self._bucket)
@@ -118,7 +146,7 @@ class S3:
     def _new_client(self, address: str, secure: bool) -> Minio:
         access_key, secret_key = self._settings.s3_credentials()
         retry = urllib3.Retry(total=2, backoff_factor=0.1, allowed_methods=None, redirect=False)
-        http = urllib3.PoolManager(timeout=urllib3.Timeout(connect=2, read=20), maxsize=8, retries=retry)
+        http = urllib3.PoolManager(timeout=urllib3.Timeout(connect=CONNECT_S, read=READ_S), maxsize=8, retries=retry)
         # Why: without a region the client asks the server for it, even to sign.
         return Minio(
             address,
@@ -133,17 +161,65 @@ class S3:
         client = self._client_for(self._settings.s3_address, self._settings.s3_secure)
         try:
             return await asyncio.to_thread(work, client)
-        except S3Error as error:
-            raise self._unavailable(f"{error.code}: {error.message}") from error
-        except (MinioException, urllib3.exceptions.HTTPError, OSError) as error:
-            raise self._unavailable(str(error)) from error
+        except (MinioException, urllib3.exceptions.HTTPError, OSError, ValueError, ParseError) as error:
+            raise self._unavailable(in_words(error)) from error
 
     def _unavailable(self, reason: str) -> Unavailable:
         return Unavailable(
             "object_store_unavailable",
-            f"The object store at {self._settings.s3_address} does not do its work: {reason[:300]}.",
+            f"The object store at {self._settings.s3_address} does not do its work: {reason[:500]}.",
             "Try again; if it stays, see `nabla status`.",
         )
+
+
+def in_words(error: BaseException) -> str:
+    """What is wrong, for people: without addresses, paths and names of classes, of which libraries make a screenful."""
+    match error:
+        case S3Error():
+            words = _SAID.get(error.code or "", f"it says {error.code}: {error.message}".removesuffix("."))
+        case ServerError():
+            words = f"it answers with HTTP status {error.status_code}"
+        case InvalidResponseError() | ParseError():
+            words = "what answers there is not S3"
+        case ValueError():
+            words = "what answers there is not S3" if "XML" in str(error) else str(error).removesuffix(".")
+        case urllib3.exceptions.MaxRetryError() if error.reason:
+            words = _network_in_words(error.reason)
+        case _:
+            words = _network_in_words(error)
+    return words
+
+
+def _network_in_words(error: BaseException) -> str:
+    match error:
+        case urllib3.exceptions.NameResolutionError():
+            words = "its name is not found"
+        case urllib3.exceptions.NewConnectionError():
+            words = _system_in_words(error)
+        case urllib3.exceptions.ReadTimeoutError():
+            words = f"no answer in {READ_S} s"
+        case urllib3.exceptions.ConnectTimeoutError():
+            words = f"no connection in {CONNECT_S} s"
+        case urllib3.exceptions.SSLError():
+            words = _tls_in_words(error)
+        case _:
+            words = _system_in_words(error)
+    return words
+
+
+def _system_in_words(error: BaseException) -> str:
+    """What the operating system said, which libraries keep as the cause."""
+    while not isinstance(error, OSError) and (beneath := error.__cause__ or error.__context__):
+        error = beneath
+    strerror = error.strerror if isinstance(error, OSError) else None
+    return (strerror or "the connection broke off").lower()
+
+
+def _tls_in_words(error: BaseException) -> str:
+    cause: object = error.args[0] if error.args else error
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {cause.verify_message}"
+    return "it does not speak TLS as it should"
 
 
 def _stored(item: Object) -> Stored:

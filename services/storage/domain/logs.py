@@ -12,7 +12,7 @@ import gzip
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from libs.common.contracts.messages import LogFrame, LogLine, LogPage
 from libs.common.transitions import TransitionTable
@@ -84,6 +84,17 @@ def lost_mark(frame: LogFrame, next_line: int, now: datetime) -> LogLine:
     return LogLine(at=now, stream=PLATFORM_STREAM, text=f"[{words} lost on the way to storage]")
 
 
+def lost_lines(first_sequence: int, last_sequence: int, now: datetime) -> list[LogLine]:
+    """What stands in the place of lines that the object store has lost: as many, so that all others keep theirs."""
+    count = last_sequence - first_sequence + 1
+    words = f"[{'1 line was' if count == 1 else f'{count} lines were'} lost by the object store]"
+    numbers = range(first_sequence, last_sequence + 1)
+    return [
+        LogLine(sequence=number, at=now, stream=PLATFORM_STREAM, text=words if number == first_sequence else "")
+        for number in numbers
+    ]
+
+
 def nothing_awaited(attempts: Iterable[str], closed_by_source: Iterable[tuple[str, bool]]) -> bool:
     """Whether each started attempt has said its last line, on each rank that was heard.
 
@@ -94,6 +105,42 @@ def nothing_awaited(attempts: Iterable[str], closed_by_source: Iterable[tuple[st
     for attempt_id, last in closed_by_source:
         closed[attempt_id] = closed.get(attempt_id, True) and last
     return all(closed.values()) and all(attempt in closed for attempt in attempts)
+
+
+@dataclass(slots=True)
+class Intake:
+    """For how long in a row the bus has answered and we had settled all that it held for us.
+
+    Patience by the clock alone would give up on lines that wait in the bus because we, or it, were away.
+
+    Args:
+        unseen: after so long without a look nothing is known of the time before.
+    """
+
+    unseen: timedelta
+    _since: datetime | None = None
+    _until: datetime | None = None
+    _looked_at: datetime | None = None
+    # When which frame was the newest: once that is settled, so is all that the bus held at that moment.
+    _goal: tuple[datetime, int] | None = None
+
+    def note(self, now: datetime, newest: int, settled: int) -> None:
+        """Takes down a look: the number of the bus's newest frame, and up to which one all are settled."""
+        if self._looked_at is None or now - self._looked_at > self.unseen:
+            self._since, self._until, self._goal = now, None, None
+        self._looked_at = now
+        if self._goal and settled >= self._goal[1]:
+            self._until, self._goal = self._goal[0], None
+        if settled >= newest:
+            self._until = now
+        elif self._goal is None:
+            self._goal = now, newest
+
+    def settled_s(self, after: datetime) -> float:
+        """Of the time after that moment, how much we have heard out."""
+        if self._since is None or self._until is None:
+            return 0.0
+        return (self._until - max(after, self._since)).total_seconds()
 
 
 def start_after(after: int, last_sequence: int) -> int:

@@ -99,16 +99,24 @@ def upgrade() -> None:
         sa.Column("key", sa.String(length=255), nullable=False),
         sa.Column("offset_bytes", sa.BigInteger(), nullable=False),
         sa.Column("length_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("stored_us", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("job_id", "first_sequence"),
     )
+    with op.batch_alter_table("log_block", schema=None) as batch_op:
+        batch_op.create_index("log_block_stored", ["stored_us"], unique=False)
+
     op.create_table(
         "log_chunk",
         sa.Column("job_id", sqlmodel.sql.sqltypes.AutoString(length=40), nullable=False),
         sa.Column("first_sequence", sa.BigInteger(), nullable=False),
         sa.Column("last_sequence", sa.BigInteger(), nullable=False),
         sa.Column("body", sa.LargeBinary(), nullable=False),
+        sa.Column("stored_us", sa.BigInteger(), nullable=True),
         sa.PrimaryKeyConstraint("job_id", "first_sequence"),
     )
+    with op.batch_alter_table("log_chunk", schema=None) as batch_op:
+        batch_op.create_index("log_chunk_stored", ["stored_us"], unique=False)
+
     op.create_table(
         "log_held",
         sa.Column("job_id", sqlmodel.sql.sqltypes.AutoString(length=40), nullable=False),
@@ -161,7 +169,13 @@ def downgrade() -> None:
         batch_op.drop_index("log_held_arrived")
 
     op.drop_table("log_held")
+    with op.batch_alter_table("log_chunk", schema=None) as batch_op:
+        batch_op.drop_index("log_chunk_stored")
+
     op.drop_table("log_chunk")
+    with op.batch_alter_table("log_block", schema=None) as batch_op:
+        batch_op.drop_index("log_block_stored")
+
     op.drop_table("log_block")
     op.drop_table("log_attempt")
     with op.batch_alter_table("log", schema=None) as batch_op:

@@ -22,7 +22,7 @@ from services.executor.loops import driver
 from services.executor.settings import ExecutorSettings
 from services.executor.store import SKELETON as EXECUTOR_SKELETON
 from services.executor.store import ExecutorUnit
-from services.storage import loops as storage_loops
+from services.storage.loops import filesets as storage_loops
 from tests.integration.common.registry_process import GRANTS, ROOT, RegistryProcess, tell, until
 from tests.support.nats import NatsServer, running_nats
 from tests.unit.executor.fake_cluster import NODE, FakeCluster
@@ -136,7 +136,7 @@ async def test_a_storage_that_dies_after_removing_objects_forgets_their_set(
         for _ in range(2):
             await world.sweeper.sweep()
         async with world.store.view() as view:
-            assert await view.filesets.deleted(10) == []
+            assert await view.filesets.deleted("", 10) == []
         assert list(world.objects.kept.values()) == [b"kept"]
         assert (await world.ask(m.GetFileset(fileset_id=kept.id), VIEWER, m.Fileset)).state == "sealed"
 

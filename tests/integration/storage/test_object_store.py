@@ -131,3 +131,11 @@ async def test_an_absent_server_or_key_file_is_unavailable_with_a_reason(seaweed
     keyless = S3(StorageSettings(home=tmp_path))
     await keyless.prepare()
     assert "s3.json" in keyless.problem
+
+
+async def test_an_object_is_found_whole_or_known_to_be_missing(s3: S3, seaweed: Seaweed) -> None:
+    await s3.write("log/js1/1", BIG)
+    assert await s3.find("log/js1/1") == BIG
+    assert await s3.find("log/js1/2") is None
+    await s3.remove(await s3.versions("log/js1/"))
+    assert await s3.find("log/js1/1") is None

@@ -189,6 +189,37 @@ async def test_the_service_starts_and_keeps_logs_without_the_object_store(instal
             installation.seaweed.start()
 
 
+async def test_lines_that_waited_in_the_bus_longer_than_patience_are_in_the_log(installation: Installation) -> None:
+    """Storage hears of the job's end, and is away while the last frames come and for longer than it waits for them."""
+    installation.settings = installation.settings.model_copy(update={"last_frame_patience_s": 0.5})
+    async with installation.running() as running:
+        await publish(running.asker, JobStarting(job=job(1)))
+        await publish(running.asker, JobSucceeded(job=job(2)))
+
+        async def ended() -> bool:
+            async with running.service.store.view() as view:
+                row = await view.logs.get("js1")
+                return row is not None and row.state == "ended"
+
+        await until(ended)
+    asker = installation.nats.bus("world")
+    await asker.start()
+    texts = [f"line {number}" for number in range(2000)]
+    for number, text in enumerate(texts):
+        await publish(asker, frame(number, text))
+    await publish(asker, frame(len(texts), last=True))
+    await asyncio.sleep(0.5)
+    await asker.stop()
+    async with installation.running() as running:
+
+        async def complete() -> bool:
+            return (await page(running.asker, len(texts))).complete
+
+        await until(complete, 60)
+        found = [*(await page(running.asker)).lines, *(await page(running.asker, 1000)).lines]
+        assert [line.text for line in found] == texts
+
+
 RUN = """
 import asyncio
 from libs.common.migrations import migrate

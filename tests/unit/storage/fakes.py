@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from datetime import datetime
 
 from libs.common.contracts.messages import Job
-from libs.common.errors import Unavailable
+from libs.common.errors import Forbidden, Unavailable
 from services.storage.domain.filesets import Stored
 
 
@@ -16,6 +16,8 @@ class FakeObjects:
 
     def __init__(self) -> None:
         self.problem = ""
+        # Beginnings of keys that the store refuses.
+        self.refused: set[str] = set()
         self.kept: dict[tuple[str, str], bytes] = {}
         self.writes = 0
 
@@ -29,7 +31,7 @@ class FakeObjects:
         return None
 
     async def versions(self, prefix: str) -> list[Stored]:
-        self._check()
+        self._check(prefix)
         return [
             Stored(key, version, len(body), hashlib.md5(body, usedforsecurity=False).hexdigest())
             for (key, version), body in self.kept.items()
@@ -45,7 +47,7 @@ class FakeObjects:
         return 0
 
     async def write(self, key: str, body: bytes) -> None:
-        self._check()
+        self._check(key)
         self.writes += 1
         self.kept[key, ""] = body
 
@@ -53,13 +55,31 @@ class FakeObjects:
         self._check()
         return self.kept[key, ""][offset : offset + length]
 
+    async def find(self, key: str) -> bytes | None:
+        self._check()
+        return self.kept.get((key, ""))
+
     def upload(self, url: str, body: bytes) -> None:
         key = url.split("/", 3)[3]
         self.kept[key, f"v{len(self.kept) + 1}"] = body
 
-    def _check(self) -> None:
-        if self.problem:
-            raise Unavailable("object_store_unavailable", self.problem)
+    def _check(self, key: str = "") -> None:
+        if self.problem or any(key.startswith(start) for start in self.refused):
+            raise Unavailable("object_store_unavailable", self.problem or "refused")
+
+
+class FakeFrames:
+    """The bus's frames, all settled unless a test says otherwise."""
+
+    def __init__(self) -> None:
+        self.newest = 0
+        self.settled = 0
+        self.silent = False
+
+    async def newest_and_settled(self) -> tuple[int, int]:
+        if self.silent:
+            raise Unavailable("bus_silent", "the bus does not answer")
+        return self.newest, self.settled
 
 
 class FakeJobs:
@@ -69,10 +89,14 @@ class FakeJobs:
         self.known: dict[str, Job] = {}
         self.silent = False
         self.asked: list[str] = []
+        # Jobs of which the scheduler tells nothing.
+        self.refused: set[str] = set()
 
     async def get(self, job_id: str, team_id: str) -> Job | None:
         if self.silent:
             raise Unavailable("service_silent", "the scheduler does not answer")
         self.asked.append(job_id)
+        if job_id in self.refused:
+            raise Forbidden("not_allowed", "not for storage")
         found = self.known.get(job_id)
         return found if found and found.team_id == team_id else None

@@ -245,6 +245,27 @@ async def test_a_forgotten_set_goes_with_its_objects(world: World) -> None:
     assert (await world.ask(GetFileset(fileset_id=kept.id), VIEWER, Fileset)).state == "sealed"
 
 
+@pytest.mark.parametrize("a_pass", [1, 20])
+async def test_a_set_that_cannot_be_swept_holds_up_no_other(
+    world: World, monkeypatch: pytest.MonkeyPatch, a_pass: int
+) -> None:
+    monkeypatch.setattr("services.storage.loops.filesets.ROWS_A_PASS", a_pass)
+    forgotten = [await world.open(bodies={name: b"half"}) for name in "abc"]
+    for grant in forgotten:
+        world.objects.upload(grant.uploads[0].url, b"half")
+    kept = await world.sealed(bodies={"x": b"y"})
+    world.objects.upload(f"put:///model/{kept.id}/0", b"late")
+    world.later(25 * 3600)
+    world.objects.refused.add(f"model/{forgotten[0].fileset.id}/")
+    for _ in range(8):
+        await world.sweeper.sweep()
+    assert sorted(world.objects.kept.values()) == [b"half", b"y"]
+    world.objects.refused.clear()
+    for _ in range(4):
+        await world.sweeper.sweep()
+    assert list(world.objects.kept.values()) == [b"y"]
+
+
 async def test_more_files_than_fit_an_answer_are_granted_in_turns(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,12 +9,15 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import event
+from sqlalchemy import event, update
+from sqlmodel import col
 
+from libs.common.clock import to_us
 from libs.common.contracts.messages import JobCancelled, JobFailed, JobStarting, JobSucceeded, LogFrame, LogPage
 from libs.common.errors import Invalid, Unavailable
 from services.storage.domain.logs import LOG, MAX_LINE_BYTES, clipped, nothing_awaited, packed_blocks, unpacked_block
-from services.storage.store import LogRow
+from services.storage.loops.passes import calmly
+from services.storage.store import ChunkRow, HeldRow, LogRow, StorageUnit
 from tests.unit.storage.world import ATTEMPT, STRANGER, World, frame, job, running_world
 
 pytestmark = pytest.mark.unit
@@ -161,7 +164,7 @@ async def test_the_log_of_a_job_whose_end_was_never_heard_is_sealed_all_the_same
 async def test_every_live_log_is_checked_in_its_turn_though_the_scheduler_was_silent(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.storage.loops.ROWS_A_PASS", 2)
+    monkeypatch.setattr("services.storage.loops.logs.ROWS_A_PASS", 2)
     ids = [f"js{number}" for number in range(5)]
     for job_id in ids:
         await world.deliver(frame(0, "a", job_id=job_id))
@@ -186,12 +189,50 @@ async def test_an_attempt_that_never_says_its_last_line_is_awaited_for_a_minute(
     await world.deliver(JobStarting(job=job(1, 1)))
     await world.deliver(frame(0, "a"))
     await world.deliver(JobFailed(job=job(2, 1)))
-    world.later(59)
-    await world.keeper.keep_logs()
+    await world.keeping(65)
     assert not (await world.page()).complete
-    world.later(2)
-    await world.keeper.keep_logs()
+    await world.keeping(10)
     assert (await world.page()).complete
+    assert len(await world.events()) == 1
+
+
+async def test_no_log_is_given_up_on_while_frames_wait_in_the_bus(world: World) -> None:
+    await world.deliver(JobStarting(job=job(1, 1)))
+    await world.deliver(JobFailed(job=job(2, 1)))
+    world.frames.newest, world.frames.settled = 9, 3
+    await world.keeping(600)
+    assert not (await world.page()).complete
+    world.frames.newest, world.frames.settled = 20, 19
+    await world.keeping(10)
+    await world.deliver(frame(0, "a", last=True))
+    await world.keeper.keep_logs()
+    assert await texts(world) == ["a"]
+    assert len(await world.events()) == 1
+
+
+async def test_frames_that_never_stop_coming_do_not_keep_a_log_open(world: World) -> None:
+    await world.deliver(JobStarting(job=job(1, 1)))
+    await world.deliver(JobFailed(job=job(2, 1)))
+    for number in range(0, 160, 10):
+        world.frames.newest, world.frames.settled = number + 10, number
+        await world.keeping(5)
+    assert len(await world.events()) == 1
+
+
+async def test_time_in_which_the_bus_was_away_or_we_were_is_no_patience(world: World) -> None:
+    await world.deliver(JobStarting(job=job(1, 1)))
+    await world.deliver(JobFailed(job=job(2, 1)))
+    await world.keeping(40)
+    world.frames.silent = True
+    await world.keeping(600)
+    world.frames.silent = False
+    await world.keeping(60)
+    world.later(3600)
+    await world.keeping(60)
+    assert not (await world.page()).complete
+    await world.deliver(frame(0, "a", last=True))
+    await world.keeper.keep_logs()
+    assert await texts(world) == ["a"]
     assert len(await world.events()) == 1
 
 
@@ -205,7 +246,7 @@ async def test_the_order_of_job_events_does_not_matter(world: World) -> None:
 
 async def test_ranges_are_the_same_live_and_sealed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.storage.domain.logs.BLOCK_BYTES", 1000)
-    monkeypatch.setattr("services.storage.loops.PART_BYTES", 300)
+    monkeypatch.setattr("services.storage.loops.logs.PART_BYTES", 300)
     for start in range(0, 100, 10):
         await world.deliver(frame(start, *(f"line {n}" for n in range(start, start + 10)), last=start == 90))
     asked = [(0, 0), (0, 7), (37, 5), (95, 100), (100, 10), (-3, 0), (-3, 2), (-500, 4), (150, 3)]
@@ -216,10 +257,15 @@ async def test_ranges_are_the_same_live_and_sealed(world: World, monkeypatch: py
     await world.deliver(JobSucceeded(job=job(1)))
     await world.keeper.keep_logs()
     assert len(world.objects.kept) > 1
-    async with world.store.view() as view:
-        assert not await view.logs.chunks("js1", 0, 1)
-        assert len(await view.logs.blocks("js1", 0, 100)) > 3
     assert [(await world.page(*ask)).lines for ask in asked] == live
+    async with world.store.view() as view:
+        chunks = await view.logs.chunks("js1", 0, 100)
+        assert not await view.logs.waiting_chunks("js1", 1)
+        assert len(await view.logs.blocks("js1", 0, 100)) > 3
+    for _ in chunks:
+        # Some in the database and all in the object store, then none in the database.
+        await world.store.run(lambda unit: unit.logs.forget_chunks(to_us(world.now) + 1, 1))
+        assert [(await world.page(*ask)).lines for ask in asked] == live
     assert await texts(world, limit=9) == [f"line {n}" for n in range(100)]
 
 
@@ -268,7 +314,7 @@ async def test_a_part_written_twice_after_a_kill_changes_nothing(world: World) -
 
 
 async def test_a_running_jobs_long_log_moves_on_while_it_grows(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.storage.loops.LIVE_BYTES", 10)
+    monkeypatch.setattr("services.storage.loops.logs.LIVE_BYTES", 10)
     await world.deliver(frame(0, "a", "b"))
     await world.keeper.keep_logs()
     await world.deliver(frame(2, "c"))
@@ -276,8 +322,141 @@ async def test_a_running_jobs_long_log_moves_on_while_it_grows(world: World, mon
         row = await view.logs.get("js1")
         assert isinstance(row, LogRow)
         assert (row.state, len(await view.logs.blocks("js1", 0, 9))) == ("live", 1)
-        assert len(await view.logs.chunks("js1", 0, 9)) == 1
+        assert len(await view.logs.waiting_chunks("js1", 9)) == 1
     assert await texts(world) == ["a", "b", "c"]
+
+
+async def break_chunk(unit: StorageUnit) -> None:
+    await unit.session.exec(update(ChunkRow).where(col(ChunkRow.job_id) == "js1").values(body=b"broken"))
+
+
+async def break_held(unit: StorageUnit) -> None:
+    await unit.session.exec(update(HeldRow).where(col(HeldRow.job_id) == "js1").values(frame=b"broken"))
+
+
+@pytest.mark.parametrize("a_pass", [1, 2, 20])
+@pytest.mark.parametrize("refused", [False, True])
+async def test_a_log_that_cannot_be_stored_holds_up_no_other(
+    world: World, monkeypatch: pytest.MonkeyPatch, a_pass: int, refused: bool
+) -> None:
+    monkeypatch.setattr("services.storage.loops.logs.ROWS_A_PASS", a_pass)
+    for number in range(1, 5):
+        await world.deliver(frame(0, "a", last=True, job_id=f"js{number}"))
+        await world.deliver(JobSucceeded(job=job(1, 1, job_id=f"js{number}")))
+    if refused:
+        world.objects.refused.add("log/js1/")
+    else:
+        await world.store.run(break_chunk)
+    for _ in range(6):
+        await calmly("keep logs", world.keeper.keep_logs)
+    assert len(await world.events()) == 3
+    world.objects.refused.clear()
+    for _ in range(6):
+        await calmly("keep logs", world.keeper.keep_logs)
+    assert len(await world.events()) == (4 if refused else 3)
+
+
+@pytest.mark.parametrize("a_pass", [1, 20])
+async def test_a_frame_that_cannot_be_read_keeps_no_other_gap_open(
+    world: World, monkeypatch: pytest.MonkeyPatch, a_pass: int
+) -> None:
+    monkeypatch.setattr("services.storage.loops.logs.ROWS_A_PASS", a_pass)
+    for number in range(1, 4):
+        await world.deliver(frame(1, "b", job_id=f"js{number}"))
+    await world.store.run(break_held)
+    world.later(11)
+    for _ in range(4):
+        await world.keeper.keep_logs()
+    for job_id in ("js2", "js3"):
+        page = await world.page(job_id=job_id)
+        assert [line.text for line in page.lines] == ["[1 line was lost on the way to storage]", "b"]
+
+
+async def test_a_job_that_cannot_be_asked_about_holds_up_no_other(world: World) -> None:
+    for number in range(1, 4):
+        await world.deliver(frame(0, "a", last=True, job_id=f"js{number}"))
+        world.jobs.known[f"js{number}"] = job(2, 1, job_id=f"js{number}").model_copy(update={"state": "failed"})
+    world.jobs.refused.add("js1")
+    await world.check.check()
+    assert [(await world.page(job_id=f"js{number}")).complete for number in range(1, 4)] == [False, True, True]
+    world.jobs.refused.clear()
+    await world.check.check()
+    assert (await world.page(job_id="js1")).complete
+
+
+async def a_sealed_log(world: World, *, parts: int = 1) -> list[str]:
+    lines = [f"line {number}" for number in range(6)]
+    for number, text in enumerate(lines):
+        await world.deliver(frame(number, text, last=number == 5))
+    await world.deliver(JobSucceeded(job=job(1, 1)))
+    await world.keeper.keep_logs()
+    assert len(world.objects.kept) == parts
+    return lines
+
+
+async def test_lines_stay_in_the_database_until_the_object_store_has_them_on_disk(world: World) -> None:
+    lines = await a_sealed_log(world)
+    world.later(599)
+    await world.start_scrubbing()
+    (key,) = world.objects.kept
+    del world.objects.kept[key]
+    assert await texts(world) == lines
+    world.later(2)
+    await world.scrub.forget_chunks()
+    async with world.store.view() as view:
+        assert not await view.logs.chunks("js1", 0, 1)
+    with pytest.raises(KeyError):
+        await texts(world)
+
+
+@pytest.mark.parametrize("body", [None, b"", b"half"])
+async def test_what_the_object_store_lost_in_a_power_cut_is_written_again(
+    world: World, monkeypatch: pytest.MonkeyPatch, body: bytes | None
+) -> None:
+    monkeypatch.setattr("services.storage.loops.logs.PART_BYTES", 10)
+    monkeypatch.setattr("services.storage.loops.logs.ROWS_A_PASS", 2)
+    lines = await a_sealed_log(world, parts=3)
+    before = dict(world.objects.kept)
+    for key in list(before)[1:]:
+        del world.objects.kept[key]
+        if body is not None:
+            world.objects.kept[key] = body
+    # However long the machine was off: no line goes from the database before the objects were looked at.
+    world.later(86_400)
+    await world.start_scrubbing()
+    assert world.objects.kept == before
+    async with world.store.view() as view:
+        assert not await view.logs.chunks("js1", 0, 1)
+    assert await texts(world) == lines
+
+
+async def test_nothing_is_forgotten_or_mended_while_the_object_store_is_away(world: World) -> None:
+    lines = await a_sealed_log(world)
+    world.later(86_400)
+    world.objects.problem = "away"
+    with pytest.raises(Unavailable):
+        await world.scrub.scrub()
+    await world.scrub.forget_chunks()
+    assert await texts(world) == lines
+    world.objects.problem = ""
+    writes = world.objects.writes
+    await world.start_scrubbing()
+    assert await texts(world) == lines
+    assert world.objects.writes == writes
+
+
+async def test_lines_that_nobody_has_any_more_are_marked_and_the_rest_can_be_read(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.storage.loops.logs.PART_BYTES", 10)
+    lines = await a_sealed_log(world, parts=3)
+    world.later(700)
+    await world.start_scrubbing()
+    del world.objects.kept[sorted(world.objects.kept)[1]]
+    await world.start_scrubbing()
+    await world.start_scrubbing()
+    marked = ["[2 lines were lost by the object store]", ""]
+    assert await texts(world) == [*lines[:2], *marked, *lines[4:]]
 
 
 def test_blocks_are_one_gzip_file_and_the_same_each_time() -> None:

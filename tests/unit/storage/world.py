@@ -36,11 +36,12 @@ from libs.common.store import Store
 from services.storage.adapters.tail import Tail
 from services.storage.handlers import FilesetHandlers
 from services.storage.log_handlers import LogHandlers
-from services.storage.loops import LogCheck, LogKeeper, Sweeper
+from services.storage.loops.filesets import Sweeper
+from services.storage.loops.logs import LogCheck, LogKeeper, LogScrub
 from services.storage.routes import routes
 from services.storage.settings import StorageSettings
 from services.storage.store import SKELETON, StorageUnit
-from tests.unit.storage.fakes import FakeJobs, FakeObjects
+from tests.unit.storage.fakes import FakeFrames, FakeJobs, FakeObjects
 
 M = TypeVar("M", bound=Message)
 
@@ -62,9 +63,19 @@ class World:
         self.tail = Tail(self._hear)
         self.filesets = FilesetHandlers(self.store, self.objects, self.objects)
         self.logs = LogHandlers(self.store, self.objects, self.tail, self.settings)
-        self.keeper = LogKeeper(self.store, self.inbox, self.logs, self.objects, self.settings, clock=lambda: self.now)
+        self.frames = FakeFrames()
+        self.keeper = LogKeeper(
+            self.store,
+            self.inbox,
+            self.logs,
+            self.objects,
+            self.frames,
+            settings=self.settings,
+            clock=lambda: self.now,
+        )
         self.jobs = FakeJobs()
         self.check = LogCheck(self.store, self.inbox, self.logs, self.jobs, self.settings, clock=lambda: self.now)
+        self.scrub = LogScrub(self.store, self.objects, self.objects, self.settings, clock=lambda: self.now)
         self.sweeper = Sweeper(self.store, self.objects, self.settings, clock=lambda: self.now)
         self.inbox.after_commit(self.tail.committed)
         self.routes = routes(self.filesets, self.logs)
@@ -75,6 +86,19 @@ class World:
 
     def later(self, seconds: float) -> None:
         self.now += timedelta(seconds=seconds)
+
+    async def keeping(self, seconds: int) -> None:
+        """Lets time pass with the loop that keeps logs at work."""
+        for _ in range(seconds // 5):
+            self.later(5)
+            await self.keeper.keep_logs()
+
+    async def start_scrubbing(self) -> None:
+        """What storage does with its logs at each start."""
+        self.scrub = LogScrub(self.store, self.objects, self.objects, self.settings, clock=lambda: self.now)
+        while not self.scrub.done:
+            await self.scrub.scrub()
+        await self.scrub.forget_chunks()
 
     async def ask(self, message: Message, asker: Principal, reply: type[M], key: str = "") -> M:
         """What the bus does with a request or query."""
