@@ -20,7 +20,6 @@ from libs.common.contracts.message import Message
 from libs.common.contracts.subjects import EVENTS, subject_for
 from libs.common.errors import Forbidden, NotFound, Unauthenticated
 from libs.common.ids import new_id, new_secret, secret_hash
-from libs.common.migrations import migrate
 from libs.common.routing import Routes
 from libs.common.service import Service
 from services.registry.app import build
@@ -62,7 +61,6 @@ async def settings(server: NatsServer, tmp_path: Path) -> RegistrySettings:
 @asynccontextmanager
 async def running(settings: RegistrySettings) -> AsyncIterator[Service]:
     registry = build(settings)
-    await migrate(registry.store.writer, registry.name)
     async with registry.running():
         yield registry
 

@@ -36,7 +36,6 @@ from libs.common.contracts.messages import (
 from libs.common.contracts.subjects import COMMANDS, EVENTS, delivery_subject, subject_for
 from libs.common.errors import NotFound
 from libs.common.ids import new_id
-from libs.common.migrations import migrate
 from libs.common.routing import INTERNAL, Route, Routes, Rule
 from libs.common.service import Service
 from services.scheduler.app import build
@@ -125,7 +124,6 @@ async def running_scheduler(server: NatsServer, database_url: str, home: Path) -
         attempt_check_s=0.5,
     )
     service = build(settings)
-    await migrate(service.store.writer, service.name)
     async with service.running():
         yield service
 
