@@ -44,7 +44,7 @@ from libs.common.contracts.subjects import (
     dead_letter_subject,
     subject_for,
 )
-from libs.common.errors import MalformedMessage, Refusal, Unavailable
+from libs.common.errors import MalformedMessage, NotFound, Refusal, Unavailable
 from libs.common.ids import new_id
 from libs.common.inbox import Inbox
 from libs.common.routing import Routes
@@ -153,6 +153,8 @@ class Bus:
         principal: Principal,
         *,
         key: str = "",
+        request_hash: str = "",
+        only_repeat: bool = False,
         service: str = "",
         timeout_s: float = 5.0,
     ) -> M:
@@ -160,6 +162,8 @@ class Bus:
 
         Args:
             key: the idempotency key of a request; on a timeout repeat with the same one.
+            request_hash: of what was said under the key; empty when that is `message`.
+            only_repeat: ask for what was answered under the key; NotFound when nothing was.
             service: whom to ask, for queries that every service answers.
 
         Raises:
@@ -175,6 +179,8 @@ class Bus:
                 time=utc_now(),
                 team_id=principal.team_id,
                 idempotency_key=key,
+                request_hash=request_hash,
+                only_repeat=only_repeat,
                 traceparent=current_traceparent(),
                 sender=principal,
             )
@@ -308,6 +314,12 @@ class _Receiver:
         route.rule.check(envelope.principal, route.message.ROUTE.name)
         decoded = route.message.from_wire(raw.data)
         inbox = self._inboxes[route.database]
+        # What a repeat would have to ask others may have changed or gone since it was answered.
+        if kind is Kind.REQUEST and (route.prepare or envelope.only_repeat):
+            if earlier := await inbox.given(route, decoded, envelope):
+                return earlier.status, earlier.body
+            if envelope.only_repeat:
+                raise NotFound("not_answered", "Nothing was answered under this Idempotency-Key.")
         if route.prepare:
             envelope = replace(envelope, facts=await route.prepare(decoded, envelope))
         if kind is Kind.REQUEST:
