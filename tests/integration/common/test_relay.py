@@ -296,6 +296,37 @@ async def test_a_full_disk_puts_marking_off_and_nothing_is_sent_twice_for_it(
     assert bus.objects == ["a"]
 
 
+async def test_many_doubtful_messages_are_unmarked_in_steps_and_a_failure_between_them_is_made_good(
+    store: LedgerStore, bus: FailingBus, clock: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay_module, "ROWS", 10)
+    for number in range(35):
+        await keep(store, f"n{number}")
+        outbox_table = store.skeleton.outbox
+        async with store.begin() as unit:
+            fresh = outbox_table.update().where(outbox_table.c.published_us.is_(None))
+            await unit.execute(fresh.values(published_us=int(clock.now.timestamp() * 1e6)))
+        clock.pass_(seconds=1)
+    store.committed.clear()
+    unmarked: list[int] = []
+
+    @event.listens_for(store.writer.sync_engine, "after_cursor_execute")
+    def note(_c: object, cursor: Any, statement: str, parameters: Any, _x: object, _many: bool) -> None:
+        if statement.startswith("UPDATE outbox") and (parameters[0] is None or "=NULL" in statement.replace(" ", "")):
+            if len(unmarked) == 2 and not failed:
+                failed.append(True)
+                raise nats.errors.TimeoutError
+            unmarked.append(cursor.rowcount)
+
+    failed: list[bool] = []
+    async with relaying(store, bus, clock):
+        await until(lambda: len(bus.taken) == 35)
+        await until(lambda: all_marked(store))
+    assert failed
+    assert unmarked == [10, 10, 10, 5]
+    assert bus.objects == [f"n{number}" for number in range(35)]
+
+
 async def test_upkeep_lets_others_write_between_its_steps(
     store: LedgerStore, clock: Time, monkeypatch: pytest.MonkeyPatch
 ) -> None:
