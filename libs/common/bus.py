@@ -44,7 +44,7 @@ from libs.common.contracts.subjects import (
     dead_letter_subject,
     subject_for,
 )
-from libs.common.errors import MalformedMessage, NotFound, Refusal, Unavailable
+from libs.common.errors import MalformedMessage, NotFound, Unavailable
 from libs.common.ids import new_id
 from libs.common.inbox import Inbox
 from libs.common.routing import Routes
@@ -56,6 +56,7 @@ MAX_DELIVERIES = 20
 LONGEST_DELAY_S = 60.0
 # An outage ends for all at once, and nobody wants to wait a minute after it.
 OUTAGE_DELAY_S = 5.0
+MAX_DELIVERIES_IN_OUTAGE = int(3 * 86_400 / OUTAGE_DELAY_S)
 NANOSECONDS = 1_000_000_000
 STREAM_OF_KIND = {Kind.EVENT: EVENTS, Kind.COMMAND: COMMANDS, Kind.FRAME: LOGS}
 
@@ -256,11 +257,17 @@ class _Receiver:
         return deliver
 
     async def _put_off(self, raw: Msg, error: Exception) -> None:
-        """Later for what may pass, at once to the dead letters for what will not."""
+        """Later for what may pass, at once to the dead letters for what will not.
+
+        An outage is no fault of the message, however often it came: it waits until the outage is over. Of a peer or
+        of the object store that is told by the handler alone, and one that says so of a single message for ever
+        would keep its place among those that may be under way. So after about three days of trying the dead letters
+        have it, for a person to judge: longer than a weekend, and before the stream drops an event. Tries are
+        counted and not the message's age, as an old one may be replayed into an outage that has just begun.
+        """
         deliveries = raw.metadata.num_delivered
         kind = (raw.headers or {}).get("ce-type", raw.subject)
-        # Nothing to do with the message, however often it came.
-        outage = is_outage(error)
+        outage = is_outage(error) or (_is_outage_elsewhere(error) and deliveries < MAX_DELIVERIES_IN_OUTAGE)
         if outage or (_worth_repeating(error) and deliveries < MAX_DELIVERIES):
             log.warning("message put off", extra={"type": kind, "deliveries": deliveries, "reason": repr(error)})
             # Why: a plain nack comes back at once, 1,409 times a second.
@@ -335,11 +342,13 @@ async def _undecoded(message: NatsMessage) -> NatsMessage:
     return message
 
 
+def _is_outage_elsewhere(error: Exception) -> bool:
+    """Whether a peer, the bus or the object store is away."""
+    return isinstance(error, (Unavailable, TimeoutError, nats.errors.Error))
+
+
 def _worth_repeating(error: Exception) -> bool:
-    if isinstance(error, (Unavailable, TimeoutError, ConnectionError, nats.errors.Error)):
-        return True
-    if isinstance(error, Refusal | MalformedMessage):
-        return False
+    """Whether another try may have another outcome: somebody else saved first, or is about to mend the rows."""
     return is_transient(error) or isinstance(error, DBAPIError)
 
 
