@@ -59,6 +59,8 @@ class SoleWriter:
         self._engine = create_async_engine(url, isolation_level="AUTOCOMMIT", connect_args=_patience(url))
         self._session: AsyncConnection | None = None
         self._descriptor = -1
+        # Whether another process was found to have it.
+        self.waits = False
 
     async def take(self) -> None:
         """Returns with the lock; on PostgreSQL after a wait for whoever has it.
@@ -113,11 +115,10 @@ class SoleWriter:
         self._descriptor = await _socket_of(session)
         _held_by.add(self._descriptor)
         question, key = text("SELECT pg_try_advisory_lock(:key)"), {"key": crc32(self._name.encode())}
-        waits = False
         while not (await session.execute(question, key)).scalar():
-            if not waits:
+            if not self.waits:
                 log.warning("waits for the process that has this database", extra={"database": self._name})
-            waits = True
+            self.waits = True
             await asyncio.sleep(LOOK_S)
 
     async def _pulse(self, session: AsyncConnection) -> None:

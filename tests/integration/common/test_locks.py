@@ -73,9 +73,10 @@ async def is_turned_away(url: str) -> bool:
     """Whether a file is refused, or PostgreSQL lets us wait."""
     lock = SoleWriter(async_url(url), "scheduler")
     taking = asyncio.create_task(lock.take())
-    await asyncio.wait({taking}, timeout=2)
-    if not taking.done():
-        taking.cancel()
+    async with asyncio.timeout(60):
+        while not (taking.done() or lock.waits):
+            await asyncio.sleep(0.02)
+    taking.cancel()
     [outcome] = await asyncio.gather(taking, return_exceptions=True)
     await lock.release()
     return isinstance(outcome, AlreadyHeld if url.startswith("sqlite") else asyncio.CancelledError)

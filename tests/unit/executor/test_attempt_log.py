@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from libs.common.contracts.messages import LogFrame
+from services.executor.adapters import attempt_log as attempt_log_module
 from services.executor.adapters.attempt_log import BODY_BYTES, AttemptLog, Identity
 from services.executor.adapters.spool import SpoolWriter
 
@@ -158,7 +159,10 @@ async def test_a_line_of_escapes_and_bytes_that_are_no_text_fits_into_a_frame(fo
     assert [text[-4:] for _, text in stream.lines()] == ["cut]"]
 
 
-async def test_unfinished_lines_wait_for_company_but_the_first_does_not(folder: Path) -> None:
+async def test_unfinished_lines_wait_for_company_but_the_first_does_not(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempt_log_module, "BATCH_S", 600.0)
     stream = Stream()
     log = attempt_log(folder, stream)
     shipping = asyncio.create_task(log.ship())
@@ -166,9 +170,14 @@ async def test_unfinished_lines_wait_for_company_but_the_first_does_not(folder: 
     for number in range(20):
         writer.write("o", b"%d\n" % number, NOW_US)
         log._changed.set()
-        await asyncio.sleep(0.005)
-    await asyncio.sleep(0.1)
+        for _ in range(20):
+            await asyncio.sleep(0)
+    assert [len(frame.lines) for frame in stream.frames.values()] == [1]
     shipping.cancel()
-    assert len(stream.lines()) == 20
-    assert len(stream.frames[0].lines) < 5
-    assert len(stream.frames) <= 8
+    log._sent_s = float("-inf")  # as when the time has passed
+    log.job_ended()
+    log.close()
+    writer.close(NOW_US)
+    async with asyncio.timeout(60):
+        await log.ship()
+    assert [len(frame.lines) for frame in stream.frames.values() if frame.lines] == [1, 19]
