@@ -91,8 +91,10 @@ class SoleWriter:
         if self._is_file and self._descriptor >= 0:
             os.close(self._descriptor)
         if self._session:
+            # A session that is gone does not answer, and who has lost it must end.
             with contextlib.suppress(DBAPIError, OSError):
-                await self._session.close()
+                async with asyncio.timeout(PULSE_S):
+                    await self._session.close()
         self._descriptor, self._session = -1, None
         await self._engine.dispose()
 
