@@ -1,7 +1,8 @@
 """Shows one trace as an indented tree: `python infra/show_trace.py JOB_ID|TRACE_ID [--home FOLDER] [--streams]`.
 
 Reads the spans that the services and the node agents of this machine write to `<home>/traces` and
-`<home>/node/traces`. With a collector (OTEL_EXPORTER_OTLP_ENDPOINT) the same spans are there, too.
+`<home>/node/traces`: the newest tens of megabytes of each. With a collector (OTEL_EXPORTER_OTLP_ENDPOINT) the same
+spans are there, too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -51,9 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
 def read_spans(home: Path) -> Iterator[Span]:
     for folder in (home / "traces", home / "node" / "traces"):
         for file in sorted(folder.glob("*.jsonl")):
-            for line in file.read_text().splitlines():
-                # The last line may be half written.
-                if line.endswith("}"):
+            for line in file.read_text(errors="replace").splitlines():
+                # One that is being written, or that a kill cut short, is half.
+                with suppress(ValueError):
                     yield span_of(json.loads(line))
 
 

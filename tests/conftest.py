@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support.databases import HINT, new_database, postgres_binaries, running_postgres
 from tests.support.distribution import PlatformScheduling
+
+# How long an example takes is the machine's affair: on a busy one Hypothesis would call a test that passes a failure.
+settings.register_profile("nabla", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("nabla")
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,7 @@ from libs.common.contracts.subjects import (
     dead_letter_subject,
     subject_for,
 )
-from libs.common.errors import MalformedMessage, Refusal, Unavailable
+from libs.common.errors import MalformedMessage, NotFound, Unavailable
 from libs.common.ids import new_id
 from libs.common.inbox import Inbox
 from libs.common.routing import Routes
@@ -56,6 +56,7 @@ MAX_DELIVERIES = 20
 LONGEST_DELAY_S = 60.0
 # An outage ends for all at once, and nobody wants to wait a minute after it.
 OUTAGE_DELAY_S = 5.0
+MAX_DELIVERIES_IN_OUTAGE = int(3 * 86_400 / OUTAGE_DELAY_S)
 STREAM_OF_KIND = {Kind.EVENT: EVENTS, Kind.COMMAND: COMMANDS, Kind.FRAME: LOGS}
 
 log = logging.getLogger(__name__)
@@ -152,6 +153,8 @@ class Bus:
         principal: Principal,
         *,
         key: str = "",
+        request_hash: str = "",
+        only_repeat: bool = False,
         service: str = "",
         timeout_s: float = 5.0,
     ) -> M:
@@ -159,6 +162,8 @@ class Bus:
 
         Args:
             key: the idempotency key of a request; on a timeout repeat with the same one.
+            request_hash: of what was said under the key; empty when that is `message`.
+            only_repeat: ask for what was answered under the key; NotFound when nothing was.
             service: whom to ask, for queries that every service answers.
 
         Raises:
@@ -174,6 +179,8 @@ class Bus:
                 time=utc_now(),
                 team_id=principal.team_id,
                 idempotency_key=key,
+                request_hash=request_hash,
+                only_repeat=only_repeat,
                 traceparent=current_traceparent(),
                 sender=principal,
             )
@@ -249,11 +256,17 @@ class _Receiver:
         return deliver
 
     async def _put_off(self, raw: Msg, error: Exception) -> None:
-        """Later for what may pass, at once to the dead letters for what will not."""
+        """Later for what may pass, at once to the dead letters for what will not.
+
+        An outage is no fault of the message, however often it came: it waits until the outage is over. Of a peer or
+        of the object store that is told by the handler alone, and one that says so of a single message for ever
+        would keep its place among those that may be under way. So after about three days of trying the dead letters
+        have it, for a person to judge: longer than a weekend, and before the stream drops an event. Tries are
+        counted and not the message's age, as an old one may be replayed into an outage that has just begun.
+        """
         deliveries = raw.metadata.num_delivered
         kind = (raw.headers or {}).get("ce-type", raw.subject)
-        # Nothing to do with the message, however often it came.
-        outage = is_outage(error)
+        outage = is_outage(error) or (_is_outage_elsewhere(error) and deliveries < MAX_DELIVERIES_IN_OUTAGE)
         if outage or (_worth_repeating(error) and deliveries < MAX_DELIVERIES):
             log.warning("message put off", extra={"type": kind, "deliveries": deliveries, "reason": repr(error)})
             # Why: a plain nack comes back at once, 1,409 times a second.
@@ -307,6 +320,12 @@ class _Receiver:
         route.rule.check(envelope.principal, route.message.ROUTE.name)
         decoded = route.message.from_wire(raw.data)
         inbox = self._inboxes[route.database]
+        # What a repeat would have to ask others may have changed or gone since it was answered.
+        if kind is Kind.REQUEST and (route.prepare or envelope.only_repeat):
+            if earlier := await inbox.given(route, decoded, envelope):
+                return earlier.status, earlier.body
+            if envelope.only_repeat:
+                raise NotFound("not_answered", "Nothing was answered under this Idempotency-Key.")
         if route.prepare:
             envelope = replace(envelope, facts=await route.prepare(decoded, envelope))
         if kind is Kind.REQUEST:
@@ -322,11 +341,13 @@ async def _undecoded(message: NatsMessage) -> NatsMessage:
     return message
 
 
+def _is_outage_elsewhere(error: Exception) -> bool:
+    """Whether a peer, the bus or the object store is away."""
+    return isinstance(error, (Unavailable, TimeoutError, nats.errors.Error))
+
+
 def _worth_repeating(error: Exception) -> bool:
-    if isinstance(error, (Unavailable, TimeoutError, ConnectionError, nats.errors.Error)):
-        return True
-    if isinstance(error, Refusal | MalformedMessage):
-        return False
+    """Whether another try may have another outcome: somebody else saved first, or is about to mend the rows."""
     return is_transient(error) or isinstance(error, DBAPIError)
 
 

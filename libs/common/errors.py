@@ -15,8 +15,8 @@ NablaError
 └── StaleRevision          somebody else saved first
 
 Transient or permanent is decided once, at the bus: only Unavailable, StaleRevision and errors of the database
-or the network are repeated; everything else goes to the dead letters. What is not the message's fault, such as a
-full disk or a database that is away, is repeated without an end.
+or the network are repeated; everything else goes to the dead letters. What is not the message's fault is repeated
+until it is over: a full disk or a database that is away without an end, a peer or a store that is away for days.
 """
 
 from __future__ import annotations

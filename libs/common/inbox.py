@@ -66,6 +66,15 @@ class Inbox(Generic[U]):
         self._queue.put_nowait(waiting)
         return await waiting.done
 
+    async def given(self, route: Route, message: Message, envelope: Envelope) -> Answer | None:
+        """The answer to this request, if it was given before.
+
+        Raises:
+            Conflict: its key was used for another request.
+        """
+        async with self._store.view() as view:
+            return await _given(view, route, message, envelope)
+
     async def run(self) -> None:
         while True:
             batch = [await self._queue.get()]
@@ -173,21 +182,38 @@ def _telling_the_cause() -> Iterator[None]:
 async def _answer_once(unit: UnitOfWork, waiting: _Waiting) -> Answer:
     """The handler's answer, or the one given earlier to the same principal under the same key."""
     envelope, route = waiting.envelope, waiting.route
-    principal = f"{envelope.principal.kind}:{envelope.principal.id}"
-    operation, key = route.message.ROUTE.name, envelope.idempotency_key
-    request_hash = hashlib.sha256(waiting.message.to_wire()).hexdigest()
-    if key and (given := await unit.given_answer(principal, operation, key)):
-        if given[0] != request_hash:
-            raise Conflict(
-                "idempotency_key_reused",
-                "This Idempotency-Key was used before for a different request.",
-                "Use a fresh key for each new request.",
-            )
-        return Answer(ANSWER_DUPLICATE, given[1])
+    if given := await _given(unit, route, waiting.message, envelope):
+        return given
     reply = await route.handler(waiting.message, unit, envelope)
+    operation, key = route.message.ROUTE.name, envelope.idempotency_key
     if reply is None:
         raise NablaError(f"{operation} gave no answer")
     body = reply.to_wire()
     if key:
-        await unit.keep_answer(principal, operation, key, request_hash, body)
+        request_hash = _hash_of(waiting.message, envelope)
+        await unit.keep_answer(_asker(envelope), operation, key, request_hash, body)
     return Answer(ANSWER_CREATED, body)
+
+
+async def _given(unit: UnitOfWork, route: Route, message: Message, envelope: Envelope) -> Answer | None:
+    key = envelope.idempotency_key
+    found = await unit.given_answer(_asker(envelope), route.message.ROUTE.name, key) if key else None
+    if found is None:
+        return None
+    request_hash, body = found
+    if request_hash != _hash_of(message, envelope):
+        raise Conflict(
+            "idempotency_key_reused",
+            "This Idempotency-Key was used before for a different request.",
+            "Use a fresh key for each new request.",
+        )
+    return Answer(ANSWER_DUPLICATE, body)
+
+
+def _asker(envelope: Envelope) -> str:
+    return f"{envelope.principal.kind}:{envelope.principal.id}"
+
+
+def _hash_of(message: Message, envelope: Envelope) -> str:
+    """What a client repeats is its own words; the gateway may have found other names for them meanwhile."""
+    return envelope.request_hash or hashlib.sha256(message.to_wire()).hexdigest()

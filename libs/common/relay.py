@@ -26,6 +26,8 @@ from libs.common.store import Store
 from libs.common.waiting import happens
 
 BATCH = 100
+# Rows that one transaction unmarks: others write in between.
+ROWS = 1000
 LOOK_S = 5.0
 MARK_S = 0.2
 BACK_OFF_S = 1.0
@@ -127,18 +129,30 @@ class Relay:
         """
         # What was published and is not marked yet is as doubtful, and the table has it as unpublished.
         self._unmarked.clear()
+        stored_us = self._stored_us
+        if stored_us is None:
+            newest = select(func.max(self._store.skeleton.outbox.c.published_us))
+            async with self._store.view() as view:
+                stored_us = (await view.execute(newest)).scalar() or 0
+        while await self._unmark_oldest(stored_us - DISTRUST_US):
+            pass
+        # Nothing was published meanwhile, so a connection lost meanwhile has made nothing else doubtful.
         self._distrust = False
+
+    async def _unmark_oldest(self, after_us: int) -> bool:
+        """Unmarks the ROWS oldest, and those as old as the last of them; whether there may be more.
+
+        The oldest first: who begins again in the middle finds the same newest, and so the same minutes.
+        """
         outbox = self._store.skeleton.outbox
-        try:
-            async with self._store.begin() as unit:
-                stored_us = self._stored_us
-                if stored_us is None:
-                    stored_us = (await unit.execute(select(func.max(outbox.c.published_us)))).scalar() or 0
-                recent = update(outbox).where(outbox.c.published_us > stored_us - DISTRUST_US)
-                await unit.execute(recent.values(published_us=None))
-        except BaseException:
-            self._distrust = True
-            raise
+        moment = outbox.c.published_us
+        recent = select(moment).where(moment > after_us).order_by(moment)
+        async with self._store.begin() as unit:
+            last_us = (await unit.execute(recent.offset(ROWS - 1).limit(1))).scalar()
+            step = update(outbox).where(moment > after_us)
+            step = step if last_us is None else step.where(moment <= last_us)
+            await unit.execute(step.values(published_us=None))
+        return last_us is not None
 
     async def _wait_for_more(self) -> bool:
         """Whether something was committed; False when it is time to look at the table."""

@@ -1,5 +1,6 @@
 """A running service: store, inbox, relay, bus, loops, watchdog and its small HTTP side, started and stopped in order.
 
+It has its databases to itself before it touches them: inbox, relay and loops keep pictures of them in memory.
 Every service's `app.build` returns one of these; nothing else differs between them but their routes and loops.
 """
 
@@ -22,6 +23,7 @@ from libs.common.contracts.message import Message
 from libs.common.contracts.messages import GetService, ServiceStatus
 from libs.common.contracts.subjects import DEAD_LETTERS, dead_letter_subject
 from libs.common.inbox import Inbox
+from libs.common.locks import SoleWriter
 from libs.common.migrations import migrate
 from libs.common.probes import Probes
 from libs.common.provision import provision_consumers
@@ -72,18 +74,26 @@ class Service:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Starts everything, and on leaving stops it: no new message, then the loops, then the connections."""
-        await self._migrate_further()
-        if self.before_start:
-            await self.before_start()
+        """Starts everything, and on leaving stops it: no new message, then the loops, then the connections.
+
+        Raises:
+            AlreadyHeld: another process runs on one of the databases, which this one has not touched.
+        """
         self.bus.serve(with_status(self.routes, self._status), self.inbox, self.further)
         probes = Probes(self.name, self.settings, lambda: self.bus.connected and self._condition()[0])
-        await probes.start()
+        locks = [SoleWriter(inbox.store.url, chain) for chain, inbox in self._databases.items()]
         tasks: list[asyncio.Task[None]] = []
         try:
+            # Alive, and not ready, while it waits for a lock.
+            await probes.start()
+            for lock in locks:
+                await lock.take()
+            probes.tell_address()
+            await self._prepare_databases()
             await self._connect()
             databases = [loop for inbox in self._inboxes for loop in self._loops_of(inbox)]
-            own = (*databases, self._keep_consumers, Watchdog(lambda: self.bus.connected).run)
+            kept = (lock.keep for lock in locks)
+            own = (*kept, *databases, self._keep_consumers, Watchdog(lambda: self.bus.connected).run)
             tasks = [asyncio.create_task(_coroutine(loop), name=str(loop)) for loop in (*own, *self.loops)]
             for task in tasks:
                 task.add_done_callback(_end_on_error)
@@ -95,18 +105,26 @@ class Service:
             await probes.stop()
             for inbox in self._inboxes:
                 await inbox.store.close()
+            for lock in locks:
+                await lock.release()
 
     @property
     def _inboxes(self) -> tuple[Inbox[Any], ...]:
         return (self.inbox, *self.further.values())
 
+    @property
+    def _databases(self) -> dict[str, Inbox[Any]]:
+        """By the name of their chain of migrations."""
+        return {self.name: self.inbox} | {f"{self.name}/{name}": inbox for name, inbox in self.further.items()}
+
     def _loops_of(self, inbox: Inbox[Any]) -> tuple[Loop, ...]:
         return inbox.run, Relay(inbox.store, self.bus).run, Upkeep(inbox.store).run
 
-    async def _migrate_further(self) -> None:
-        """Brings the further databases to the newest version, as the runner did with the first."""
-        for name, inbox in self.further.items():
-            await migrate(inbox.store.writer, f"{self.name}/{name}")
+    async def _prepare_databases(self) -> None:
+        for chain, inbox in self._databases.items():
+            await migrate(inbox.store.writer, chain)
+        if self.before_start:
+            await self.before_start()
 
     async def _connect(self) -> None:
         """Connects, and provisions this service's consumers before subscribing to them."""

@@ -93,6 +93,7 @@ class Skeleton:
             Column("request_hash", String(64), nullable=False),
             Column("answer", LargeBinary, nullable=False),
             Column("created_us", BigInteger, nullable=False),
+            Index("idempotency_created", "created_us"),
         )
 
 

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +20,7 @@ from opentelemetry import context, metrics, propagate, trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
 # Each keeps its first group. What is blanked holds no quote, so that a JSON line stays one.
 _SECRETS = (
@@ -31,6 +31,8 @@ _SECRETS = (
     re.compile(r"(X-Amz-Signature=)[0-9a-f]+", re.IGNORECASE),
     re.compile(r"\b(S[A-Z])[A-Z2-7]{56}\b"),
 )
+# A file of traces, and one older: some hundred thousand spans.
+TRACE_BYTES = 64 << 20
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -54,10 +56,50 @@ def set_up_traces(service: str, traces_folder: Path | None) -> None:
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     if traces_folder:
         traces_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        out = (traces_folder / f"{service}.jsonl").open("a", buffering=1)
-        exporter = ConsoleSpanExporter(out=out, formatter=_span_line)
+        exporter = TraceFile(traces_folder / f"{service}.jsonl")
         provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=1000))
     trace.set_tracer_provider(provider)
+
+
+class TraceFile(SpanExporter):
+    """Appends spans as JSON lines. A full file becomes `<service>.1.jsonl`, in the place of the one before it.
+
+    What a kill or a full disk has cut short stays a line of its own, so that it spoils no other.
+    """
+
+    def __init__(self, path: Path, most_bytes: int = TRACE_BYTES) -> None:
+        self._path = path
+        self._most_bytes = most_bytes
+        self._torn = False
+        self._open()
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        text = "".join(_span_line(span) for span in spans).encode()
+        try:
+            if os.fstat(self._file).st_size >= self._most_bytes:
+                self._turn()
+            start = b"\n" if self._torn else b""
+            self._torn = True
+            self._torn = os.write(self._file, start + text) < len(start + text)
+        except OSError:
+            return SpanExportResult.FAILURE
+        return SpanExportResult.FAILURE if self._torn else SpanExportResult.SUCCESS
+
+    def shutdown(self) -> None:
+        os.close(self._file)
+
+    def _open(self) -> None:
+        self._file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        size = os.fstat(self._file).st_size
+        self._torn = size > 0 and os.pread(self._file, 1, size - 1) != b"\n"
+
+    def _turn(self) -> None:
+        # Another process of this service may have turned it already: then only ours is the old one.
+        if self._path.exists() and os.path.samestat(os.fstat(self._file), self._path.stat()):
+            self._path.replace(self._path.with_suffix(".1.jsonl"))
+        old = self._file
+        self._open()
+        os.close(old)
 
 
 def _set_up_metrics(resource: Resource) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,7 +17,7 @@ from libs.common.contracts.envelope import Envelope
 from libs.common.contracts.message import Message
 from libs.common.contracts.messages import ServiceStatus
 from libs.common.inbox import Inbox
-from libs.common.probes import Probes
+from libs.common.probes import Probes, write_whole
 from libs.common.routing import Routes
 from libs.common.service import with_status
 from libs.common.version import VERSION
@@ -73,6 +72,7 @@ class Gateway:
         try:
             await web.start()
             await probes.start()
+            probes.tell_address()
             publish_address(self.settings.home / "run" / f"{NAME}.json", web.address)
             await self.bus.start()
             loops = (
@@ -115,9 +115,7 @@ def build(settings: GatewaySettings | None = None) -> Gateway:
 def publish_address(path: Path, address: str) -> None:
     """Adds where HTTP listens to what the probes have written, in one step for whoever reads it."""
     known = json.loads(path.read_text()) if path.exists() else {}
-    fresh = path.with_suffix(f".{os.getpid()}.new")
-    fresh.write_text(json.dumps(known | {"http": address}))
-    fresh.replace(path)
+    write_whole(path, json.dumps(known | {"http": address}))
 
 
 def _seed(settings: GatewaySettings) -> str:

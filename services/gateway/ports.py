@@ -13,6 +13,19 @@ from libs.common.contracts.messages import Principal
 M = TypeVar("M", bound=Message)
 
 
+@dataclass(frozen=True, slots=True)
+class Once:
+    """By what a request is known when it comes again.
+
+    Args:
+        key: the client's own idempotency key, or one made for it.
+        request_hash: of the client's own words; empty when the key is not its own, as it then cannot repeat it.
+    """
+
+    key: str
+    request_hash: str = ""
+
+
 class Owners(Protocol):
     """Whoever owns what a message is about."""
 
@@ -22,11 +35,14 @@ class Owners(Protocol):
         reply: type[M],
         principal: Principal,
         *,
-        key: str = "",
+        once: Once | None = None,
         service: str = "",
         timeout_s: float = 5.0,
     ) -> M:
         """The owner's answer; raises a Refusal, which is Unavailable when it does not answer."""
+
+    async def earlier(self, message: Message, reply: type[M], principal: Principal, once: Once) -> M:
+        """What the owner of this kind of message answered to the same words; raises NotFound when nothing was."""
 
 
 @dataclass(frozen=True, slots=True)

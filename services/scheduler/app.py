@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from libs.common.bus import Bus
 from libs.common.inbox import Inbox
-from libs.common.locks import SoleWriter
 from libs.common.service import Service
 from services.scheduler.adapters.executor import BusExecutor
 from services.scheduler.adapters.registry import BusRegistry
@@ -27,16 +26,6 @@ def build(settings: SchedulerSettings | None = None) -> Service:
         project_s=settings.project_check_s,
     )
     reconciler = Reconciler(store, BusExecutor(bus), BusRegistry(bus), placer.policy, patience)
-    lock = SoleWriter(store.url, "scheduler")
-
-    async def place() -> None:
-        await lock.held.wait()
-        await placer.run()
-
-    async def reconcile() -> None:
-        await lock.held.wait()
-        await reconciler.run()
-
     return Service(
         name="scheduler",
         settings=settings,
@@ -44,6 +33,5 @@ def build(settings: SchedulerSettings | None = None) -> Service:
         bus=bus,
         inbox=Inbox(store, "scheduler"),
         routes=routes(),
-        loops=(lock.run, place, reconcile),
-        describe=lambda: (lock.held.is_set(), "" if lock.held.is_set() else "waits for the database's lock"),
+        loops=(placer.run, reconciler.run),
     )

@@ -33,6 +33,8 @@ HEADERS: dict[str, str] = {
     "ce-attempt": "The attempt that acts: the only fencing number.",
     "nabla-principal": "Who acts, as a Principal in JSON; in requests and queries.",
     "nabla-idempotency-key": "Of a request: repeated with the same key it takes effect once.",
+    "nabla-request-hash": "Of what a client said under the key, where the message says it in other words.",
+    "nabla-only-repeat": "Asks for the answer that was given under the key, and for nothing else.",
     "traceparent": "W3C trace context.",
 }
 REQUIRED = ["ce-id", "ce-type", "ce-source", "ce-time"]

@@ -36,6 +36,10 @@ class Envelope:
     revision: int = 0
     attempt: int = 0
     idempotency_key: str = ""
+    # Of what the client said under this key, where that is not the message itself.
+    request_hash: str = ""
+    # Asks only for the answer that was given under the key.
+    only_repeat: bool = False
     traceparent: str = ""
     sender: Principal | None = field(default=None)
     # What the route's `prepare` found out before the transaction; never on the wire.
@@ -60,6 +64,8 @@ class Envelope:
             "ce-revision": str(self.revision) if self.revision else "",
             "ce-attempt": str(self.attempt) if self.attempt else "",
             "nabla-idempotency-key": self.idempotency_key,
+            "nabla-request-hash": self.request_hash,
+            "nabla-only-repeat": "true" if self.only_repeat else "",
             "traceparent": self.traceparent,
             "nabla-principal": self.sender.to_wire().decode() if self.sender else "",
         }
@@ -93,6 +99,8 @@ class Envelope:
             revision=_read(headers, "ce-revision", int) if "ce-revision" in headers else 0,
             attempt=_read(headers, "ce-attempt", int) if "ce-attempt" in headers else 0,
             idempotency_key=headers.get("nabla-idempotency-key", ""),
+            request_hash=headers.get("nabla-request-hash", ""),
+            only_repeat="nabla-only-repeat" in headers,
             traceparent=headers.get("traceparent", ""),
             sender=Principal.from_wire(sender.encode()) if sender else None,
         )

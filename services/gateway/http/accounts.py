@@ -21,7 +21,7 @@ from libs.common.contracts.messages import (
 from libs.common.ids import secret_hash
 from services.gateway.http.bodies import Body
 from services.gateway.http.errors import RESPONSES
-from services.gateway.http.parts import API, Caller, Cursor, Id, Key, Limit, Wired
+from services.gateway.http.parts import API, Caller, Cursor, Id, Knows, Limit, Wired
 
 router = APIRouter(prefix=API, tags=["accounts"], responses=RESPONSES)
 
@@ -43,13 +43,13 @@ async def whoami(caller: Caller) -> Principal:
 
 
 @router.post("/tokens", status_code=201, summary="Make an API token; the answer alone shows its secret")
-async def create_token(body: NewToken, caller: Caller, key: Key, parts: Wired) -> Token:
+async def create_token(body: NewToken, caller: Caller, once: Knows, parts: Wired) -> Token:
     # Made from the key, so that a repeat of this request answers the same secret.
-    secret = parts.secrets.make("nbl", "token", caller.id, key)
+    secret = parts.secrets.make("nbl", "token", caller.id, once.key)
     message = CreateToken(
         name=body.name, scopes=body.scopes, lifetime_s=body.lifetime_s, token_hash=secret_hash(secret)
     )
-    created = await parts.owners.ask(message, Token, caller, key=key)
+    created = await parts.owners.ask(message, Token, caller, once=once)
     return created.model_copy(update={"secret": secret})
 
 
@@ -59,14 +59,14 @@ async def list_tokens(caller: Caller, parts: Wired, cursor: Cursor = "", limit: 
 
 
 @router.delete("/tokens/{token_id}", summary="Revoke a token, at once")
-async def revoke_token(token_id: Id, caller: Caller, key: Key, parts: Wired) -> Token:
-    return await parts.owners.ask(RevokeToken(token_id=token_id), Token, caller, key=key)
+async def revoke_token(token_id: Id, caller: Caller, once: Knows, parts: Wired) -> Token:
+    return await parts.owners.ask(RevokeToken(token_id=token_id), Token, caller, once=once)
 
 
 @router.post("/sign-in-links", status_code=201, summary="Make a link that signs a browser in once")
-async def create_sign_in_link(request: Request, caller: Caller, key: Key, parts: Wired) -> SignInLink:
-    code = parts.secrets.make("nbls", "sign-in", caller.id, key)
+async def create_sign_in_link(request: Request, caller: Caller, once: Knows, parts: Wired) -> SignInLink:
+    code = parts.secrets.make("nbls", "sign-in", caller.id, once.key)
     message = CreateSignIn(code_hash=secret_hash(code))
-    created = await parts.owners.ask(message, SignIn, caller, key=key)
+    created = await parts.owners.ask(message, SignIn, caller, once=once)
     host = parts.settings.origins.interface_address(request.headers.get("host", ""))
     return SignInLink(url=f"{request.url.scheme}://{host}/sign-in?code={code}", expires_at=created.expires_at)

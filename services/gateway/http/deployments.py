@@ -21,7 +21,7 @@ from libs.common.contracts.messages import (
 from libs.common.errors import Invalid
 from services.gateway.http.bodies import Body
 from services.gateway.http.errors import RESPONSES
-from services.gateway.http.parts import API, Caller, Cursor, Key, Limit, Ref, Wired, Word
+from services.gateway.http.parts import API, Caller, Cursor, Knows, Limit, Ref, Wired, Word, answers_again
 from services.gateway.http.projects import ProjectRef, resolve_active, resolve_id
 
 router = APIRouter(prefix=API, tags=["deployments"], responses=RESPONSES)
@@ -50,7 +50,8 @@ def parse_model(text: str) -> tuple[str, int]:
 
 
 @router.post("/deployments", status_code=201, summary="Deploy a model")
-async def create_deployment(body: NewDeployment, caller: Caller, key: Key, parts: Wired) -> Deployment:
+@answers_again(CreateDeployment, Deployment)
+async def create_deployment(body: NewDeployment, caller: Caller, once: Knows, parts: Wired) -> Deployment:
     name, number = parse_model(body.model)
     wanted = await resolve_id(parts.owners, caller, body.project_id)
     question = GetModelVersion(model_id=name, version=number, project_id=wanted)
@@ -66,7 +67,7 @@ async def create_deployment(body: NewDeployment, caller: Caller, key: Key, parts
         model_fileset_id=version.fileset_id,
         resources=body.resources,
     )
-    return await parts.owners.ask(message, Deployment, caller, key=key)
+    return await parts.owners.ask(message, Deployment, caller, once=once)
 
 
 @router.get("/deployments", summary="List deployments, newest first")
@@ -84,5 +85,5 @@ async def get_deployment(deployment: Ref, caller: Caller, parts: Wired) -> Deplo
 
 
 @router.delete("/deployments/{deployment}", summary="Take a deployment down")
-async def delete_deployment(deployment: Ref, caller: Caller, key: Key, parts: Wired) -> Deployment:
-    return await parts.owners.ask(DeleteDeployment(deployment_id=deployment), Deployment, caller, key=key)
+async def delete_deployment(deployment: Ref, caller: Caller, once: Knows, parts: Wired) -> Deployment:
+    return await parts.owners.ask(DeleteDeployment(deployment_id=deployment), Deployment, caller, once=once)

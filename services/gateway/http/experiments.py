@@ -17,7 +17,7 @@ from libs.common.contracts.messages import (
 )
 from services.gateway.http.bodies import Body
 from services.gateway.http.errors import RESPONSES
-from services.gateway.http.parts import API, Caller, Cursor, Id, Key, Limit, Wired, Word
+from services.gateway.http.parts import API, Caller, Cursor, Id, Knows, Limit, Wired, Word, answers_again
 from services.gateway.http.projects import ProjectRef, resolve_active, resolve_id
 
 router = APIRouter(prefix=API, tags=["experiments"], responses=RESPONSES)
@@ -31,10 +31,11 @@ class NewExperiment(Body):
 
 
 @router.post("/experiments", status_code=201, summary="Start an experiment: its job is queued with it")
-async def start_experiment(body: NewExperiment, caller: Caller, key: Key, parts: Wired) -> Experiment:
+@answers_again(StartExperiment, Experiment)
+async def start_experiment(body: NewExperiment, caller: Caller, once: Knows, parts: Wired) -> Experiment:
     project = await resolve_active(parts.owners, caller, body.project_id)
     message = StartExperiment(project_id=project.id, name=body.name, kind=body.kind, template=body.template)
-    return await parts.owners.ask(message, Experiment, caller, key=key)
+    return await parts.owners.ask(message, Experiment, caller, once=once)
 
 
 @router.get("/experiments", summary="List experiments, newest first")

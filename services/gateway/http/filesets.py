@@ -19,7 +19,7 @@ from libs.common.contracts.messages import (
 )
 from services.gateway.http.bodies import Body
 from services.gateway.http.errors import RESPONSES
-from services.gateway.http.parts import API, Caller, Cursor, Id, Key, Limit, Wired, content_endpoint
+from services.gateway.http.parts import API, Caller, Cursor, Id, Knows, Limit, Wired, answers_again, content_endpoint
 from services.gateway.http.projects import ProjectRef, resolve_active
 
 router = APIRouter(prefix=API, tags=["filesets"], responses=RESPONSES)
@@ -44,7 +44,8 @@ class NewFileset(Body):
 
 
 @router.post("/filesets", status_code=201, summary="Open a file set; answers where to PUT each missing file")
-async def open_fileset(body: NewFileset, request: Request, caller: Caller, key: Key, parts: Wired) -> FilesetGrant:
+@answers_again(OpenFileset, FilesetGrant)
+async def open_fileset(body: NewFileset, request: Request, caller: Caller, once: Knows, parts: Wired) -> FilesetGrant:
     project = await resolve_active(parts.owners, caller, body.project_id)
     message = OpenFileset(
         kind=body.kind,
@@ -55,12 +56,12 @@ async def open_fileset(body: NewFileset, request: Request, caller: Caller, key: 
         attempt=body.attempt,
         endpoint=content_endpoint(request, parts),
     )
-    return await parts.owners.ask(message, FilesetGrant, caller, key=key, timeout_s=15)
+    return await parts.owners.ask(message, FilesetGrant, caller, once=once, timeout_s=15)
 
 
 @router.post("/filesets/{fileset_id}/seal", summary="Check that every file has arrived, then make the set immutable")
-async def seal_fileset(fileset_id: Id, caller: Caller, key: Key, parts: Wired) -> Fileset:
-    return await parts.owners.ask(SealFileset(fileset_id=fileset_id), Fileset, caller, key=key, timeout_s=30)
+async def seal_fileset(fileset_id: Id, caller: Caller, once: Knows, parts: Wired) -> Fileset:
+    return await parts.owners.ask(SealFileset(fileset_id=fileset_id), Fileset, caller, once=once, timeout_s=30)
 
 
 @router.get("/filesets/{fileset_id}", summary="One file set")

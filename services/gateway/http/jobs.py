@@ -31,7 +31,18 @@ from libs.common.contracts.messages import (
 )
 from services.gateway.http.bodies import Body
 from services.gateway.http.errors import RESPONSES
-from services.gateway.http.parts import API, Caller, Cursor, Id, Key, Limit, Wired, Word, content_endpoint
+from services.gateway.http.parts import (
+    API,
+    Caller,
+    Cursor,
+    Id,
+    Knows,
+    Limit,
+    Wired,
+    Word,
+    answers_again,
+    content_endpoint,
+)
 from services.gateway.http.projects import ProjectRef, resolve_active, resolve_id
 from services.gateway.ports import Owners
 
@@ -65,10 +76,11 @@ class NewMetrics(Body):
 
 
 @router.post("/jobs", status_code=201, summary="Submit a job")
-async def submit_job(body: NewJob, caller: Caller, key: Key, parts: Wired) -> Job:
+@answers_again(SubmitJob, Job)
+async def submit_job(body: NewJob, caller: Caller, once: Knows, parts: Wired) -> Job:
     project = await resolve_active(parts.owners, caller, body.project_id)
     message = SubmitJob(project_id=project.id, template=body.template, experiment_id=body.experiment_id)
-    return await parts.owners.ask(message, Job, caller, key=key)
+    return await parts.owners.ask(message, Job, caller, once=once)
 
 
 @router.get("/jobs", summary="List jobs, newest first")
@@ -96,8 +108,8 @@ async def get_job(job_id: Id, caller: Caller, parts: Wired) -> JobDetail:
 
 
 @router.post("/jobs/{job_id}/stop", summary="Stop a job; stopping a stopped one changes nothing")
-async def stop_job(job_id: Id, caller: Caller, key: Key, parts: Wired) -> Job:
-    return await parts.owners.ask(StopJob(job_id=job_id), Job, caller, key=key)
+async def stop_job(job_id: Id, caller: Caller, once: Knows, parts: Wired) -> Job:
+    return await parts.owners.ask(StopJob(job_id=job_id), Job, caller, once=once)
 
 
 @router.get("/jobs/{job_id}/logs", summary="A page of the job's log")
@@ -149,7 +161,7 @@ async def get_metrics(
 
 
 @router.post("/jobs/{job_id}/metrics", summary="Record metrics, parameters and tags")
-async def log_metrics(job_id: Id, body: NewMetrics, caller: Caller, key: Key, parts: Wired) -> Run:
+async def log_metrics(job_id: Id, body: NewMetrics, caller: Caller, once: Knows, parts: Wired) -> Run:
     message = LogRun(
         job_id=job_id,
         # The attempt is the token's, never the body's: an older attempt must not pass for a newer one.
@@ -158,4 +170,4 @@ async def log_metrics(job_id: Id, body: NewMetrics, caller: Caller, key: Key, pa
         params=body.params,
         tags=body.tags,
     )
-    return await parts.owners.ask(message, Run, caller, key=key)
+    return await parts.owners.ask(message, Run, caller, once=once)

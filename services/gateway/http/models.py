@@ -18,7 +18,7 @@ from libs.common.contracts.messages import (
 )
 from services.gateway.http.bodies import Body
 from services.gateway.http.errors import RESPONSES
-from services.gateway.http.parts import API, Caller, Cursor, Key, Limit, Ref, Wired, Word
+from services.gateway.http.parts import API, Caller, Cursor, Knows, Limit, Ref, Wired, Word, answers_again
 from services.gateway.http.projects import ProjectRef, resolve_active, resolve_id
 
 router = APIRouter(prefix=API, tags=["models"], responses=RESPONSES)
@@ -57,7 +57,8 @@ async def get_model_version(
 
 
 @router.post("/models/{model}/versions", status_code=201, summary="Register a version, and the model when it is new")
-async def register_model(model: Ref, body: NewModelVersion, caller: Caller, key: Key, parts: Wired) -> ModelVersion:
+@answers_again(RegisterModel, ModelVersion)
+async def register_model(model: Ref, body: NewModelVersion, caller: Caller, once: Knows, parts: Wired) -> ModelVersion:
     project = await resolve_active(parts.owners, caller, body.project_id)
     message = RegisterModel(
         name=model,
@@ -69,4 +70,4 @@ async def register_model(model: Ref, body: NewModelVersion, caller: Caller, key:
         metrics=body.metrics,
     )
     # Its owner asks the owners of the files and of the job first.
-    return await parts.owners.ask(message, ModelVersion, caller, key=key, timeout_s=10)
+    return await parts.owners.ask(message, ModelVersion, caller, once=once, timeout_s=10)

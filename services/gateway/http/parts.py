@@ -1,22 +1,29 @@
-"""What every route needs: the wired parts, who asks, and the request's idempotency key."""
+"""What every route needs: the wired parts, who asks, and by what a repeat of the request is known."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Annotated, cast
+from functools import wraps
+from hashlib import sha256
+from typing import Annotated, Any, ParamSpec, cast
 from uuid import uuid4
 
 from fastapi import Depends, Header, Path, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from libs.common.contracts.message import Message
 from libs.common.contracts.messages import Principal
+from libs.common.errors import NotFound, Refusal, Unavailable
 from services.gateway.adapters.secrets import SecretMaker
 from services.gateway.authentication import Authenticator, refused
 from services.gateway.domain.origins import port_suffix
 from services.gateway.following import JobFollower
-from services.gateway.ports import EventLog, Owners
+from services.gateway.ports import EventLog, M, Once, Owners
 from services.gateway.settings import GatewaySettings
 
+P = ParamSpec("P")
+Route = Callable[P, Awaitable[M]]
 # Where the REST API begins.
 API = "/api/v1"
 SESSION = "nabla_session"
@@ -83,16 +90,50 @@ async def principal_of(token: Token, parts: Wired) -> Principal:
 Caller = Annotated[Principal, Depends(principal_of)]
 
 
-def key_of(
+async def once_of(
+    request: Request,
     idempotency_key: Annotated[
         str | None,
         Header(pattern=HEADER_TEXT, description="Repeat a request with the same key and it takes effect once."),
     ] = None,
-) -> str:
-    return idempotency_key or str(uuid4())
+) -> Once:
+    if not idempotency_key:
+        return Once(str(uuid4()))
+    # As it was sent: what the routes make of it, such as the newest version of a model, may differ the next time.
+    line = f"{request.method} {request.url.path}?{request.url.query}\n"
+    return Once(idempotency_key, sha256(line.encode() + await request.body()).hexdigest())
 
 
-Key = Annotated[str, Depends(key_of)]
+Knows = Annotated[Once, Depends(once_of)]
+
+
+def answers_again(kind: type[Message], reply: type[M]) -> Callable[[Route[P, M]], Route[P, M]]:
+    """For a route that resolves names before it asks their owner.
+
+    A repeat may find them gone or changed, often by the very request that it repeats: a deleted project has given up
+    its name. So when it is refused, the owner is asked whether it has answered these words before.
+    """
+
+    def wrapped(route: Route[P, M]) -> Route[P, M]:
+        @wraps(route)
+        async def answer(*args: P.args, **kwargs: P.kwargs) -> M:
+            try:
+                return await route(*args, **kwargs)
+            except Unavailable:
+                raise
+            except Refusal as refusal:
+                parts, caller, once = (cast("Any", kwargs[name]) for name in ("parts", "caller", "once"))
+                if not once.request_hash:
+                    raise
+                try:
+                    return cast("M", await parts.owners.earlier(kind(), reply, caller, once))
+                except NotFound:
+                    raise refusal from None
+
+        return answer
+
+    return wrapped
+
 
 Ref = Annotated[str, Path(max_length=200, pattern=NAME, description="Id or name.")]
 Id = Annotated[str, Path(max_length=64, pattern=r"^[a-z0-9]+$")]

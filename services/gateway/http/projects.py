@@ -24,7 +24,7 @@ from libs.common.errors import Conflict, Invalid
 from libs.common.ids import is_id
 from services.gateway.http.bodies import Body
 from services.gateway.http.errors import RESPONSES
-from services.gateway.http.parts import API, Caller, Cursor, Key, Limit, Ref, Wired, Word
+from services.gateway.http.parts import API, Caller, Cursor, Knows, Limit, Ref, Wired, Word, answers_again
 from services.gateway.ports import Owners
 
 router = APIRouter(prefix=API, tags=["projects"], responses=RESPONSES)
@@ -83,9 +83,9 @@ async def resolve_id(owners: Owners, caller: Principal, ref: str) -> str:
 
 
 @router.post("/projects", status_code=201, summary="Create a project")
-async def create_project(body: NewProject, caller: Caller, key: Key, parts: Wired) -> Project:
+async def create_project(body: NewProject, caller: Caller, once: Knows, parts: Wired) -> Project:
     message = CreateProject(name=body.name, description=body.description)
-    return await parts.owners.ask(message, Project, caller, key=key)
+    return await parts.owners.ask(message, Project, caller, once=once)
 
 
 @router.get("/projects", summary="List projects, newest first")
@@ -101,32 +101,37 @@ async def get_project(project: Ref, caller: Caller, parts: Wired) -> Project:
 
 
 @router.patch("/projects/{project}", summary="Rename a project or change its description")
-async def update_project(project: Ref, body: ProjectChange, caller: Caller, key: Key, parts: Wired) -> Project:
+@answers_again(UpdateProject, Project)
+async def update_project(project: Ref, body: ProjectChange, caller: Caller, once: Knows, parts: Wired) -> Project:
     project_id = await resolve_id(parts.owners, caller, project)
     message = UpdateProject(project_id=project_id, name=body.name, description=body.description)
-    return await parts.owners.ask(message, Project, caller, key=key)
+    return await parts.owners.ask(message, Project, caller, once=once)
 
 
 @router.post("/projects/{project}/archive", summary="Archive a project: it stays readable")
-async def archive_project(project: Ref, caller: Caller, key: Key, parts: Wired) -> Project:
+@answers_again(ArchiveProject, Project)
+async def archive_project(project: Ref, caller: Caller, once: Knows, parts: Wired) -> Project:
     project_id = await resolve_id(parts.owners, caller, project)
-    return await parts.owners.ask(ArchiveProject(project_id=project_id), Project, caller, key=key)
+    return await parts.owners.ask(ArchiveProject(project_id=project_id), Project, caller, once=once)
 
 
 @router.post("/projects/{project}/restore", summary="Undo archive, or a delete of late")
-async def restore_project(project: Ref, caller: Caller, key: Key, parts: Wired) -> Project:
+@answers_again(RestoreProject, Project)
+async def restore_project(project: Ref, caller: Caller, once: Knows, parts: Wired) -> Project:
     project_id = await resolve_id(parts.owners, caller, project)
-    return await parts.owners.ask(RestoreProject(project_id=project_id), Project, caller, key=key)
+    return await parts.owners.ask(RestoreProject(project_id=project_id), Project, caller, once=once)
 
 
 @router.post("/projects/{project}/move", summary="Give a project to another team")
-async def move_project(project: Ref, body: NewOwner, caller: Caller, key: Key, parts: Wired) -> Project:
+@answers_again(MoveProject, Project)
+async def move_project(project: Ref, body: NewOwner, caller: Caller, once: Knows, parts: Wired) -> Project:
     project_id = await resolve_id(parts.owners, caller, project)
     message = MoveProject(project_id=project_id, team_id=body.team_id)
-    return await parts.owners.ask(message, Project, caller, key=key)
+    return await parts.owners.ask(message, Project, caller, once=once)
 
 
 @router.delete("/projects/{project}", summary="Delete a project; it can be restored for some days")
-async def delete_project(project: Ref, caller: Caller, key: Key, parts: Wired) -> Project:
+@answers_again(DeleteProject, Project)
+async def delete_project(project: Ref, caller: Caller, once: Knows, parts: Wired) -> Project:
     project_id = await resolve_id(parts.owners, caller, project)
-    return await parts.owners.ask(DeleteProject(project_id=project_id), Project, caller, key=key)
+    return await parts.owners.ask(DeleteProject(project_id=project_id), Project, caller, once=once)

@@ -16,6 +16,7 @@ from libs.common.errors import Conflict, NotFound, Unauthenticated
 from libs.common.ids import new_secret, secret_hash
 from services.gateway.authentication import GATEWAY, refused
 from services.gateway.http.parts import Wired, cookie_of
+from services.gateway.ports import Once
 from services.gateway.web.pages import to_interface
 from services.gateway.web.rendering import render
 
@@ -36,7 +37,7 @@ async def sign_in(
     message = RedeemSignIn(code_hash=secret_hash(code), token_hash=secret_hash(secret))
     try:
         # A fresh key: under the code's own a second use would be taken for a repeat, and answered.
-        token = await parts.owners.ask(message, Token, GATEWAY, key=str(uuid4()))
+        token = await parts.owners.ask(message, Token, GATEWAY, once=Once(str(uuid4())))
     except (Conflict, NotFound, Unauthenticated):
         return render("sign_in.html", status=401, title="Sign in", spent=True)
     response = RedirectResponse("/", 303)
@@ -60,7 +61,7 @@ async def sign_out(request: Request, parts: Wired) -> Response:
     if session := request.cookies.get(cookie_of(request), ""):
         # A copy of the cookie, from a backup or a shared machine, must not outlive it.
         with suppress(Unauthenticated):
-            await parts.owners.ask(SignOut(token_hash=secret_hash(session)), Token, GATEWAY, key=str(uuid4()))
+            await parts.owners.ask(SignOut(token_hash=secret_hash(session)), Token, GATEWAY, once=Once(str(uuid4())))
         parts.authenticator.forget(session)
     response = RedirectResponse("/sign-in", 303)
     response.delete_cookie(cookie_of(request))

@@ -67,6 +67,9 @@ def upgrade() -> None:
         sa.Column("created_us", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("principal", "operation", "key"),
     )
+    with op.batch_alter_table("idempotency", schema=None) as batch_op:
+        batch_op.create_index("idempotency_created", ["created_us"], unique=False)
+
     op.create_table(
         "inbox",
         sa.Column("event_id", sa.String(length=40), nullable=False),
@@ -192,6 +195,9 @@ def downgrade() -> None:
         batch_op.drop_index("inbox_applied")
 
     op.drop_table("inbox")
+    with op.batch_alter_table("idempotency", schema=None) as batch_op:
+        batch_op.drop_index("idempotency_created")
+
     op.drop_table("idempotency")
     with op.batch_alter_table("experiments", schema=None) as batch_op:
         batch_op.drop_index("experiments_by_team")

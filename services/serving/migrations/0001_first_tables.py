@@ -76,6 +76,9 @@ def upgrade() -> None:
         sa.Column("created_us", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("principal", "operation", "key"),
     )
+    with op.batch_alter_table("idempotency", schema=None) as batch_op:
+        batch_op.create_index("idempotency_created", ["created_us"], unique=False)
+
     op.create_table(
         "inbox",
         sa.Column("event_id", sa.String(length=40), nullable=False),
@@ -139,6 +142,9 @@ def downgrade() -> None:
         batch_op.drop_index("inbox_applied")
 
     op.drop_table("inbox")
+    with op.batch_alter_table("idempotency", schema=None) as batch_op:
+        batch_op.drop_index("idempotency_created")
+
     op.drop_table("idempotency")
     op.drop_table("deployment_revision")
     with op.batch_alter_table("deployment", schema=None) as batch_op:

@@ -38,10 +38,15 @@ GRANTS = (
 
 @dataclass
 class RegistryProcess:
-    """Starts and restarts `python -m services registry` in one home."""
+    """Starts and restarts `python -m services registry` in one home.
+
+    Args:
+        settings: further variables of its environment.
+    """
 
     server: NatsServer
     home: Path
+    settings: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = field(default=None)
 
     @property
@@ -59,15 +64,20 @@ class RegistryProcess:
             "NABLA_BOOTSTRAP_TOKEN_FILE": str(self.token_file),
             "NABLA_FAULT": fault,
             "NABLA_TRACES": "false",
+            **self.settings,
         }
-        with (self.server.folder / "registry.log").open("ab") as log:
+        with self.log.open("ab") as log:
             command = [sys.executable, "-m", "services", "registry"]
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         return self.process
 
     @property
+    def log(self) -> Path:
+        return self.server.folder / f"registry-{self.home.name}.log"
+
+    @property
     def said(self) -> str:
-        return (self.server.folder / "registry.log").read_text()
+        return self.log.read_text()
 
     def kill(self) -> None:
         if self.process:

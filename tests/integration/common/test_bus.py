@@ -38,6 +38,7 @@ from libs.common.contracts.messages import (
 )
 from libs.common.errors import Conflict, Forbidden, NotFound, Refusal, Unavailable
 from libs.common.inbox import Inbox
+from libs.common.migrations import migrate
 from libs.common.routing import INTERNAL, Route, Routes, Rule
 from libs.common.service import Service
 from libs.common.settings import Settings
@@ -121,6 +122,7 @@ def server(tmp_path: Path) -> Iterator[NatsServer]:
 @asynccontextmanager
 async def running_service(server: NatsServer, database_url: str, home: Path) -> AsyncIterator[Service]:
     store = Store(database_url, UnitOfWork, SKELETON, "registry")
+    await migrate(store.writer, "registry")
     async with store.writer.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)
     service = Service(

@@ -26,7 +26,6 @@ from libs.common.contracts.messages import (
     StopExecution,
 )
 from libs.common.ids import new_id
-from libs.common.migrations import migrate
 from libs.common.service import Service
 from services.executor.adapters.ray_cluster import RayCluster
 from services.executor.app import agent_config, build
@@ -93,7 +92,6 @@ def settings(home: Path, server: NatsServer, ray_head: RayHead, objects: ObjectS
 @asynccontextmanager
 async def running(settings: ExecutorSettings) -> AsyncIterator[Service]:
     service = build(settings)
-    await migrate(service.store.writer, service.name)
     async with service.running():
         yield service
 

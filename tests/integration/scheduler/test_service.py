@@ -38,7 +38,6 @@ from libs.common.contracts.messages import (
 from libs.common.contracts.subjects import COMMANDS, EVENTS, delivery_subject, subject_for
 from libs.common.errors import Conflict, NotFound
 from libs.common.ids import new_id
-from libs.common.migrations import migrate
 from libs.common.routing import INTERNAL, Route, Routes, Rule
 from libs.common.service import Service
 from services.scheduler.app import build
@@ -102,6 +101,10 @@ class StandIn:
 
         await self.bus.client.subscribe(subject_for(question), cb=answer)
 
+    async def next_command(self) -> Message:
+        async with asyncio.timeout(60):
+            return await self.commands.get()
+
     async def say(self, message: Message, team: str = TEAM) -> None:
         assert message.ROUTE.kind is Kind.EVENT
         envelope = Envelope(
@@ -129,7 +132,6 @@ async def running_scheduler(server: NatsServer, database_url: str, home: Path) -
         attempt_check_s=0.5,
     )
     service = build(settings)
-    await migrate(service.store.writer, service.name)
     async with service.running():
         yield service
 
@@ -166,7 +168,7 @@ async def test_a_job_goes_from_request_to_command_to_end(server, executor, gatew
         submit = SubmitJob(project_id=PROJECT, template=template())
         job, again = [await gateway.ask(submit, Job, USER, key="k") for _ in range(2)]
         assert job == again
-        command = await asyncio.wait_for(executor.commands.get(), 60)
+        command = await executor.next_command()
         assert isinstance(command, StartExecution)
         assert command.job_id == job.id
         execution = Execution(attempt_id=command.attempt_id, job_id=job.id, number=1, state="running", revision=1)
@@ -184,7 +186,7 @@ async def test_a_restarted_scheduler_learns_by_asking(server, executor, gateway,
     executor.nodes = (node(),)
     async with running_scheduler(server, database_url, tmp_path / "a"):
         job = await gateway.ask(SubmitJob(project_id=PROJECT, template=template()), Job, USER, key="k")
-        command = await asyncio.wait_for(executor.commands.get(), 60)
+        command = await executor.next_command()
     assert isinstance(command, StartExecution)
     ended = {"state": "ended", "reason": "exited", "exit_code": 0, "revision": 2}
     known = Execution(attempt_id=command.attempt_id, job_id=job.id, number=1, **ended)

@@ -164,7 +164,6 @@ async def platform(tmp_path: Path, traefik: Traefik, replica: str, *, build_fail
         async with peer(nats, "scheduler", tmp_path, shared), peer(nats, "storage", tmp_path, shared):
             await nats.provision(routes())
             service = build(ServingSettings(nats_url=nats.url, **settings_of))
-            await migrate(service.store.writer, "serving")
             async with service.running():
                 asking = nats.bus("gateway")
                 await asking.start()

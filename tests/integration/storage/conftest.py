@@ -12,7 +12,6 @@ import pytest
 from infra.local.credentials import nats_public_key
 from infra.local.nats import Grant, grant_for, storage_extra
 from libs.common.bus import Bus
-from libs.common.migrations import migrate
 from libs.common.service import Service
 from services.storage.app import build
 from services.storage.settings import StorageSettings
@@ -51,7 +50,6 @@ class Installation:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Running]:
         service = build(self.settings)
-        await migrate(service.store.writer, service.name)
         await self.nats.provision(service.routes)
         asker = self.nats.bus("world")
         async with service.running():

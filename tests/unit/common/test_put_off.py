@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.exc import TimeoutError as NoFreeConnection
 
 from libs.common import bus as bus_module
-from libs.common.bus import LONGEST_DELAY_S, MAX_DELIVERIES, OUTAGE_DELAY_S, Bus
+from libs.common.bus import LONGEST_DELAY_S, MAX_DELIVERIES, MAX_DELIVERIES_IN_OUTAGE, OUTAGE_DELAY_S, Bus
 from libs.common.contracts.problem import problem_of
 from libs.common.errors import DiskFull, IllegalTransition, MalformedMessage, NotFound, StaleRevision, Unavailable
 from libs.common.routing import Routes
@@ -46,11 +46,13 @@ OUTAGES = {
     "gone": ConnectionRefusedError(),
     "no free connection": NoFreeConnection(),
 }
-PASSING = {
+ELSEWHERE = {
     "unavailable": Unavailable("not_yet", "Not yet."),
-    "stale": StaleRevision("note", "n", 1),
     "timeout": TimeoutError(),
     "bus": nats.errors.NoRespondersError(),
+}
+PASSING = {
+    "stale": StaleRevision("note", "n", 1),
     "constraint": IntegrityError("INSERT", {}, _Postgres("23505")),
 }
 LASTING = {
@@ -108,14 +110,26 @@ async def receive(raw: Raw, letters: Letters, error: Exception) -> None:
     await receiver._put_off(cast("Any", raw), error)
 
 
-@pytest.mark.parametrize("name", OUTAGES)
-@pytest.mark.parametrize("deliveries", [1, MAX_DELIVERIES, 100_000])
-async def test_an_outage_is_waited_for_without_an_end(name: str, deliveries: int) -> None:
-    raw, letters = await put_off(OUTAGES[name], deliveries)
+@pytest.mark.parametrize("name", [*OUTAGES, *ELSEWHERE])
+@pytest.mark.parametrize("deliveries", [1, MAX_DELIVERIES, MAX_DELIVERIES_IN_OUTAGE - 1])
+async def test_an_outage_is_waited_for_however_often_the_message_came(name: str, deliveries: int) -> None:
+    raw, letters = await put_off((OUTAGES | ELSEWHERE)[name], deliveries)
     assert not letters.kept
     assert not raw.ended
     [delay] = raw.delays
     assert 0.05 <= delay <= OUTAGE_DELAY_S + 0.1
+
+
+@pytest.mark.parametrize("name", OUTAGES)
+async def test_for_the_database_it_waits_without_an_end(name: str) -> None:
+    raw, letters = await put_off(OUTAGES[name], 10 * MAX_DELIVERIES_IN_OUTAGE)
+    assert (raw.ended, len(raw.delays), letters.kept) == (False, 1, [])
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+async def test_what_a_handler_alone_calls_an_outage_is_judged_by_a_person_after_days(name: str) -> None:
+    raw, letters = await put_off(ELSEWHERE[name], MAX_DELIVERIES_IN_OUTAGE)
+    assert (raw.ended, len(letters.kept)) == (True, 1)
 
 
 @pytest.mark.parametrize("name", PASSING)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from libs.common.contracts.message import Message
 from libs.common.contracts.messages import AuthenticateAttempt, AuthenticateToken, Execution, Principal
-from libs.common.errors import Unauthenticated, Unavailable
+from libs.common.errors import NotFound, Unauthenticated, Unavailable
 from libs.common.ids import secret_hash
 from services.gateway.adapters.hints import QueuedListener
 from services.gateway.adapters.secrets import SecretMaker
@@ -20,7 +20,7 @@ from services.gateway.domain.tokens import Limits, TokenCache
 from services.gateway.following import JobFollower
 from services.gateway.http.application import application
 from services.gateway.http.parts import Parts
-from services.gateway.ports import Hint, StoredEvent
+from services.gateway.ports import Hint, Once, Owners, StoredEvent
 from services.gateway.settings import GatewaySettings
 
 M = TypeVar("M", bound=Message)
@@ -55,17 +55,20 @@ class FakeOwners:
         reply: type[M],
         principal: Principal,
         *,
-        key: str = "",
+        once: Once | None = None,
         service: str = "",
         timeout_s: float = 5.0,
     ) -> M:
-        self.asked.append(Asked(message, principal, key, service))
+        self.asked.append(Asked(message, principal, once.key if once else "", service))
         answer = self.answers.get(type(message))
         if answer is None:
             raise Unavailable("service_silent", "nobody answers")
         found = answer(message)
         assert isinstance(found, reply)
         return found
+
+    async def earlier(self, message: Message, reply: type[M], principal: Principal, once: Once) -> M:
+        raise NotFound("not_answered", "Nothing was answered under this key.")
 
     def of(self, kind: type[M]) -> list[M]:
         return [each.message for each in self.asked if isinstance(each.message, kind)]
@@ -146,12 +149,18 @@ def new_world(home: Path, **settings: Any) -> World:
     owners, hints, event_log, clock = FakeOwners(), FakeHints(), FakeEventLog(), FakeClock()
     owners.answers |= {AuthenticateToken: authenticate_token, AuthenticateAttempt: authenticate_attempt}
     chosen = GatewaySettings(home=home, front_door="http://127.0.0.1:8080", follow_poll_s=0.05, **settings)
-    parts = Parts(
-        settings=chosen,
+    parts = parts_with(owners, chosen, hints, event_log, clock)
+    return World(owners, hints, event_log, clock, parts, application(parts))
+
+
+def parts_with(
+    owners: Owners, settings: GatewaySettings, hints: FakeHints, event_log: FakeEventLog, clock: FakeClock
+) -> Parts:
+    return Parts(
+        settings=settings,
         owners=owners,
         authenticator=Authenticator(owners, TokenCache(Limits()), clock),
-        follower=JobFollower(owners, hints, chosen.follow_poll_s),
+        follower=JobFollower(owners, hints, settings.follow_poll_s),
         event_log=event_log,
         secrets=SecretMaker(b"k" * 32),
     )
-    return World(owners, hints, event_log, clock, parts, application(parts))

@@ -166,8 +166,9 @@ class World:
             return [row.subject for row in rows]
 
     async def heard(self) -> list[LogPage]:
-        """What followers have heard by now."""
-        await asyncio.sleep(0.01)
+        """What followers have heard by now: a tail waits for nothing outside of the loop."""
+        for _ in range(200):
+            await asyncio.sleep(0)
         return self.tailed
 
 
