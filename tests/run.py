@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Run one after the other. Within a stage what takes longest starts first: two platforms, each in one worker, and
 # the integration suites beside and after them.
 STAGES = (("unit", "contract"), ("chaos", "e2e", "integration"))
+# More than two cores can keep busy: most tests wait for servers.
+WORKERS = 3
 # Program (a glob) -> the package that has it.
 SYSTEM = {
     "/usr/lib/postgresql/*/bin/initdb": "postgresql",
@@ -82,7 +84,7 @@ def run_stage(suites: Sequence[str], marks: str, rest: Sequence[str]) -> Outcome
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pytest", *(f"tests/{suite}" for suite in suites), "-m", marks]
-        command += ["-n", "2", "--no-loadscope-reorder", "-p", "tests.support.report", f"--report-file={report}"]
+        command += ["-n", str(WORKERS), "--no-loadscope-reorder", "-p", "tests.support.report", f"--report-file={report}"]
         command += ["--no-header", "--tb=short", "-q", *rest]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
@@ -102,7 +104,7 @@ def close(outcomes: Sequence[Outcome]) -> int:
             print(f"  {suite:<12} {stage.times[suite]:6.0f} s of tests   {numbers}")
             total.update(counts)
         skips.update(stage.skips)
-        print(f"  {'':<12} {stage.seconds:6.0f} s with two workers")
+        print(f"  {'':<12} {stage.seconds:6.0f} s with {WORKERS} workers")
     print("\n  skipped: nothing" if not skips else "\n  skipped:")
     for reason, count in skips.most_common():
         print(f"  {count:4}  {reason}")

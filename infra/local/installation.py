@@ -35,6 +35,9 @@ PREFERRED_PORTS = {
     "ray_agent": 26400,
 }
 
+# Enough for a hundred installations of one user, each with its dozen, before anybody is turned away.
+LOOK_AT = 1500
+
 
 class InstallationError(Exception):
     """The installation cannot be started or stopped: what happened, why, and what to do."""
@@ -179,12 +182,12 @@ def next_free(host: str, wanted: int, taken: set[int]) -> int:
     """The first free port from `wanted` on.
 
     Raises:
-        OSError: none of the next 200 is free.
+        OSError: none of the next LOOK_AT is free.
     """
-    for port in range(wanted, wanted + 200):
+    for port in range(wanted, wanted + LOOK_AT):
         if port not in taken and is_free(host, port) and not strangers_socket(port):
             return port
-    raise OSError(f"none of the ports {wanted} to {wanted + 199} is free on {host}")
+    raise OSError(f"none of the ports {wanted} to {wanted + LOOK_AT - 1} is free on {host}")
 
 
 def is_free(host: str, port: int) -> bool:

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Collection
 from typing import Any
 
-AGAIN_S = 1.0
+AGAIN_S = 10.0
 
 
 async def happens(event: asyncio.Event, within_s: float) -> bool:
@@ -23,10 +23,14 @@ async def happens(event: asyncio.Event, within_s: float) -> bool:
     return True
 
 
-async def end(tasks: Collection[asyncio.Task[Any]]) -> None:
-    """Returns when all have ended; a library may have forgotten the first cancellation, so it is repeated."""
+async def end(tasks: Collection[asyncio.Task[Any]], again_s: float = AGAIN_S) -> None:
+    """Returns when all have ended. A library, such as nats-py, may have forgotten the cancellation: it is repeated.
+
+    Args:
+        again_s: longer than what a task does before it goes, which a second cancellation would break off.
+    """
     left = set(tasks)
     while left:
         for task in left:
             task.cancel()
-        _, left = await asyncio.wait(left, timeout=AGAIN_S)
+        _, left = await asyncio.wait(left, timeout=again_s)

@@ -21,6 +21,7 @@ from libs.common.probes import Probes, write_whole
 from libs.common.routing import Routes
 from libs.common.service import with_status
 from libs.common.version import VERSION
+from libs.common.waiting import end
 from libs.common.watchdog import Watchdog
 from services.gateway.adapters.events import NatsEventLog
 from services.gateway.adapters.hints import NatsHints
@@ -85,9 +86,7 @@ class Gateway:
         finally:
             self.hints.close()
             await web.stop()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end(tasks)
             await self.bus.stop()
             await probes.stop()
 

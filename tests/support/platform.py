@@ -114,5 +114,6 @@ def running_platform(home: Path, **settings: str) -> Iterator[Platform]:
         yield platform
     finally:
         platform.down()
-        # Logs stay for whoever looks into a failure; the stored objects are what is large.
+        # Logs stay for whoever looks into a failure; the stored objects are what is large, and ports are for others.
         shutil.rmtree(home / "data" / "objects", ignore_errors=True)
+        (home / "ports.json").unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from libs.common.clock import from_us, to_us, utc_now
 from libs.common.contracts.envelope import Envelope
 from libs.common.contracts.messages import Execution, JobTemplate, LogFrame, Principal, ReportExecution
 from libs.common.telemetry import span
-from libs.common.waiting import happens
+from libs.common.waiting import end, happens
 from services.executor.adapters import zygote
 from services.executor.adapters.agent_bus import AgentBus
 from services.executor.adapters.attempt_folder import AttemptFolder, ExitRecord, MalformedSpec, write_durably
@@ -111,9 +111,9 @@ class AttemptRun:
             await shipping
             await self._report(ENDED)
         finally:
-            shipping.cancel()
             self._means.watch.forget(self._changed)
             self._means.watch.forget(self._log_changed)
+            await end([shipping], again_s=1.0)
 
     async def _ship(self) -> None:
         """Sends the log until it is whole. A disk that is full for a while delays it; the job may run for days."""
@@ -176,7 +176,7 @@ class AttemptRun:
                 waiting.cancel()
             await task
         finally:
-            task.cancel()
+            await end([task], again_s=1.0)
 
     async def _prepare(self) -> None:
         template, node = self.order.template, self._means.node

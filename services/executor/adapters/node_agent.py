@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
+from libs.common.waiting import end
 from services.executor.adapters import cgroup, isolation, zygote
 from services.executor.adapters.agent_bus import AgentBus
 from services.executor.adapters.attempt_folder import AttemptFolder, MalformedSpec
@@ -98,9 +99,7 @@ class NodeAgent:
     async def close(self) -> None:
         """Leaves; attempts run on, and the next agent finds them."""
         tasks, self._tasks = list(self._tasks.values()), {}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(tasks, again_s=1.0)
         if self._means:
             self._means.watch.close()
             self._means.staging.close()

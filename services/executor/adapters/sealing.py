@@ -33,6 +33,7 @@ from libs.common.contracts.messages import (
     SealFileset,
 )
 from libs.common.errors import NablaError, Refusal
+from libs.common.waiting import end
 from services.executor.adapters import transfer
 from services.executor.adapters.agent_bus import FIRST_DELAY_S, LONGEST_DELAY_S, AgentBus, patiently_ask
 from services.executor.adapters.transfer import TransferBroken
@@ -222,8 +223,7 @@ class Sealing:
         try:
             await asyncio.gather(*uploads)
         finally:
-            for task in uploads:  # those that have not begun would meet the next turn's
-                task.cancel()
+            await end(uploads, again_s=1.0)  # those that have not begun would meet the next turn's
 
     async def _ask(self, message: Message, reply: type[M], owner: Owner, key: str) -> M:
         try:

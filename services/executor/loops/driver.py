@@ -10,7 +10,7 @@ from libs.common.clock import to_us, utc_now
 from libs.common.faults import crash_point
 from libs.common.ids import new_secret, secret_hash
 from libs.common.telemetry import span
-from libs.common.waiting import happens
+from libs.common.waiting import end, happens
 from services.executor.domain.execution import ACCEPTED, ENDED, RESERVED, amounts_for
 from services.executor.domain.inventory import GONE
 from services.executor.domain.isolation import PROCESS, refusal
@@ -47,8 +47,7 @@ class Driver:
                 await self.look_for_work()
                 await happens(self._woken, min(1.0, self._settings.reconcile_s))
         finally:
-            for task in self._busy.values():
-                task.cancel()
+            await end(tuple(self._busy.values()), again_s=1.0)
             await self._cluster.close()
 
     async def look_for_work(self) -> None:

@@ -204,7 +204,7 @@ async def test_lines_that_waited_in_the_bus_longer_than_patience_are_in_the_log(
         await until(ended)
     asker = installation.nats.bus("world")
     await asker.start()
-    texts = [f"line {number}" for number in range(2000)]
+    texts = [f"line {number}" for number in range(400)]
     for number, text in enumerate(texts):
         await publish(asker, frame(number, text))
     await publish(asker, frame(len(texts), last=True))
@@ -216,8 +216,7 @@ async def test_lines_that_waited_in_the_bus_longer_than_patience_are_in_the_log(
             return (await page(running.asker, len(texts))).complete
 
         await until(complete, 60)
-        found = [*(await page(running.asker)).lines, *(await page(running.asker, 1000)).lines]
-        assert [line.text for line in found] == texts
+        assert [line.text for line in (await page(running.asker)).lines] == texts
 
 
 RUN = """
@@ -244,8 +243,8 @@ asyncio.run(main())
         pytest.param("storage.after_commit:3", marks=pytest.mark.full),
         pytest.param("storage.after_commit_before_ack:2", marks=pytest.mark.full),
         pytest.param("storage.after_publish:1", marks=pytest.mark.full),
+        pytest.param("", marks=pytest.mark.full),
         "storage.after_block_write:1",
-        "",
     ],
 )
 async def test_a_kill_between_any_two_steps_loses_and_doubles_nothing(installation: Installation, fault: str) -> None:

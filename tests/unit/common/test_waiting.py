@@ -59,7 +59,7 @@ async def test_tasks_that_forget_their_cancellation_are_told_again() -> None:
 
     tasks = [asyncio.create_task(forgetful()), asyncio.create_task(broken())]
     await asyncio.sleep(0)
-    await end(tasks)
+    await end(tasks, again_s=0.01)
     assert forgotten == 2
     assert all(task.done() for task in tasks)
     assert isinstance(tasks[1].exception(), ValueError)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,14 @@ from nabla import installations
 from tests.support.ports import free_port
 
 pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(autouse=True)
+def _ports_are_given_back(tmp_path: Path) -> Iterator[None]:
+    """What a home remembers is its own for as long as it exists, and pytest keeps these for a while."""
+    yield
+    for file in tmp_path.rglob("ports.json"):
+        file.unlink()
 
 
 def claimed(home: Path, port: int) -> Installation:
