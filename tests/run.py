@@ -84,8 +84,8 @@ def run_stage(suites: Sequence[str], marks: str, rest: Sequence[str]) -> Outcome
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pytest", *(f"tests/{suite}" for suite in suites), "-m", marks]
-        command += ["-n", str(WORKERS), "--no-loadscope-reorder", "-p", "tests.support.report", f"--report-file={report}"]
-        command += ["--no-header", "--tb=short", "-q", *rest]
+        command += ["-n", str(WORKERS), "--no-loadscope-reorder"]
+        command += ["-p", "tests.support.report", f"--report-file={report}", "--no-header", "--tb=short", "-q", *rest]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
         found = json.loads(report.read_text()) if report.exists() else {}
