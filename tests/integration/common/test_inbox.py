@@ -18,6 +18,7 @@ from libs.common.ids import new_id
 from libs.common.inbox import Answer, Inbox
 from libs.common.routing import INTERNAL, Route, Rule
 from libs.common.store import UnitOfWork
+from libs.common.waiting import end
 from tests.integration.common.ledger import LedgerStore, Note, count, keep, outbox, size, tell
 
 pytestmark = pytest.mark.integration
@@ -73,8 +74,7 @@ async def inbox(store: LedgerStore) -> AsyncIterator[Inbox[UnitOfWork]]:
     inbox = Inbox(store, "registry")
     running = asyncio.create_task(inbox.run())
     yield inbox
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
+    await end([running], again_s=1.0)
 
 
 def order(inbox: Inbox[Any], job_id: str, event_id: str = "", route: Route = HALT) -> asyncio.Task[Answer]:

@@ -23,6 +23,7 @@ from libs.common.errors import DiskFull
 from libs.common.relay import Relay
 from libs.common.store import UnitOfWork
 from libs.common.upkeep import DAY_US, Upkeep
+from libs.common.waiting import end
 from tests.integration.common.ledger import LedgerStore, Time, keep, opened, outbox, size, tell
 
 pytestmark = pytest.mark.integration
@@ -104,8 +105,7 @@ async def relaying(store: LedgerStore, bus: FailingBus, clock: Time) -> AsyncIte
         yield
         assert not running.done()
     finally:
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+        await end([running], again_s=1.0)
 
 
 async def until(condition: Callable[[], bool | Awaitable[bool]]) -> None:

@@ -43,6 +43,7 @@ from libs.common.contracts.problem import problem_of
 from libs.common.contracts.subjects import EVENTS, subject_for, tail_subject
 from libs.common.errors import Refusal, Unauthenticated
 from libs.common.ids import new_id, secret_hash
+from libs.common.waiting import end
 from services.gateway.app import Gateway, build
 from services.gateway.routes import routes
 from services.gateway.settings import GatewaySettings
@@ -358,8 +359,7 @@ async def test_it_answers_before_the_bus_is_there(tmp_path: Path) -> None:
         assert (await client.get("/api/v1/health")).json() == {"status": "ok", "installation_id": ""}
         answer = await client.get("/api/v1/whoami", headers=BEARER)
         assert (answer.status_code, answer.json()["code"]) == (503, "bus_not_connected")
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
+    await end([running], again_s=1.0)
 
 
 async def test_it_stops_though_clients_follow_and_their_streams_end_whole(

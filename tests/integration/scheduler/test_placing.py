@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 
 import pytest
 
+from libs.common import waiting
 from libs.common.contracts.messages import ExecutionEnded, Principal, Resources, StopJob, SubmitJob
 from libs.common.errors import StaleRevision
 from services.scheduler.loops import placer
@@ -146,9 +146,7 @@ async def test_the_loop_places_as_soon_as_a_job_is_committed(world):
     async with asyncio.timeout(60):
         while (await world.job(job_id)).state != "starting":
             await asyncio.sleep(0.01)
-    loop.cancel()
-    with suppress(asyncio.CancelledError):
-        await loop
+    await waiting.end([loop], again_s=1.0)
 
 
 async def test_many_submissions_and_ends_at_once_keep_every_promise(world):

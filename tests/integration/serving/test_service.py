@@ -45,6 +45,7 @@ from libs.common.migrations import migrate
 from libs.common.relay import Relay
 from libs.common.routing import INTERNAL, Route, Routes, Rule
 from libs.common.store import Store
+from libs.common.waiting import end
 from services.serving.app import build
 from services.serving.routes import routes
 from services.serving.settings import ServingSettings
@@ -130,8 +131,7 @@ async def peer(nats: NatsServer, name: str, folder: Path, given: Any) -> AsyncIt
     tasks = [asyncio.create_task(loop()) for loop in (inbox.run, Relay(store, bus).run)]
     yield
     await bus.stop()
-    for task in tasks:
-        task.cancel()
+    await end(tasks, again_s=1.0)
     await store.close()
 
 

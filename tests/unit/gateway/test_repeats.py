@@ -30,6 +30,7 @@ from libs.common.errors import NotFound
 from libs.common.inbox import Inbox
 from libs.common.routing import ROLES, Route, Routes, Rule
 from libs.common.store import Skeleton, Store, UnitOfWork
+from libs.common.waiting import end
 from services.gateway.adapters.owners import BusOwners
 from services.gateway.http.application import application
 from services.gateway.settings import GatewaySettings
@@ -181,8 +182,7 @@ async def running(folder: Path) -> AsyncIterator[Platform]:
     transport = httpx.ASGITransport(cast("Any", application(parts)))
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8080") as client:
         yield Platform(owner, client)
-    applying.cancel()
-    await asyncio.gather(applying, return_exceptions=True)
+    await end([applying], again_s=1.0)
     await store.close()
 
 

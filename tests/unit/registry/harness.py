@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,6 +21,7 @@ from libs.common.inbox import Answer, Inbox
 from libs.common.migrations import migrate
 from libs.common.routing import Route
 from libs.common.store import Store
+from libs.common.waiting import end
 from services.registry.handlers.models import Origins
 from services.registry.routes import routes
 from services.registry.store import SKELETON, RegistryUnit
@@ -194,10 +194,7 @@ async def running_catalogue(url: str, runs_url: str) -> AsyncIterator[Catalogue]
     try:
         yield catalogue
     finally:
-        for task in tasks:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        await end(tasks, again_s=1.0)
         await store.close()
         await runs.close()
 

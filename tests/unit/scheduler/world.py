@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -30,6 +29,7 @@ from libs.common.ids import new_id
 from libs.common.inbox import Inbox
 from libs.common.migrations import migrate
 from libs.common.routing import Route
+from libs.common.waiting import end
 from services.scheduler.handlers import get_job
 from services.scheduler.loops.placer import Placer
 from services.scheduler.loops.reconciler import Patience, Reconciler
@@ -109,9 +109,7 @@ class World:
         return self
 
     async def close(self) -> None:
-        self._running.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._running
+        await end([self._running], again_s=1.0)
         await self.store.close()
 
     async def restart(self) -> None:

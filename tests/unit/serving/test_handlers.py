@@ -33,6 +33,7 @@ from libs.common.contracts.messages import (
 from libs.common.errors import Conflict, Forbidden, Invalid, NotFound
 from libs.common.ids import secret_hash
 from libs.common.inbox import Answer, Inbox
+from libs.common.waiting import end
 from services.serving.adapters.vault import BrokenSeal, FileKeyVault
 from tests.support.serving import CREATE, MEMBER, STRANGER, VIEWER, Serving, envelope_for, serving_on
 
@@ -49,8 +50,10 @@ async def serving(tmp_path: Path, database_url: str) -> AsyncIterator[Serving]:
 async def inbox_of(serving: Serving) -> AsyncIterator[Inbox]:
     inbox = Inbox(serving.store, "serving")
     task = asyncio.create_task(inbox.run())
-    yield inbox
-    task.cancel()
+    try:
+        yield inbox
+    finally:
+        await end([task], again_s=1.0)
 
 
 async def deliver_twice(serving: Serving, message: Message, key: str = "") -> tuple[Answer, Answer]:

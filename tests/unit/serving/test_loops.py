@@ -19,6 +19,7 @@ from libs.common.contracts.messages import (
     JobRunning,
     JobSucceeded,
 )
+from libs.common.waiting import end
 from tests.support.serving import CREATE, Serving, serving_on
 
 pytestmark = pytest.mark.unit
@@ -252,7 +253,7 @@ async def test_what_a_killed_process_was_looking_at_is_looked_at_again_at_once(s
             while not serving.peers.asked:
                 await asyncio.sleep(0.01)
     finally:
-        looking.cancel()
+        await end([looking], again_s=1.0)
 
 
 async def test_an_order_the_scheduler_never_got_is_repeated_under_the_same_id(serving: Serving) -> None:

@@ -33,6 +33,7 @@ from libs.common.ids import new_id
 from libs.common.inbox import Inbox
 from libs.common.migrations import migrate
 from libs.common.store import Store
+from libs.common.waiting import end
 from services.storage.adapters.tail import Tail
 from services.storage.handlers import FilesetHandlers
 from services.storage.log_handlers import LogHandlers
@@ -180,9 +181,7 @@ async def running_world(url: str, folder: Path) -> AsyncIterator[World]:
     try:
         yield world
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(tasks, again_s=1.0)
         await world.store.close()
 
 
