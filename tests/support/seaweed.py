@@ -41,6 +41,8 @@ class Seaweed:
         flags = [f"-{name}={port}" for name, port in self.ports.items()]
         command = [
             str(BINARY),
+            # Why: it would leave log files in /tmp.
+            "-logtostderr=true",
             "server",
             f"-dir={self.folder / 'data'}",
             "-ip=127.0.0.1",
