@@ -8,7 +8,8 @@ import pytest
 
 from infra.local import demo
 from nabla import Client
-from nabla.objects import Job, JobTemplate, LogLine
+from nabla.errors import NotFound
+from nabla.objects import Job, JobTemplate, LogLine, ModelVersion
 from services import SERVICES
 from tests.support.platform import Platform
 
@@ -36,6 +37,14 @@ def trained_while_killing(platform: Platform, client: Client, victim: str) -> Jo
     return job
 
 
+def some_version(client: Client) -> ModelVersion:
+    """A model to deploy: of an earlier test, or trained for this one."""
+    try:
+        return client.models.version(demo.PROJECT)
+    except NotFound:
+        return demo.registered_model(client, demo.train(client))
+
+
 @pytest.mark.parametrize("victim", SERVICES)
 def test_the_demo_ends_right_when_a_service_is_killed_in_its_middle(platform: Platform, victim: str) -> None:
     with platform.client(patience_s=90) as client:
@@ -50,7 +59,7 @@ def test_the_demo_ends_right_when_a_service_is_killed_in_its_middle(platform: Pl
 @pytest.mark.parametrize("victim", SERVICES)
 def test_the_demo_ends_right_when_a_service_is_killed_while_deploying(platform: Platform, victim: str) -> None:
     with platform.client(patience_s=90) as client:
-        version = client.models.version(demo.PROJECT)
+        version = some_version(client)
         demo.remove_older(client)
         client.deployments.create(
             demo.DEPLOYMENT, project=version.project_id, model=f"{demo.PROJECT}:{version.version}"
