@@ -622,7 +622,7 @@ def checks() -> list[Check]:
     tool = ROOT / ".venv" / "bin"
     proto = ROOT / "proto"
     # `make test` has the same on PostgreSQL too.
-    quick = ["tests/unit", "tests/contract", "-q", "-n", "2", "-m", "not postgres and not full"]
+    quick = ["tests/unit", "tests/contract", "-q", "-n", "3", "-m", "not postgres and not full"]
     found = [
         Check("tests", [str(tool / "python"), "-m", "pytest", *quick], ROOT),
         Check("types", [str(tool / "mypy")], ROOT),
