@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Set up, check and start this checkout: everything the Makefile's targets do, in one file.
 
-It needs no package and no root, only Python 3.11 to 3.13. It makes two environments from locks in which every
-file is named by its hash:
+It needs no package and no root, only Python 3.11 to 3.13. It makes environments from locks in which every file is
+named by its hash, each when it is first needed:
 
     .venv           the platform (services, `nabla`), and on top of it the tools for tests and checks
     .venv-serving   bentoml and scikit-learn: what bento builds and, by default, jobs run in
+    .venv-notebook  JupyterLab: what notebooks run in
 
 A finished installation leaves a stamp with the hash of its lock, so that the next call costs milliseconds.
 One that was broken off has no stamp: the next call takes it up again, with what the package cache has.
@@ -118,7 +119,7 @@ def clean(args: list[str]) -> int:
     """remove the environments and caches; data in .nabla stay"""
     del args
     caches = (".pytest_cache", ".mypy_cache", ".ruff_cache", ".import_linter_cache")
-    for name in (".venv", ".venv-serving", *caches):
+    for name in (*ENVIRONMENT_OF.values(), *caches):
         shutil.rmtree(ROOT / name, ignore_errors=True)
     for top in ("services", "libs", "tests", "infra"):
         for cache in sorted((ROOT / top).rglob("__pycache__")):
@@ -172,7 +173,7 @@ def become(program: Path, *args: str) -> NoReturn:
 # Environments: which lock goes where, and whether it is already there
 # -----------------------------------------------------------------------------
 
-ENVIRONMENT_OF = {"platform": ".venv", "dev": ".venv", "serving": ".venv-serving"}
+ENVIRONMENT_OF = {"platform": ".venv", "dev": ".venv", "serving": ".venv-serving", "notebook": ".venv-notebook"}
 
 
 def venv_of(name: str) -> Path:
@@ -668,7 +669,7 @@ def run_check(check: Check) -> tuple[int, float, str]:
 # Locks
 # -----------------------------------------------------------------------------
 
-LOCKED = ("platform", "source", "serving", "dev")
+LOCKED = ("platform", "source", "serving", "notebook", "dev")
 KEPT_FOR_LOCKS = ("UV_CACHE_DIR", "UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_HTTP_TIMEOUT", "UV_NATIVE_TLS")
 
 
@@ -735,7 +736,7 @@ def download_bytes(name: str, packages: list[dict[str, Any]], on: str, python: t
 
 def marker_admits(marker: str, python: tuple[int, int]) -> bool:
     """Only what the locks hold: bounds on the Python, and systems that are not CPython on Linux."""
-    if re.search(r"== '(win32|cygwin|darwin|Windows|Darwin|pypy|PyPy)'", marker):
+    if re.search(r"== '(win32|cygwin|darwin|Windows|Darwin|nt|pypy|PyPy)'", marker):
         return False
     for operator, major, minor in re.findall(r"python_(?:full_)?version (<|>=) '(\d+)\.(\d+)", marker):
         if (python < (int(major), int(minor))) != (operator == "<"):
