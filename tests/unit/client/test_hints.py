@@ -17,8 +17,8 @@ WITHOUT_INTERNET: list[tuple[str, int, tuple[str, ...]]] = [
         1,
         (
             "WARNING: Retrying (Retry(total=0, connect=None, read=None, redirect=None, status=None)) after connection "
-            "broken by 'NameResolutionError(\"HTTPSConnection(host='pypi.org', port=443): Failed to resolve "
-            "'pypi.org' ([Errno -3] Temporary failure in name resolution)\")': /simple/humanize/",
+            "broken by 'NameResolutionError(\"HTTPSConnection(host='packages.example', port=443): Failed to resolve "
+            "'packages.example' ([Errno -3] Temporary failure in name resolution)\")': /simple/humanize/",
             "ERROR: Could not find a version that satisfies the requirement humanize (from versions: none)",
             "ERROR: No matching distribution found for humanize",
         ),
