@@ -92,14 +92,66 @@ class Resources(Record):
     cpu_count: float = 0.0
     memory_bytes: int = 0
     gpu_count: float = 0.0
+    gpu_model: str = ""
+    gpu_memory_bytes: int = 0
 
 
 class Environment(Record):
-    """Where the job's `python` comes from: `default`, `venv` (a path) or `requirements` (their text)."""
+    """Where the job's `python` comes from: `default`, `venv` (a path), `requirements` (their text) or `workspace` (the
+    path of a file in it)."""
 
     kind: str = "default"
     path: str = ""
     requirements: str = ""
+    python: str = ""
+
+
+class Container(Record):
+    """An OCI image to run the job in, or a Dockerfile of the workspace to build one from."""
+
+    image: str = ""
+    dockerfile: str = ""
+    user: str = ""
+    registry_username: str = ""
+    registry_password: str = ""
+
+
+class Source(Record):
+    """Where the workspace is fetched from on the node: `git` or `s3`."""
+
+    kind: str = ""
+    url: str = ""
+    ref: str = ""
+    username: str = ""
+    password: str = ""
+    endpoint: str = ""
+
+
+class Retry(Record):
+    """Which ends deserve another try: failure, exit:N, out_of_memory, node_lost, start_failure, timed_out."""
+
+    on: Tuple[str, ...] = ()
+    delay_s: float = 0.0
+    longest_s: float = 0.0
+
+
+class Role(Record):
+    """The processes of one kind in a gang. What is empty is as in the template."""
+
+    name: str = ""
+    count: int = 0
+    command: Tuple[str, ...] = ()
+    resources: Resources = Resources()
+    machine_type: str = ""
+    container: Container = Container()
+    env: Mapping[str, str] = EMPTY
+
+
+class Gang(Record):
+    """Several processes of one job that start together or not at all; `type` is torch, grpc, mpi or ray."""
+
+    type: str = ""
+    roles: Tuple[Role, ...] = ()
 
 
 class ModelOutput(Record):
@@ -125,6 +177,30 @@ class JobTemplate(Record):
     ports: Tuple[int, ...] = ()
     kind: str = "command"
     origin: Mapping[str, str] = EMPTY
+    priority: Optional[int] = None
+    machine_type: str = ""
+    container: Container = Container()
+    source: Source = Source()
+    network: str = ""
+    retry: Retry = Retry()
+    max_wait_s: float = 0.0
+    gang: Gang = Gang()
+
+
+class Member(Record):
+    """One process of an attempt."""
+
+    rank: int = 0
+    role: str = ""
+    node_id: str = ""
+    state: str = ""
+    reason: str = ""
+    detail: str = ""
+    exit_code: Optional[int] = None
+    isolation: str = ""
+    peak_memory_bytes: int = 0
+    addresses: Mapping[str, str] = EMPTY
+    gpu_indices: Tuple[int, ...] = ()
 
 
 class Attempt(Record):
@@ -141,6 +217,7 @@ class Attempt(Record):
     peak_memory_bytes: int = 0
     addresses: Mapping[str, str] = EMPTY
     gpu_indices: Tuple[int, ...] = ()
+    members: Tuple[Member, ...] = ()
 
 
 class TimelineEntry(Record):
@@ -148,6 +225,9 @@ class TimelineEntry(Record):
     state: str = ""
     detail: str = ""
     attempt: int = 0
+    actor: str = ""
+    cause: str = ""
+    trace_id: str = ""
 
 
 ENDED_STATES = frozenset({"succeeded", "failed", "cancelled", "timed_out"})

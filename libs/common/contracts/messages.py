@@ -132,17 +132,87 @@ class Resources(Message):
 
     cpu_count: float = 0.0
     memory_bytes: Int64 = 0
+    # Whole, or below 1: a share of one GPU.
     gpu_count: float = 0.0
+    # As `nabla nodes list` names it, such as "H100"; empty for any.
+    gpu_model: str = ""
+    # The least memory that each of its GPUs has.
+    gpu_memory_bytes: Int64 = 0
 
 
 class Environment(Message):
     """Where `python` in the job comes from."""
 
     # default: the platform's small environment; venv: a virtual environment of the submitting machine, bound
-    # read-only; requirements: frozen requirements, built once per node and cached by their hash.
+    # read-only; requirements: built once per node and cached by their hash; workspace: as requirements, read from the
+    # file of the workspace that `path` names (requirements.txt, pyproject.toml, pylock.toml, uv.lock).
     kind: str = ""
     path: str = ""
     requirements: str = ""
+    # The Python to build it with, such as "3.12"; empty for the node's own.
+    python: str = ""
+
+
+class Container(Message):
+    """An OCI image to run the job in."""
+
+    image: str = ""
+    # A Dockerfile of the workspace to build the image from, in place of `image`.
+    dockerfile: str = ""
+    # As whom the job runs inside: a name or uid[:gid] of the image; empty for the platform's ordinary user.
+    user: str = ""
+    # Of the image's registry; each may be secret:NAME.
+    registry_username: str = ""
+    registry_password: str = ""
+
+
+class Source(Message):
+    """Where the workspace is fetched from on the node, in place of a file set."""
+
+    # git: a repository at a commit, tag or branch; s3: an archive (.tar, .tar.gz, .zip).
+    kind: str = ""
+    # https://host/repository.git, or s3://bucket/key
+    url: str = ""
+    # git: a commit, tag or branch, empty for the default branch. The commit that it was is recorded.
+    ref: str = ""
+    # Credentials: git's user and password or token, S3's access key and secret key. Each may be secret:NAME.
+    username: str = ""
+    password: str = ""
+    # S3: https://host[:port] of the server; empty for Amazon's.
+    endpoint: str = ""
+
+
+class Retry(Message):
+    """Which ends of an attempt deserve another one, and when."""
+
+    # failure (any exit code but 0), exit:N, out_of_memory, node_lost, start_failure, timed_out. Empty: failure,
+    # node_lost and start_failure.
+    on: tuple[str, ...] = ()
+    # Seconds before the second try; doubled with each one more, up to longest_s. Zero: 1 and 60.
+    delay_s: float = 0.0
+    longest_s: float = 0.0
+
+
+class Role(Message):
+    """The processes of one kind in a gang. What is empty is as in the template."""
+
+    # torch: worker. grpc: master, worker, ps. mpi: master, worker. ray: head, worker.
+    name: str = ""
+    count: int = 0
+    command: tuple[str, ...] = ()
+    resources: Resources = Field(default_factory=Resources)
+    machine_type: str = ""
+    container: Container = Field(default_factory=Container)
+    env: dict[str, str] = Field(default_factory=dict)
+
+
+class Gang(Message):
+    """Several processes of one job, on one node or many, that start together or not at all. Ranks count through the
+    roles in their order."""
+
+    # torch grpc mpi ray
+    type: str = ""
+    roles: tuple[Role, ...] = ()
 
 
 class Input(Message):
@@ -182,6 +252,20 @@ class JobTemplate(Message):
     kind: str = ""
     # Where the workspace comes from, for people: folder, git commit, branch.
     origin: dict[str, str] = Field(default_factory=dict)
+    # 0 to 100, the higher first; 50 unless said.
+    priority: int | None = None
+    # A named shape, which fills in what `resources` leaves open; see `nabla machines`.
+    machine_type: str = ""
+    # In place of the node's own system.
+    container: Container = Field(default_factory=Container)
+    source: Source = Field(default_factory=Source)
+    # none: not even the front door; platform: the front door and the gang's peers; internet: these, and public
+    # addresses. Empty: what the installation allows by default.
+    network: str = ""
+    retry: Retry = Field(default_factory=Retry)
+    # Given up when it has waited for a machine so long. Zero: never.
+    max_wait_s: float = 0.0
+    gang: Gang = Field(default_factory=Gang)
 
 
 class TimelineEntry(Message):
@@ -191,6 +275,30 @@ class TimelineEntry(Message):
     state: str = ""
     detail: str = ""
     attempt: int = 0
+    # Who moved it: a user, or the service that saw the cause.
+    actor: str = ""
+    # One word for programs: submitted, placed, exited, out_of_memory, node_lost, stop_asked, ...
+    cause: str = ""
+    # The trace in which it happened.
+    trace_id: str = ""
+
+
+class Member(Message):
+    """One process of an attempt: rank 0 alone, or one of a gang."""
+
+    rank: int = 0
+    role: str = ""
+    node_id: str = ""
+    # placed starting running finishing ended
+    state: str = ""
+    # As of an execution.
+    reason: str = ""
+    detail: str = ""
+    exit_code: int | None = None
+    isolation: str = ""
+    peak_memory_bytes: Int64 = 0
+    addresses: dict[str, str] = Field(default_factory=dict)
+    gpu_indices: tuple[int, ...] = ()
 
 
 class Attempt(Message):
@@ -210,6 +318,8 @@ class Attempt(Message):
     # Inside port -> "host:port" where the node's forwarder listens.
     addresses: dict[str, str] = Field(default_factory=dict)
     gpu_indices: tuple[int, ...] = ()
+    # Of a gang, by rank; empty for a job of one process.
+    members: tuple[Member, ...] = ()
 
 
 class Job(Message):
@@ -478,6 +588,15 @@ class Execution(Message):
     started_at: datetime | None = None
     ended_at: datetime | None = None
     revision: Int64 = 0
+    # Which process of the attempt; 0 unless it is a gang.
+    rank: int = 0
+
+
+class Seat(Message):
+    """Where one process of an attempt is to run."""
+
+    rank: int = 0
+    node_id: str = ""
 
 
 class StartExecution(Message):
@@ -490,6 +609,8 @@ class StartExecution(Message):
     node_id: str = ""
     experiment_id: str = ""
     template: JobTemplate = Field(default_factory=JobTemplate)
+    # Of a gang, all its ranks; empty for one process on node_id.
+    seats: tuple[Seat, ...] = ()
 
 
 class StopExecution(Message):
@@ -837,6 +958,15 @@ class Node(Message):
     isolation: str = ""
     isolation_detail: str = ""
     seen_at: datetime | None = None
+    gpu_memory_bytes: Int64 = 0
+    # As other nodes reach it.
+    address: str = ""
+    # What it can run besides plain processes: podman, docker.
+    runtimes: tuple[str, ...] = ()
+    # Takes no new work; what runs on it finishes.
+    draining: bool = False
+    # How far its sandboxes' networks go: full (own address, peers, internet), loopback, host.
+    network: str = ""
 
 
 class NodesReported(Message):
@@ -1088,10 +1218,16 @@ MESSAGES: tuple[type[Message], ...] = (
     SignOut,
     Resources,
     Environment,
+    Container,
+    Source,
+    Retry,
+    Role,
+    Gang,
     Input,
     ModelOutput,
     JobTemplate,
     TimelineEntry,
+    Member,
     Attempt,
     Job,
     JobQueued,
@@ -1123,6 +1259,7 @@ MESSAGES: tuple[type[Message], ...] = (
     DeploymentFailed,
     DeploymentDeleted,
     Execution,
+    Seat,
     StartExecution,
     StopExecution,
     ReportExecution,
