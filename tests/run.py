@@ -31,6 +31,14 @@ SYSTEM = {
     "/usr/lib/postgresql/*/bin/initdb": "postgresql",
     "/usr/bin/chromium*": "chromium",
     "/usr/sbin/ip": "iproute2",
+    "/usr/sbin/nft": "nftables",
+    "/usr/bin/pasta": "passt",
+    "/usr/bin/podman": "podman",
+    "/usr/sbin/runc": "runc",
+    "/usr/bin/newuidmap": "uidmap",
+    "/usr/bin/git": "git",
+    "/usr/bin/ssh": "openssh-client",
+    "/usr/bin/rsync": "rsync",
 }
 
 
