@@ -11,6 +11,7 @@ import json
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields, replace
+from itertools import groupby
 from typing import Any
 
 from sqlalchemy import ColumnElement, Row, Table, insert, select, update
@@ -18,8 +19,10 @@ from sqlalchemy import ColumnElement, Row, Table, insert, select, update
 from libs.common.clock import Clock, to_us, utc_now
 from libs.common.contracts.messages import JobTemplate, Node, Principal, StartExecution, StopExecution
 from libs.common.store import Store, UnitOfWork
+from libs.common.telemetry import current_traceparent
 from services.scheduler.domain.model import Attempt, Case, Experiment, Job
-from services.scheduler.domain.policy import Demand, Shape, shape_of
+from services.scheduler.domain.policy import Demand
+from services.scheduler.domain.shapes import Parts, Shape, parts_of
 from services.scheduler.domain.snapshots import event_of
 from services.scheduler.tables import (
     ATTEMPTS,
@@ -37,28 +40,42 @@ __all__ = ["GONE", "UNHEARD", "Base", "Changes", "Inventory", "Place", "Schedule
 
 _JOB_FIELDS = tuple(item.name for item in fields(Job))
 _ATTEMPT_FIELDS = tuple(item.name for item in fields(Attempt))
+# Held as JSON, where the model has tuples and a mapping.
+_ATTEMPT_LISTS = ("node_ids", "gpu_indices")
 _NEWEST = "newest_"
+# Who moves jobs unless somebody else is named.
+ACTOR = "scheduler"
 # States of a project that the registry does not have: nobody has told of it yet; its team has none of that id.
 UNHEARD, GONE = "unheard", "gone"
+# In these nothing may run.
+CLOSED = ("archived", "deleted")
 _CASES = select(
     *(JOBS.c[name] for name in _JOB_FIELDS),
     *(ATTEMPTS.c[name].label(_NEWEST + name) for name in _ATTEMPT_FIELDS),
 ).outerjoin_from(JOBS, ATTEMPTS, JOBS.c.attempt_id == ATTEMPTS.c.id)
 _PLACES = select(
-    JOBS.c.id.label("job_id"), JOBS.c.state, JOBS.c.detail, ATTEMPTS.c.node_id, ATTEMPTS.c.forgotten
+    JOBS.c.id.label("job_id"), JOBS.c.state, JOBS.c.detail, ATTEMPTS.c.node_ids, ATTEMPTS.c.forgotten
 ).join_from(JOBS, ATTEMPTS, JOBS.c.attempt_id == ATTEMPTS.c.id)
-_DEMANDS = select(
-    JOBS.c.id,
-    JOBS.c.team_id,
-    JOBS.c.milli_gpus,
-    JOBS.c.milli_cpus,
-    JOBS.c.memory_bytes,
-    JOBS.c.state,
-    JOBS.c.created_us,
-    JOBS.c.ready_us,
-    ATTEMPTS.c.node_id,
-    ATTEMPTS.c.ended_us.label("attempt_ended_us"),
-).outerjoin_from(JOBS, ATTEMPTS, JOBS.c.attempt_id == ATTEMPTS.c.id)
+_DEMANDS = (
+    select(
+        JOBS.c.id,
+        JOBS.c.team_id,
+        JOBS.c.kind,
+        JOBS.c.parts,
+        JOBS.c.priority,
+        JOBS.c.state,
+        JOBS.c.created_us,
+        JOBS.c.queued_us,
+        JOBS.c.ready_us,
+        JOBS.c.max_wait_us,
+        ATTEMPTS.c.node_ids,
+        ATTEMPTS.c.gpu_indices,
+        ATTEMPTS.c.ended_us.label("attempt_ended_us"),
+        PROJECTS.c.state.label("project_state"),
+    )
+    .outerjoin_from(JOBS, ATTEMPTS, JOBS.c.attempt_id == ATTEMPTS.c.id)
+    .outerjoin(PROJECTS, JOBS.c.project_id == PROJECTS.c.id)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +95,7 @@ class Place:
     job_id: str
     state: str
     detail: str
-    node_id: str
+    node_ids: tuple[str, ...]
     forgotten: bool
 
 
@@ -110,15 +127,17 @@ class SchedulerUnit(UnitOfWork):
     async def places(self, state: str, limit: int) -> list[Place]:
         """Where the jobs in this state are, those first that were looked at longest ago."""
         query = _PLACES.where(JOBS.c.ended_us.is_(None), JOBS.c.state == state).order_by(JOBS.c.checked_us)
-        return [Place(**row._mapping) for row in (await self.execute(query.limit(limit))).all()]
+        rows = (await self.execute(query.limit(limit))).all()
+        return [Place(**(dict(row._mapping) | {"node_ids": tuple(json.loads(row.node_ids))})) for row in rows]
 
     async def add(self, case: Case, first_detail: str) -> Case:
         """Stores a new job, already in the queue. Its timeline begins with the submission."""
         job = replace(case.job, revision=1)
         row = {"id": job.id, **_identity(job), **_changing(job), "attempt_id": None, "checked_us": 0, "revision": 1}
         await self.execute(insert(JOBS), row)
-        submitted = _entry(replace(job, state="submitted", detail=first_detail, revision=0), self.now_us)
-        await self.execute(insert(TIMELINE), [submitted, _entry(job, self.now_us)])
+        first = replace(job, state="submitted", detail=first_detail, revision=0)
+        submitted = _entry(first, self.now_us, case.actor or ACTOR, "submitted")
+        await self.execute(insert(TIMELINE), [submitted, _entry(job, self.now_us, ACTOR, case.cause)])
         added = replace(case, job=job)
         await self._announce(added)
         return added
@@ -145,8 +164,8 @@ class SchedulerUnit(UnitOfWork):
         await self.swap(JobRow, job.id, before.job.revision, values)
         if attempt and attempt != before.attempt:
             await self._write_attempt(job, attempt, is_new=before.attempt is None or before.attempt.id != attempt.id)
-        if (job.state, job.desired_state) != (before.job.state, before.job.desired_state):
-            await self.execute(insert(TIMELINE), _entry(job, self.now_us))
+        if _step(before) != _step(after):
+            await self.execute(insert(TIMELINE), _entry(job, self.now_us, after.actor or ACTOR, after.cause))
         written = replace(after, job=job)
         await self._announce(written)
         return written
@@ -320,15 +339,16 @@ class SchedulerStore(Store[SchedulerUnit]):
 
 def _identity(job: Job) -> dict[str, Any]:
     """The columns that never change."""
-    resources = job.template.resources
-    shape = shape_of(resources.cpu_count, resources.memory_bytes, resources.gpu_count)
+    template = job.template
     return {
         "team_id": job.team_id,
         "project_id": job.project_id,
         "experiment_id": job.experiment_id,
-        "kind": job.template.kind,
-        "template": job.template.model_dump_json(exclude_defaults=True),
-        **shape._asdict(),
+        "kind": template.kind,
+        "template": template.model_dump_json(exclude_defaults=True),
+        "parts": parts_text(parts_of(template)),
+        "priority": job.priority,
+        "max_wait_us": int(template.max_wait_s * 1_000_000),
         "created_by": job.created_by,
         "created_us": job.created_us,
         "traceparent": job.traceparent,
@@ -353,11 +373,18 @@ def _changing(job: Job) -> dict[str, Any]:
 
 
 def _columns(attempt: Attempt) -> dict[str, Any]:
-    plain = {name: getattr(attempt, name) for name in _ATTEMPT_FIELDS}
-    return plain | {"addresses": json.dumps(attempt.addresses), "gpu_indices": json.dumps(attempt.gpu_indices)}
+    plain = {name: getattr(attempt, name) for name in _ATTEMPT_FIELDS} | {"node_id": attempt.node_id}
+    lists = {name: json.dumps(plain[name]) for name in _ATTEMPT_LISTS}
+    return plain | lists | {"addresses": json.dumps(attempt.addresses)}
 
 
-def _entry(job: Job, now_us: int) -> dict[str, Any]:
+def _step(case: Case) -> tuple[str, ...]:
+    """What of a case is an entry of its history when it changes."""
+    attempt = (case.attempt.id, case.attempt.state) if case.attempt else ()
+    return (case.job.state, case.job.desired_state, *attempt)
+
+
+def _entry(job: Job, now_us: int, actor: str, cause: str) -> dict[str, Any]:
     return {
         "job_id": job.id,
         "revision": job.revision,
@@ -365,6 +392,9 @@ def _entry(job: Job, now_us: int) -> dict[str, Any]:
         "state": job.state,
         "detail": job.detail,
         "attempt": job.attempt_count,
+        "actor": actor,
+        "cause": cause,
+        "trace_id": current_traceparent()[3:35],
     }
 
 
@@ -377,15 +407,34 @@ def _case(row: Row[Any]) -> Case:
 def _attempt(row: Row[Any], prefix: str) -> Attempt:
     values = {name: row._mapping[prefix + name] for name in _ATTEMPT_FIELDS}
     values["addresses"] = json.loads(values["addresses"])
-    values["gpu_indices"] = tuple(json.loads(values["gpu_indices"]))
+    values |= {name: tuple(json.loads(values[name])) for name in _ATTEMPT_LISTS}
     return Attempt(**values)
 
 
+def parts_text(parts: Parts) -> str:
+    """As a column holds them: [[how many ranks in a row, *what each of them asks for], ...]."""
+    return json.dumps([[len(list(run)), *shape] for shape, run in groupby(parts)])
+
+
+def read_parts(text: str) -> Parts:
+    return tuple(Shape(*shape) for count, *shape in json.loads(text) for _ in range(count))
+
+
 def _demand(row: Row[Any], now_us: int) -> Demand | None:
-    shape = Shape(row.milli_gpus, row.milli_cpus, row.memory_bytes)
+    fixed = {"job_id": row.id, "team_id": row.team_id, "parts": read_parts(row.parts), "order": row.created_us}
+    fixed |= {"priority": row.priority, "lasting": row.kind == "replica"}
+    node_ids = tuple(json.loads(row.node_ids)) if row.node_ids else ()
     if row.state == "queued":
-        ready_us = row.ready_us if row.ready_us > now_us else 0
-        return Demand(row.id, row.team_id, shape, row.created_us, ready_us)
-    if row.node_id and row.attempt_ended_us is None:
-        return Demand(row.id, row.team_id, shape, row.created_us, node_id=row.node_id)
+        since_us = max(row.queued_us or row.created_us, row.ready_us)
+        return Demand(
+            **fixed,
+            ready_us=row.ready_us if row.ready_us > now_us else 0,
+            give_up_us=since_us + row.max_wait_us if row.max_wait_us else 0,
+            hold=f"its project is {row.project_state}" if row.project_state in CLOSED else "",
+            # A gang begins again where its peers are warm; a single job had better go where it has not failed.
+            preferred=node_ids if len(node_ids) > 1 else (),
+        )
+    if node_ids and row.attempt_ended_us is None:
+        gpus = tuple(json.loads(row.gpu_indices))
+        return Demand(**fixed, node_ids=node_ids, gpu_indices=(gpus,) if len(node_ids) == 1 else ())
     return None

@@ -37,9 +37,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from libs.common.clock import to_us
-from libs.common.contracts.messages import Execution, StartExecution, StopExecution
+from libs.common.contracts.messages import Execution, Seat, StartExecution, StopExecution
 from libs.common.transitions import TransitionTable
 from services.scheduler.domain.model import Attempt, Case, Job
+from services.scheduler.domain.shapes import memory_text
 
 MAX_INFRA_RETRIES = 5
 # Nobody's fault, and as ordinary as a machine that is taken down for the night; bounded, as everything is.
@@ -111,10 +112,10 @@ def admit(job: Job, now_us: int) -> Job:
     return replace(_move(job, "admit"), queued_us=now_us)
 
 
-def place(job: Job, attempt_id: str, node_id: str, now_us: int) -> Case:
-    """A new attempt on a node, and the command that starts it."""
+def place(job: Job, attempt_id: str, node_ids: tuple[str, ...], now_us: int) -> Case:
+    """A new attempt on a node for each of its processes, and the command that starts it."""
     number = job.attempt_count + 1
-    fresh = Attempt(id=attempt_id, number=number, node_id=node_id, created_us=now_us)
+    fresh = Attempt(id=attempt_id, number=number, node_ids=node_ids, created_us=now_us)
     attempt = replace(fresh, state=ATTEMPTS.next_state(fresh.id, fresh.state, "place"))
     placed = replace(_move(job, "place"), attempt_count=number, started_us=None, exit_code=None)
     return Case(placed, attempt, (start_command(placed, attempt),))
@@ -242,6 +243,7 @@ def is_open(attempt: Attempt) -> bool:
 
 
 def start_command(job: Job, attempt: Attempt) -> StartExecution:
+    seats = tuple(Seat(rank=rank, node_id=node_id) for rank, node_id in enumerate(attempt.node_ids))
     return StartExecution(
         attempt_id=attempt.id,
         job_id=job.id,
@@ -250,6 +252,7 @@ def start_command(job: Job, attempt: Attempt) -> StartExecution:
         node_id=attempt.node_id,
         experiment_id=job.experiment_id,
         template=job.template,
+        seats=seats if len(seats) > 1 else (),
     )
 
 
@@ -335,13 +338,6 @@ def _memory_detail(job: Job, execution: Execution) -> str:
     peak, limit = execution.peak_memory_bytes, job.template.resources.memory_bytes
     allowed = f"its limit is {memory_text(limit)}" if limit else "the machine had no more"
     return f"out of memory: it used {memory_text(peak)}, {allowed}"
-
-
-def memory_text(size_bytes: int) -> str:
-    """Bytes as people read them: 512 MiB, 1.5 GiB."""
-    if size_bytes < 1 << 30:
-        return f"{size_bytes / (1 << 20):.4g} MiB"
-    return f"{size_bytes / (1 << 30):.4g} GiB"
 
 
 def _move(job: Job, trigger: str, detail: str = "") -> Job:

@@ -15,13 +15,16 @@ from opentelemetry.metrics import CallbackOptions, Observation
 from sqlalchemy.exc import DBAPIError
 
 from libs.common.clock import Clock, to_us, utc_now
+from libs.common.contracts.messages import Node
 from libs.common.errors import StaleRevision
 from libs.common.ids import new_id
 from libs.common.telemetry import meter, span
 from libs.common.waiting import happens
+from services.scheduler.domain.cluster import Machine
 from services.scheduler.domain.lifecycles import CANCELLED, place
 from services.scheduler.domain.model import Case
-from services.scheduler.domain.policy import Demand, Placement, Policy, Shape, shape_of
+from services.scheduler.domain.policy import Demand, Placement, Policy
+from services.scheduler.domain.shapes import shape_of
 from services.scheduler.store import Inventory, SchedulerStore, SchedulerUnit
 from services.scheduler.tables import JOBS
 
@@ -89,7 +92,7 @@ class Placer:
                 await self._store.run(lambda unit: _commit(unit, placements, reasons))
             except BaseException:
                 # What the policy counts as placed is not: it is read again.
-                self._store.changes.note([*dict(placements), *reasons])
+                self._store.changes.note([*(placement.job_id for placement in placements), *reasons])
                 raise
         return len(placements)
 
@@ -123,7 +126,7 @@ class Placer:
     def _learn_nodes(self) -> None:
         heard_since_us = to_us(self._clock() - self._silent)
         heard = [inventory for inventory in self._inventories if inventory.heard_us >= heard_since_us]
-        self.policy.apply_nodes(ready_nodes(heard), _why_none(self._inventories, heard))
+        self.policy.apply_nodes(machines(heard), _why_none(self._inventories, heard))
 
     async def _wait_for_change(self) -> None:
         wait_s = self._pass_s
@@ -135,14 +138,27 @@ class Placer:
         return [Observation(self.policy.waiting)]
 
 
-def ready_nodes(inventories: list[Inventory]) -> dict[str, Shape]:
-    """What may be placed on."""
+def machines(inventories: list[Inventory]) -> dict[str, Machine]:
+    """What is known of, with what takes no new work now."""
     return {
-        node.id: shape_of(node.cpu_count, node.memory_bytes, node.gpu_count)
+        node.id: Machine(
+            shape_of(node.cpu_count, node.memory_bytes, node.gpu_count, node.gpu_model, node.gpu_memory_bytes),
+            _why_closed(node),
+        )
         for inventory in inventories
         for node in inventory.nodes
-        if node.state == "ready"
     }
+
+
+def _why_closed(node: Node) -> str:
+    if node.state != "ready":
+        return f"is {node.state}"
+    return "is being drained" if node.draining else ""
+
+
+def nodes_in_contact(inventories: list[Inventory]) -> frozenset[str]:
+    """Where what runs can be reached; a node that is being drained is."""
+    return frozenset(node.id for inventory in inventories for node in inventory.nodes if node.state == "ready")
 
 
 def _why_none(inventories: list[Inventory], heard: list[Inventory]) -> str:
@@ -159,7 +175,7 @@ def nodes_detail(inventories: list[Inventory]) -> str:
 
 
 async def _commit(unit: SchedulerUnit, placements: list[Placement], reasons: dict[str, str]) -> None:
-    nodes = dict(placements)
+    nodes = {placement.job_id: placement.node_ids for placement in placements}
     for case in await unit.cases(JOBS.c.id.in_([*nodes, *reasons])):
         if case.job.state != "queued" or case.job.desired_state == CANCELLED:
             continue
@@ -169,10 +185,10 @@ async def _commit(unit: SchedulerUnit, placements: list[Placement], reasons: dic
             await explain(unit, case, reasons[case.job.id])
 
 
-async def _place_one(unit: SchedulerUnit, case: Case, node_id: str) -> None:
+async def _place_one(unit: SchedulerUnit, case: Case, node_ids: tuple[str, ...]) -> None:
     job = case.job
     with span("scheduler place job", job.traceparent, object=job.id, team=job.team_id):
-        await unit.save(case, place(job, new_id("attempt"), node_id, unit.now_us))
+        await unit.save(case, place(job, new_id("attempt"), node_ids, unit.now_us))
     # The wait that the policy could have ended: a retry's delay is not its own.
     since_us = max(job.queued_us or unit.now_us, job.ready_us)
     _placement_seconds.record(max(0, unit.now_us - since_us) / 1_000_000)

@@ -4,7 +4,9 @@ import random
 
 import pytest
 
-from services.scheduler.domain.policy import Demand, Placement, Policy, Shape, shape_of
+from services.scheduler.domain.cluster import Machine
+from services.scheduler.domain.policy import Demand, Placement, Policy
+from services.scheduler.domain.shapes import Shape, shape_of
 
 pytestmark = pytest.mark.unit
 
@@ -12,13 +14,17 @@ GIB = 1 << 30
 ONE_CPU = shape_of(1, 0, 0)
 
 
-def job(name: str, order: int = 0, team: str = "a", shape: Shape = ONE_CPU, **fields) -> Demand:
-    return Demand(name, team, shape, order, **fields)
+def job(name: str, order: int = 0, team: str = "a", shape: Shape = ONE_CPU, ranks: int = 1, **fields) -> Demand:
+    return Demand(name, team, (shape,) * ranks, order, **fields)
+
+
+def machines(nodes: dict[str, Shape]) -> dict[str, Machine]:
+    return {node: Machine(total) for node, total in nodes.items()}
 
 
 def policy_with(*demands: Demand, **nodes: Shape) -> Policy:
     policy = Policy()
-    policy.apply_nodes(nodes, "")
+    policy.apply_nodes(machines(nodes), "")
     for demand in demands:
         policy.apply(demand)
     return policy
@@ -32,7 +38,7 @@ def test_jobs_of_a_team_go_in_the_order_of_their_creation():
 def test_a_job_goes_to_the_node_that_is_left_with_the_least():
     big_gpu, small, large = shape_of(4, 8 * GIB, 2), shape_of(2, 4 * GIB, 0), shape_of(8, 64 * GIB, 0)
     policy = policy_with(job("j"), gpu=big_gpu, large=large, small=small)
-    assert policy.decide(0) == [Placement("j", "small")]
+    assert policy.decide(0) == [Placement("j", ("small",))]
 
 
 def test_each_resource_is_enough_or_the_node_is_not_taken():
@@ -51,17 +57,17 @@ def test_teams_take_turns_by_what_they_hold():
 
 def test_a_job_that_fits_nowhere_lets_others_pass():
     policy = policy_with(job("big", 1, shape=shape_of(9, 0, 0)), job("small", 2), n1=shape_of(4, 0, 0))
-    assert policy.decide(0) == [Placement("small", "n1")]
+    assert policy.decide(0) == [Placement("small", ("n1",))]
     assert policy.newly_blocked() == {"big": "needs 9 CPUs, the largest node has 4 CPUs"}
     assert policy.newly_blocked() == {}
 
 
 def test_freed_room_is_given_to_who_waits():
     policy = policy_with(job("j1", 1), job("j2", 2), n1=ONE_CPU)
-    assert policy.decide(0) == [Placement("j1", "n1")]
+    assert policy.decide(0) == [Placement("j1", ("n1",))]
     assert policy.why_waiting("j2") == "waits for 1 CPU to become free on one node"
     policy.forget("j1")
-    assert policy.decide(0) == [Placement("j2", "n1")]
+    assert policy.decide(0) == [Placement("j2", ("n1",))]
 
 
 def test_without_nodes_the_reason_says_why():
@@ -70,24 +76,24 @@ def test_without_nodes_the_reason_says_why():
     policy.apply(job("j"))
     assert policy.decide(0) == []
     assert policy.newly_blocked() == {"j": "no node is ready: the Ray cluster is still starting"}
-    policy.apply_nodes({"n1": ONE_CPU}, "")
-    assert policy.decide(0) == [Placement("j", "n1")]
+    policy.apply_nodes(machines({"n1": ONE_CPU}), "")
+    assert policy.decide(0) == [Placement("j", ("n1",))]
 
 
 def test_what_is_held_on_a_node_counts_when_the_node_comes_back():
-    policy = policy_with(job("held", node_id="n1"), job("j"), n1=ONE_CPU)
+    policy = policy_with(job("held", node_ids=("n1",)), job("j"), n1=ONE_CPU)
     policy.apply_nodes({}, "")
-    policy.apply_nodes({"n1": ONE_CPU}, "")
+    policy.apply_nodes(machines({"n1": ONE_CPU}), "")
     assert policy.decide(0) == []
-    policy.apply_nodes({"n1": shape_of(2, 0, 0)}, "")
-    assert policy.decide(0) == [Placement("j", "n1")]
+    policy.apply_nodes(machines({"n1": shape_of(2, 0, 0)}), "")
+    assert policy.decide(0) == [Placement("j", ("n1",))]
 
 
 def test_a_postponed_job_is_placed_when_its_time_has_come():
     policy = policy_with(job("j", ready_us=50), n1=ONE_CPU)
     assert policy.decide(49) == []
     assert (policy.next_ready_us, policy.waiting) == (50, 1)
-    assert policy.decide(50) == [Placement("j", "n1")]
+    assert policy.decide(50) == [Placement("j", ("n1",))]
     assert policy.next_ready_us is None
 
 
@@ -95,7 +101,7 @@ def test_a_job_that_left_the_queue_is_not_placed():
     policy = policy_with(job("j1", 1), job("j2", 2), job("j3", 3, ready_us=5), n1=shape_of(9, 0, 0))
     for gone in ("j1", "j3", "unknown"):
         policy.forget(gone)
-    assert policy.decide(9) == [Placement("j2", "n1")]
+    assert policy.decide(9) == [Placement("j2", ("n1",))]
     assert policy.waiting == 0
 
 
@@ -103,7 +109,7 @@ def test_a_placement_that_was_not_kept_is_made_again():
     policy = policy_with(job("j"), n1=ONE_CPU)
     policy.decide(0)
     policy.apply(job("j"))
-    assert policy.decide(0) == [Placement("j", "n1")]
+    assert policy.decide(0) == [Placement("j", ("n1",))]
 
 
 def test_fractions_of_cpus_add_up_exactly():
@@ -186,8 +192,9 @@ def replay(dice: random.Random) -> list[Placement]:
         free = dict(nodes)
         for placement in history:
             if placement.job_id in held:
-                free[placement.node_id] = free[placement.node_id].minus(held[placement.job_id].shape)
-        assert all(min(left) >= 0 for left in free.values())
-        assert not any(left.holds(demand.shape) for left in free.values() for demand in waiting.values())
+                node = placement.node_ids[0]
+                free[node] = free[node].minus(held[placement.job_id].parts[0])
+        assert all(min(left[:3]) >= 0 for left in free.values())
+        assert not any(left.holds(demand.parts[0]) for left in free.values() for demand in waiting.values())
         assert policy.waiting == len(waiting)
     return history
