@@ -92,9 +92,10 @@ class Place(NamedTuple):
 
 
 class KeptBack(NamedTuple):
-    """Nodes that are kept free for a gang."""
+    """Nodes that are kept free for a gang, and for others of its kind: which of them is first is the order's matter."""
 
     place: Place
+    kind: Kind
     node_ids: frozenset[str]
 
 
@@ -203,6 +204,14 @@ class Policy:
     def decide(self, now_us: int, limit: int = 100) -> list[Placement]:
         """Up to `limit` placements, already counted as held; fewer means that nothing else fits now."""
         self._ripen(now_us)
+        placements: list[Placement] = []
+        # Again while the end of a keeping back lets others try.
+        while self._to_try and len(placements) < limit:
+            placements += self._round(limit - len(placements))
+        return placements
+
+    def _round(self, limit: int) -> list[Placement]:
+        """Each team at each priority in its turn, until none of them has something that fits."""
         groups = [self._turn(priority, team) for priority, team in self._to_try]
         heapq.heapify(groups)
         placements: list[Placement] = []
@@ -418,13 +427,13 @@ class Policy:
         if not node_ids:
             return
         released = self._kept_back.node_ids - node_ids if self._kept_back else frozenset()
-        self._kept_back = KeptBack(gang.place, node_ids)
+        self._kept_back = KeptBack(gang.place, gang.kind, node_ids)
         self._unblock(sorted(released))
 
     def _kept_back_from(self, demand: Demand) -> Collection[str]:
         """The nodes that others have kept back from this job."""
         kept = self._kept_back
-        if kept is None or kept.place == demand.place or kept.place.negative_priority > -demand.priority:
+        if kept is None or kept.kind == demand.kind or kept.kind.priority < demand.priority:
             return frozenset()
         return kept.node_ids
 
