@@ -120,13 +120,13 @@ async def order_job(message: OrderJob, unit: SchedulerUnit, call: Envelope) -> N
 async def stop_job(message: StopJob, unit: SchedulerUnit, call: Envelope) -> JobMessage:
     """The wish is committed first; what runs is told, and told again until it has ended."""
     case = await _job(unit, message.job_id, call.principal)
-    return job_message(await unit.save(case, ask_to_stop(case, unit.now_us)))
+    return job_message(await unit.save(case, ask_to_stop(case, unit.now_us, _name(call.principal))))
 
 
 async def halt_job(message: HaltJob, unit: SchedulerUnit, call: Envelope) -> None:
     case = await unit.find(message.job_id, call.team_id)
     if case:
-        await unit.save(case, ask_to_stop(case, unit.now_us))
+        await unit.save(case, ask_to_stop(case, unit.now_us, call.source))
 
 
 async def get_job(message: GetJob, view: SchedulerUnit, call: Envelope) -> JobDetail:
@@ -136,7 +136,15 @@ async def get_job(message: GetJob, view: SchedulerUnit, call: Envelope) -> JobDe
         job=job_message(case),
         attempts=tuple(attempt_message(attempt) for attempt in await view.attempts(message.job_id)),
         timeline=tuple(
-            TimelineEntry(at=from_us(entry.at_us), state=entry.state, detail=entry.detail, attempt=entry.attempt)
+            TimelineEntry(
+                at=from_us(entry.at_us),
+                state=entry.state,
+                detail=entry.detail,
+                attempt=entry.attempt,
+                actor=entry.actor,
+                cause=entry.cause,
+                trace_id=entry.trace_id,
+            )
             for entry in entries
         ),
     )
@@ -224,7 +232,11 @@ async def _queue(
         created_by=principal.id,
         traceparent=current_traceparent(),
     )
-    return await unit.add(Case(admit(job, unit.now_us)), f"by {principal.name or principal.id}")
+    return await unit.add(admit(job, unit.now_us, _name(principal)), f"by {_name(principal)}")
+
+
+def _name(principal: Principal) -> str:
+    return principal.name or principal.id
 
 
 async def _check_project(unit: SchedulerUnit, project_id: str, team_id: str) -> None:

@@ -106,6 +106,7 @@ class SchedulerUnit(UnitOfWork):
         super().__init__(*arguments)
         self.touched_jobs: set[str] = set()
         self.touched_nodes = False
+        self.touched_projects: set[str] = set()
 
     @property
     def now_us(self) -> int:
@@ -251,6 +252,7 @@ class SchedulerUnit(UnitOfWork):
             await self.execute(insert(PROJECTS), values | {"id": project_id})
         else:
             await self.execute(update(PROJECTS).where(PROJECTS.c.id == project_id).values(**values))
+        self.touched_projects.add(project_id)
 
     async def projects_unchecked(self, before_us: int, limit: int) -> Sequence[Row[Any]]:
         """Those of which nothing was heard since, longest first."""
@@ -261,7 +263,19 @@ class SchedulerUnit(UnitOfWork):
         """Takes in an answer, whatever revision it has, unless something was heard while it was asked for."""
         same = (PROJECTS.c[name] == getattr(asked, name) for name in ("id", "team_id", "revision"))
         values = {"state": state, "revision": revision, "checked_us": self.now_us}
-        await self.execute(update(PROJECTS).where(*same).values(**values))
+        changed = await self.execute(update(PROJECTS).where(*same).values(**values))
+        if changed.rowcount and state != asked.state:
+            self.touched_projects.add(asked.id)
+
+    async def closed_projects(self, project_ids: Collection[str]) -> set[str]:
+        """Those of them in which nothing may run."""
+        query = select(PROJECTS.c.id).where(PROJECTS.c.id.in_(project_ids), PROJECTS.c.state.in_(CLOSED))
+        return set((await self.execute(query)).scalars())
+
+    async def queued_in(self, project_id: str) -> list[str]:
+        """The jobs that wait in this project."""
+        query = select(JOBS.c.id).where(JOBS.c.project_id == project_id, JOBS.c.state == "queued")
+        return list((await self.execute(query)).scalars())
 
     async def inventories(self) -> list[Inventory]:
         rows = (await self.execute(select(INVENTORIES).order_by(INVENTORIES.c.executor))).all()
@@ -307,17 +321,19 @@ class Changes:
 
     jobs: set[str] = field(default_factory=set)
     nodes: bool = False
+    projects: set[str] = field(default_factory=set)
     happened: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def note(self, jobs: Collection[str], *, nodes: bool = False) -> None:
+    def note(self, jobs: Collection[str], *, nodes: bool = False, projects: Collection[str] = ()) -> None:
         self.jobs.update(jobs)
         self.nodes = self.nodes or nodes
-        if jobs or nodes:
+        self.projects.update(projects)
+        if jobs or nodes or projects:
             self.happened.set()
 
-    def take(self) -> tuple[set[str], bool]:
-        taken = self.jobs, self.nodes
-        self.jobs, self.nodes = set(), False
+    def take(self) -> tuple[set[str], bool, set[str]]:
+        taken = self.jobs, self.nodes, self.projects
+        self.jobs, self.nodes, self.projects = set(), False, set()
         self.happened.clear()
         return taken
 
@@ -334,7 +350,7 @@ class SchedulerStore(Store[SchedulerUnit]):
         async with super().begin() as unit:
             yield unit
         # After the commit: whoever is told earlier would read what was before.
-        self.changes.note(unit.touched_jobs, nodes=unit.touched_nodes)
+        self.changes.note(unit.touched_jobs, nodes=unit.touched_nodes, projects=unit.touched_projects)
 
 
 def _identity(job: Job) -> dict[str, Any]:

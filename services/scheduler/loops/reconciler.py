@@ -25,7 +25,7 @@ from services.scheduler.domain.lifecycles import LIVE, forget, lose_contact, mis
 from services.scheduler.domain.model import Case
 from services.scheduler.domain.policy import Policy
 from services.scheduler.handlers import apply_execution
-from services.scheduler.loops.placer import explain, nodes_detail, nodes_in_contact
+from services.scheduler.loops.placer import end_waiting, endings, explain, nodes_detail, nodes_in_contact
 from services.scheduler.ports import Executor, Registry
 from services.scheduler.store import GONE, Inventory, Place, SchedulerStore, SchedulerUnit
 from services.scheduler.tables import ATTEMPTS, JOBS
@@ -154,8 +154,12 @@ class Reconciler:
         """Renews why jobs wait, as that changes without anything happening to them."""
         waiting = JOBS.c.ended_us.is_(None) & (JOBS.c.state == "queued")
         cases = await unit.cases(waiting, order=JOBS.c.checked_us, limit=ROWS)
+        hopeless = endings(self._policy, [case.job.id for case in cases], ())
         for case in cases:
-            await explain(unit, case, self._policy.why_waiting(case.job.id))
+            if case.job.id in hopeless:
+                await end_waiting(unit, case, hopeless[case.job.id])
+            else:
+                await explain(unit, case, self._policy.why_waiting(case.job.id))
         await unit.mark_checked(JOBS, [case.job.id for case in cases])
 
     async def _ask_for_projects(self) -> None:

@@ -24,7 +24,7 @@ def queued(**fields: Any) -> Case:
     job = Job(
         id="js" + "0" * 26, team_id=TEAM, project_id=PROJECT, template=template(**fields), created_us=NOW, revision=1
     )
-    return Case(admit(job, NOW))
+    return admit(job, NOW, "ada")
 
 
 def placed(**fields: Any) -> Case:

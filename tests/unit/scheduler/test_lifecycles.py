@@ -31,6 +31,7 @@ JOB_TRIGGERS = {
     "hold": {"submitted": "waiting"},
     "admit": {"submitted": "queued", "waiting": "queued"},
     "place": {"queued": "starting"},
+    "give_up": {"queued": "failed"},
     "run": {"starting": "running", "unreachable": "running"},
     "lose_contact": {"starting": "unreachable", "running": "unreachable"},
     "resume": {"unreachable": "starting"},
