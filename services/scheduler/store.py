@@ -11,19 +11,32 @@ import json
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields, replace
-from itertools import groupby
 from typing import Any
 
 from sqlalchemy import ColumnElement, Row, Table, insert, select, update
 
 from libs.common.clock import Clock, to_us, utc_now
-from libs.common.contracts.messages import JobTemplate, Node, Principal, StartExecution, StopExecution
+from libs.common.contracts.messages import Node, Principal, StartExecution, StopExecution
 from libs.common.store import Store, UnitOfWork
-from libs.common.telemetry import current_traceparent
+from services.scheduler.domain.machine_types import MachineTypes
 from services.scheduler.domain.model import Attempt, Case, Experiment, Job
-from services.scheduler.domain.policy import Demand
-from services.scheduler.domain.shapes import Parts, Shape, parts_of
+from services.scheduler.domain.policy import Demand, Policy
 from services.scheduler.domain.snapshots import event_of
+from services.scheduler.ports import MachineTypeSource
+from services.scheduler.rows import (
+    CASES,
+    CLOSED,
+    DEMANDS,
+    PLACES,
+    attempt_columns,
+    changing_columns,
+    identity_columns,
+    read_attempt,
+    read_case,
+    read_demand,
+    step_of,
+    timeline_entry,
+)
 from services.scheduler.tables import (
     ATTEMPTS,
     EXPERIMENTS,
@@ -38,44 +51,10 @@ from services.scheduler.tables import (
 
 __all__ = ["GONE", "UNHEARD", "Base", "Changes", "Inventory", "Place", "SchedulerStore", "SchedulerUnit"]
 
-_JOB_FIELDS = tuple(item.name for item in fields(Job))
-_ATTEMPT_FIELDS = tuple(item.name for item in fields(Attempt))
-# Held as JSON, where the model has tuples and a mapping.
-_ATTEMPT_LISTS = ("node_ids", "gpu_indices")
-_NEWEST = "newest_"
-# Who moves jobs unless somebody else is named.
-ACTOR = "scheduler"
 # States of a project that the registry does not have: nobody has told of it yet; its team has none of that id.
 UNHEARD, GONE = "unheard", "gone"
-# In these nothing may run.
-CLOSED = ("archived", "deleted")
-_CASES = select(
-    *(JOBS.c[name] for name in _JOB_FIELDS),
-    *(ATTEMPTS.c[name].label(_NEWEST + name) for name in _ATTEMPT_FIELDS),
-).outerjoin_from(JOBS, ATTEMPTS, JOBS.c.attempt_id == ATTEMPTS.c.id)
-_PLACES = select(
-    JOBS.c.id.label("job_id"), JOBS.c.state, JOBS.c.detail, ATTEMPTS.c.node_ids, ATTEMPTS.c.forgotten
-).join_from(JOBS, ATTEMPTS, JOBS.c.attempt_id == ATTEMPTS.c.id)
-_DEMANDS = (
-    select(
-        JOBS.c.id,
-        JOBS.c.team_id,
-        JOBS.c.kind,
-        JOBS.c.parts,
-        JOBS.c.priority,
-        JOBS.c.state,
-        JOBS.c.created_us,
-        JOBS.c.queued_us,
-        JOBS.c.ready_us,
-        JOBS.c.max_wait_us,
-        ATTEMPTS.c.node_ids,
-        ATTEMPTS.c.gpu_indices,
-        ATTEMPTS.c.ended_us.label("attempt_ended_us"),
-        PROJECTS.c.state.label("project_state"),
-    )
-    .outerjoin_from(JOBS, ATTEMPTS, JOBS.c.attempt_id == ATTEMPTS.c.id)
-    .outerjoin(PROJECTS, JOBS.c.project_id == PROJECTS.c.id)
-)
+# Who moves jobs unless somebody else is named.
+ACTOR = "scheduler"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +79,14 @@ class Place:
 
 
 class SchedulerUnit(UnitOfWork):
-    """One transaction. Jobs written in it are in `touched_jobs`, for whoever keeps a picture of the queue."""
+    """One transaction. Jobs written in it are in `touched_jobs`, for whoever keeps a picture of the queue.
+
+    Attributes:
+        policy: that picture, to look at; it may be a moment behind.
+    """
+
+    policy: Policy
+    machine_types: MachineTypeSource
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -122,23 +108,30 @@ class SchedulerUnit(UnitOfWork):
         return next(iter(await self.cases(*wanted)), None)
 
     async def cases(self, *wanted: ColumnElement[bool], order: Any = None, limit: int | None = None) -> list[Case]:
-        query = _CASES.where(*wanted).order_by(JOBS.c.id if order is None else order).limit(limit)
-        return [_case(row) for row in (await self.execute(query)).all()]
+        query = CASES.where(*wanted).order_by(JOBS.c.id if order is None else order).limit(limit)
+        return [read_case(row) for row in (await self.execute(query)).all()]
 
     async def places(self, state: str, limit: int) -> list[Place]:
         """Where the jobs in this state are, those first that were looked at longest ago."""
-        query = _PLACES.where(JOBS.c.ended_us.is_(None), JOBS.c.state == state).order_by(JOBS.c.checked_us)
+        query = PLACES.where(JOBS.c.ended_us.is_(None), JOBS.c.state == state).order_by(JOBS.c.checked_us)
         rows = (await self.execute(query.limit(limit))).all()
         return [Place(**(dict(row._mapping) | {"node_ids": tuple(json.loads(row.node_ids))})) for row in rows]
 
     async def add(self, case: Case, first_detail: str) -> Case:
         """Stores a new job, already in the queue. Its timeline begins with the submission."""
         job = replace(case.job, revision=1)
-        row = {"id": job.id, **_identity(job), **_changing(job), "attempt_id": None, "checked_us": 0, "revision": 1}
+        row = {
+            "id": job.id,
+            **identity_columns(job),
+            **changing_columns(job),
+            "attempt_id": None,
+            "checked_us": 0,
+            "revision": 1,
+        }
         await self.execute(insert(JOBS), row)
         first = replace(job, state="submitted", detail=first_detail, revision=0)
-        submitted = _entry(first, self.now_us, case.actor or ACTOR, "submitted")
-        await self.execute(insert(TIMELINE), [submitted, _entry(job, self.now_us, ACTOR, case.cause)])
+        submitted = timeline_entry(first, self.now_us, case.actor or ACTOR, "submitted")
+        await self.execute(insert(TIMELINE), [submitted, timeline_entry(job, self.now_us, ACTOR, case.cause)])
         added = replace(case, job=job)
         await self._announce(added)
         return added
@@ -161,18 +154,18 @@ class SchedulerUnit(UnitOfWork):
 
     async def _write(self, before: Case, after: Case) -> Case:
         job, attempt = replace(after.job, revision=before.job.revision + 1), after.attempt
-        values = _changing(job) | {"attempt_id": attempt.id if attempt else None}
+        values = changing_columns(job) | {"attempt_id": attempt.id if attempt else None}
         await self.swap(JobRow, job.id, before.job.revision, values)
         if attempt and attempt != before.attempt:
             await self._write_attempt(job, attempt, is_new=before.attempt is None or before.attempt.id != attempt.id)
-        if _step(before) != _step(after):
-            await self.execute(insert(TIMELINE), _entry(job, self.now_us, after.actor or ACTOR, after.cause))
+        if step_of(before) != step_of(after):
+            await self.execute(insert(TIMELINE), timeline_entry(job, self.now_us, after.actor or ACTOR, after.cause))
         written = replace(after, job=job)
         await self._announce(written)
         return written
 
     async def _write_attempt(self, job: Job, attempt: Attempt, *, is_new: bool) -> None:
-        values = _columns(attempt) | {"job_id": job.id, "checked_us": self.now_us}
+        values = attempt_columns(attempt) | {"job_id": job.id, "checked_us": self.now_us}
         if is_new:
             await self.execute(insert(ATTEMPTS), values)
         else:
@@ -203,16 +196,21 @@ class SchedulerUnit(UnitOfWork):
 
     async def attempts(self, job_id: str) -> list[Attempt]:
         query = select(ATTEMPTS).where(ATTEMPTS.c.job_id == job_id).order_by(ATTEMPTS.c.number)
-        return [_attempt(row, "") for row in (await self.execute(query)).all()]
+        return [read_attempt(row, "") for row in (await self.execute(query)).all()]
 
     async def timeline(self, job_id: str) -> Sequence[Row[Any]]:
         query = select(TIMELINE).where(TIMELINE.c.job_id == job_id).order_by(TIMELINE.c.revision)
         return (await self.execute(query)).all()
 
+    async def newest_cause(self, job_id: str) -> str:
+        """Why the job came to be as it is, in one word."""
+        query = select(TIMELINE.c.cause).where(TIMELINE.c.job_id == job_id).order_by(TIMELINE.c.revision.desc())
+        return (await self.execute(query.limit(1))).scalar() or ""
+
     async def demands(self, wanted: ColumnElement[bool], limit: int | None = None) -> dict[str, Demand | None]:
         """What each of these jobs asks of the policy, in the order of ids; None for one that asks nothing."""
-        rows = (await self.execute(_DEMANDS.where(wanted).order_by(JOBS.c.id).limit(limit))).all()
-        return {row.id: _demand(row, self.now_us) for row in rows}
+        rows = (await self.execute(DEMANDS.where(wanted).order_by(JOBS.c.id).limit(limit))).all()
+        return {row.id: read_demand(row, self.now_us) for row in rows}
 
     async def mark_checked(self, table: Table, ids: Collection[str]) -> None:
         """Puts rows at the end of the line of those to be looked at again."""
@@ -338,119 +336,38 @@ class Changes:
         return taken
 
 
-class SchedulerStore(Store[SchedulerUnit]):
-    """The database, which tells what each commit changed."""
+class NoMachineTypes:
+    """An installation that names no machine types of its own."""
 
-    def __init__(self, url: str, clock: Clock = utc_now) -> None:
+    def types(self) -> MachineTypes | None:
+        return None
+
+
+class SchedulerStore(Store[SchedulerUnit]):
+    """The database, which tells what each commit changed, and the picture of the queue that is kept beside it.
+
+    Attributes:
+        policy: the live queue in memory, kept in step by the placing loop; others only look at it.
+    """
+
+    def __init__(self, url: str, clock: Clock = utc_now, machine_types: MachineTypeSource | None = None) -> None:
         super().__init__(url, SchedulerUnit, SKELETON, "scheduler", clock)
         self.changes = Changes()
+        self.policy = Policy()
+        self._machine_types = machine_types or NoMachineTypes()
+
+    @asynccontextmanager
+    async def view(self) -> AsyncIterator[SchedulerUnit]:
+        async with super().view() as unit:
+            yield self._equipped(unit)
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[SchedulerUnit]:
         async with super().begin() as unit:
-            yield unit
+            yield self._equipped(unit)
         # After the commit: whoever is told earlier would read what was before.
         self.changes.note(unit.touched_jobs, nodes=unit.touched_nodes, projects=unit.touched_projects)
 
-
-def _identity(job: Job) -> dict[str, Any]:
-    """The columns that never change."""
-    template = job.template
-    return {
-        "team_id": job.team_id,
-        "project_id": job.project_id,
-        "experiment_id": job.experiment_id,
-        "kind": template.kind,
-        "template": template.model_dump_json(exclude_defaults=True),
-        "parts": parts_text(parts_of(template)),
-        "priority": job.priority,
-        "max_wait_us": int(template.max_wait_s * 1_000_000),
-        "created_by": job.created_by,
-        "created_us": job.created_us,
-        "traceparent": job.traceparent,
-    }
-
-
-def _changing(job: Job) -> dict[str, Any]:
-    return {
-        "state": job.state,
-        "detail": job.detail,
-        "desired_state": job.desired_state,
-        "queued_us": job.queued_us,
-        "ready_us": job.ready_us,
-        "started_us": job.started_us,
-        "ended_us": job.ended_us,
-        "exit_code": job.exit_code,
-        "attempt_count": job.attempt_count,
-        "retries_used": job.retries_used,
-        "infra_retries_used": job.infra_retries_used,
-        "preemptions_used": job.preemptions_used,
-    }
-
-
-def _columns(attempt: Attempt) -> dict[str, Any]:
-    plain = {name: getattr(attempt, name) for name in _ATTEMPT_FIELDS} | {"node_id": attempt.node_id}
-    lists = {name: json.dumps(plain[name]) for name in _ATTEMPT_LISTS}
-    return plain | lists | {"addresses": json.dumps(attempt.addresses)}
-
-
-def _step(case: Case) -> tuple[str, ...]:
-    """What of a case is an entry of its history when it changes."""
-    attempt = (case.attempt.id, case.attempt.state) if case.attempt else ()
-    return (case.job.state, case.job.desired_state, *attempt)
-
-
-def _entry(job: Job, now_us: int, actor: str, cause: str) -> dict[str, Any]:
-    return {
-        "job_id": job.id,
-        "revision": job.revision,
-        "at_us": now_us,
-        "state": job.state,
-        "detail": job.detail,
-        "attempt": job.attempt_count,
-        "actor": actor,
-        "cause": cause,
-        "trace_id": current_traceparent()[3:35],
-    }
-
-
-def _case(row: Row[Any]) -> Case:
-    values = {name: row._mapping[name] for name in _JOB_FIELDS}
-    values["template"] = JobTemplate.model_validate_json(row.template)
-    return Case(Job(**values), _attempt(row, _NEWEST) if row._mapping[_NEWEST + "id"] else None)
-
-
-def _attempt(row: Row[Any], prefix: str) -> Attempt:
-    values = {name: row._mapping[prefix + name] for name in _ATTEMPT_FIELDS}
-    values["addresses"] = json.loads(values["addresses"])
-    values |= {name: tuple(json.loads(values[name])) for name in _ATTEMPT_LISTS}
-    return Attempt(**values)
-
-
-def parts_text(parts: Parts) -> str:
-    """As a column holds them: [[how many ranks in a row, *what each of them asks for], ...]."""
-    return json.dumps([[len(list(run)), *shape] for shape, run in groupby(parts)])
-
-
-def read_parts(text: str) -> Parts:
-    return tuple(Shape(*shape) for count, *shape in json.loads(text) for _ in range(count))
-
-
-def _demand(row: Row[Any], now_us: int) -> Demand | None:
-    fixed = {"job_id": row.id, "team_id": row.team_id, "parts": read_parts(row.parts), "order": row.created_us}
-    fixed |= {"priority": row.priority, "lasting": row.kind == "replica"}
-    node_ids = tuple(json.loads(row.node_ids)) if row.node_ids else ()
-    if row.state == "queued":
-        since_us = max(row.queued_us or row.created_us, row.ready_us)
-        return Demand(
-            **fixed,
-            ready_us=row.ready_us if row.ready_us > now_us else 0,
-            give_up_us=since_us + row.max_wait_us if row.max_wait_us else 0,
-            hold=f"its project is {row.project_state}" if row.project_state in CLOSED else "",
-            # A gang begins again where its peers are warm; a single job had better go where it has not failed.
-            preferred=node_ids if len(node_ids) > 1 else (),
-        )
-    if node_ids and row.attempt_ended_us is None:
-        gpus = tuple(json.loads(row.gpu_indices))
-        return Demand(**fixed, node_ids=node_ids, gpu_indices=(gpus,) if len(node_ids) == 1 else ())
-    return None
+    def _equipped(self, unit: SchedulerUnit) -> SchedulerUnit:
+        unit.policy, unit.machine_types = self.policy, self._machine_types
+        return unit

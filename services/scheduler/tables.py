@@ -20,7 +20,7 @@ class Base(SQLModel, registry=registry()):
 class JobRow(Base, table=True):
     """A job. What the queue needs of its template stands beside it, so that the queue is read without opening them.
 
-    `parts` is what each process asks for, by rank: see `store.parts_text`.
+    `parts` is what each process asks for, by rank: see `rows.parts_text`.
     """
 
     __tablename__ = "jobs"

@@ -7,7 +7,7 @@ is known once its executor has said so; until then it is taken to be the fullest
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -261,10 +261,15 @@ class Cluster:
         return all(any(has_kind(total, part) for total in totals) for part in dict.fromkeys(parts) if part.milli_gpus)
 
     def open_rooms(self) -> Mapping[str, Room]:
+        """What is free on each machine that takes work."""
         return self._open
 
-    def held_on(self, node: str) -> Mapping[tuple[str, int], Held]:
-        return self._held.get(node, {})
+    def room_on(self, node: str) -> Room:
+        return self._rooms[node]
+
+    def held(self) -> Iterator[Shape]:
+        """What each process holds on the machines that are known."""
+        return (held.shape for node in self.machines for held in self._held.get(node, {}).values())
 
     def why_too_small(self, shape: Shape) -> str:
         """Of a shape that no machine has, for people: what is missing most plainly."""

@@ -306,6 +306,13 @@ class Policy:
         )
         return higher + len(set(older))
 
+    def nodes_kept_from(self, demand: Demand) -> Collection[str]:
+        """The nodes that others have kept back from this job."""
+        kept = self._kept_back
+        if kept is None or kept.kind == demand.kind or kept.kind.priority < demand.priority:
+            return frozenset()
+        return kept.node_ids
+
     def share(self, team: str) -> float:
         """The largest share that the team holds of any resource."""
         amounts = zip(self._used_by[team].amounts, self.cluster.total.amounts, strict=True)
@@ -321,7 +328,7 @@ class Policy:
             return alone
         if not cluster.could_hold(parts):
             return f"needs {parts_text(parts)}{_where(parts)}, and {_nobody(parts)}"
-        kept = self._kept_back_from(demand)
+        kept = self.nodes_kept_from(demand)
         if kept and cluster.seats(parts):
             count = "1 node is" if len(kept) == 1 else f"{len(kept)} nodes are"
             return f"{count} kept free for a job of several processes that came before"
@@ -373,7 +380,7 @@ class Policy:
     def _place_next(self, priority: int, team: str) -> Placement | None:
         """Places the team's oldest job that fits; without one the team has nothing to try at this priority."""
         while first := self._oldest(priority, team):
-            node_ids = self.cluster.seats(first.parts, first.preferred, self._kept_back_from(first))
+            node_ids = self.cluster.seats(first.parts, first.preferred, self.nodes_kept_from(first))
             if node_ids:
                 return self._place(first, node_ids)
             self._block(first)
@@ -429,13 +436,6 @@ class Policy:
         released = self._kept_back.node_ids - node_ids if self._kept_back else frozenset()
         self._kept_back = KeptBack(gang.place, gang.kind, node_ids)
         self._unblock(sorted(released))
-
-    def _kept_back_from(self, demand: Demand) -> Collection[str]:
-        """The nodes that others have kept back from this job."""
-        kept = self._kept_back
-        if kept is None or kept.kind == demand.kind or kept.kind.priority < demand.priority:
-            return frozenset()
-        return kept.node_ids
 
     def _let_go(self) -> list[str]:
         """Ends the keeping back; the next gang in order keeps back in its turn. Returns the nodes set free."""

@@ -77,7 +77,7 @@ class Placer:
     """
 
     def __init__(self, store: SchedulerStore, *, silent_s: float, pass_s: float, clock: Clock = utc_now) -> None:
-        self.policy = Policy()
+        self.policy = store.policy
         self._store = store
         self._silent = timedelta(seconds=silent_s)
         self._pass_s = pass_s
@@ -201,6 +201,9 @@ def _why_none(inventories: list[Inventory], heard: list[Inventory]) -> str:
         return NO_EXECUTOR
     if not heard:
         return "the executor is silent"
+    ready = [node for inventory in heard for node in inventory.nodes if node.state == "ready"]
+    if ready and all(node.draining for node in ready):
+        return "all nodes are being drained"
     return nodes_detail(heard)
 
 
