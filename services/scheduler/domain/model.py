@@ -6,19 +6,22 @@ from dataclasses import dataclass, field
 
 from libs.common.contracts.messages import JobTemplate, StartExecution, StopExecution
 
+DEFAULT_PRIORITY = 50
+
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """One try of a job. Its number is the only fence: what an older one reports never changes the job.
 
     Args:
+        node_ids: where its processes are, by rank.
         execution_revision: the newest snapshot applied of what the executor says; -1 before the first.
         forgotten: the executor told of it before and says now that it knows of none: its database was restored.
     """
 
     id: str
     number: int
-    node_id: str
+    node_ids: tuple[str, ...]
     created_us: int
     state: str = "created"
     detail: str = ""
@@ -31,6 +34,11 @@ class Attempt:
     gpu_indices: tuple[int, ...] = ()
     execution_revision: int = -1
     forgotten: bool = False
+
+    @property
+    def node_id(self) -> str:
+        """Where its first process is."""
+        return self.node_ids[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +76,27 @@ class Job:
     preemptions_used: int = 0
     traceparent: str = ""
 
+    @property
+    def priority(self) -> int:
+        """0 to 100, the higher first."""
+        said = self.template.priority
+        return DEFAULT_PRIORITY if said is None else said
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A job with its newest attempt, and the commands that leave in the commit that saves it."""
+    """A job with its newest attempt, and the commands that leave in the commit that saves it.
+
+    Args:
+        cause: in one word, why it came to be as it is, for its history.
+        actor: who moved it, where that is not this service.
+    """
 
     job: Job
     attempt: Attempt | None = None
     commands: tuple[StartExecution | StopExecution, ...] = ()
+    cause: str = ""
+    actor: str = ""
 
 
 @dataclass(frozen=True, slots=True)
