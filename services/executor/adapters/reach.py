@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from socketserver import BaseRequestHandler, ThreadingTCPServer
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import getproxies_environment, proxy_bypass
 
 from libs.common.errors import NablaError
 
 CONNECT_S = 20.0
 SILENT_S = 300.0
 MAX_HEAD_BYTES = 64 * 1024
+MOST_REFUSED = 10
 _CHUNK_BYTES = 256 * 1024
 _HOP_HEADERS = (b"connection:", b"proxy-connection:", b"proxy-authorization:", b"keep-alive:")
 
@@ -93,7 +94,7 @@ def _connected(family: int, kind: int, protocol: int, address: Any) -> socket.so
 
 
 class Gate:
-    """A proxy for a few places; `refused` are those that were asked for besides."""
+    """A proxy for a few places; `refused` says what else was asked for, or why one of them was not reached."""
 
     def __init__(self, places: Collection[Place]) -> None:
         self._places = {(place.host, place.port): place for place in places}
@@ -104,11 +105,12 @@ class Gate:
         """Raises OutOfReach."""
         place = self._places.get((host.lower(), port))
         if place is None:
-            name = f"{host}:{port}"
-            if name not in self.refused and len(self.refused) < 10:
-                self.refused.append(name)
-            raise OutOfReach(f"{name} is not among the places that may be reached from here")
+            raise OutOfReach(f"{host}:{port} is not among the places that may be reached from here")
         return place
+
+    def note(self, error: OutOfReach) -> None:
+        if str(error) not in self.refused and len(self.refused) < MOST_REFUSED:
+            self.refused.append(str(error))
 
     @contextmanager
     def opened(self) -> Iterator[Gate]:
@@ -146,6 +148,7 @@ class _Connection(BaseRequestHandler):
             try:
                 self._serve(head, rest)
             except OutOfReach as error:
+                self.server.gate.note(error)
                 text = f"{error}\n".encode()
                 answer = b"HTTP/1.1 403 Forbidden\r\nConnection: close\r\nContent-Type: text/plain\r\nContent-Length: "
                 self.request.sendall(answer + str(len(text)).encode() + b"\r\n\r\n" + text)
@@ -175,7 +178,7 @@ class _Connection(BaseRequestHandler):
 def _opened(place: Place, scheme: str) -> Iterator[socket.socket]:
     """Through the node's own proxy where it has one: it may be the only way out."""
     proxy = getproxies_environment().get(scheme, "")
-    far = connect(place) if not proxy or proxy_bypass_environment(place.host) else _tunnel(place, proxy)
+    far = connect(place) if not proxy or proxy_bypass(place.host) else _tunnel(place, proxy)
     with far:
         yield far
 

@@ -54,6 +54,8 @@ class Tool:
     """A program to run.
 
     Args:
+        files: texts for the tool alone, in the folder that its variable TOOL_FILES names; they go with it, and are in
+            no record. A name that ends in .sh can be executed.
         writable, readable: paths of the node, shown at the same path inside; the former are given to the tool's user.
         prefix: a Python environment to show, whose `bin` comes first on the PATH.
         check: looked at every second; a text that it answers ends the tool, with this text as the reason.
@@ -61,6 +63,7 @@ class Tool:
 
     command: list[str]
     env: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict, repr=False)
     writable: tuple[Path, ...] = ()
     readable: tuple[Path, ...] = ()
     prefix: str | None = None
@@ -122,7 +125,7 @@ class Toolbox:
                 ending.add_done_callback(self._ending.discard)
                 await asyncio.shield(ending)
         if ended.code:
-            raise ToolFailed("\n".join([*output.last, *_refusals(gate, self.walled)]) or f"exit code {ended.code}")
+            raise ToolFailed("\n".join([*output.last, *gate.refused]) or f"exit code {ended.code}")
         return list(output.last)
 
     async def _until_ended(
@@ -157,7 +160,7 @@ class Toolbox:
             attempt_id=f"tool-{uuid.uuid4().hex[:20]}",
             job_id="tool",
             command=tool.command,
-            env=proxies | tool.env,
+            env=proxies | tool.env | {"TOOL_FILES": "/tmp/files"},
             isolation=node.isolation,
             run_as_uid=uid,
             timeout_s=tool.limit_s,
@@ -170,8 +173,12 @@ class Toolbox:
             node_fence_s=node.fence_s,
             bwrap_path=node.bwrap_path,
         )
+        if not self.walled:
+            spec.env["TOOL_FILES"] = str(self._root / "attempts" / spec.attempt_id / "tmp" / "files")
         folder = AttemptFolder.create(self._root, spec)
         (self._root / "attempts").chmod(0o711)
+        for name, text in tool.files.items():
+            _write_private(folder.tmp / "files" / name, text)
         return folder
 
     def _uid(self, tool: Tool) -> int | None:
@@ -201,10 +208,11 @@ class _Output:
                     self._tell(text)
 
 
-def _refusals(gate: Gate, walled: bool) -> list[str]:
-    if not gate.refused:
-        return []
-    return [f"it also tried to reach {', '.join(gate.refused)}, which is not open to it here"]
+def _write_private(path: Path, text: str) -> None:
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    with os.fdopen(os.open(path, flags, 0o700 if path.suffix == ".sh" else 0o600), "w") as file:
+        file.write(text)
 
 
 def _give(path: Path, uid: int) -> None:

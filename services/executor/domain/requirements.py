@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -50,7 +50,7 @@ def split_extras(path: str) -> tuple[str, tuple[str, ...]]:
     found = _WITH_EXTRAS.fullmatch(path)
     if not found:
         return path, ()
-    return found[1], tuple(sorted(canonicalize_name(name) for name in found[2].split(",") if name.strip()))
+    return found[1], tuple(sorted(canonicalize_name(name.strip()) for name in found[2].split(",") if name.strip()))
 
 
 def python_wanted(path: str, text: str) -> str:
@@ -182,9 +182,7 @@ def _of_pyproject(content: Mapping[str, Any], extras: Sequence[str]) -> Iterator
         wish = waiting.pop()
         if isinstance(wish, dict):
             wish_name = canonicalize_name(str(wish.get("include-group", "")))
-            if wish_name not in optional and wish_name not in groups:
-                known = ", ".join(sorted({*optional, *groups})) or "none"
-                raise BadRequirements(f"pyproject.toml has no extra or group {wish_name!r}; it has {known}")
+            _check_extras("pyproject.toml", [wish_name], {*optional, *groups})
             if wish_name not in seen:
                 seen.add(wish_name)
                 waiting += [*optional.get(wish_name, ()), *groups.get(wish_name, ())]
@@ -285,9 +283,14 @@ def _locked(package: Mapping[str, Any], of_index: bool, hashes: Iterable[str]) -
     name, version = str(package.get("name", "")), str(package.get("version", ""))
     if not of_index or not version:
         raise BadRequirements(f"the lock takes {name!r} from a place of its own; {_CHOSEN}")
-    return _with_hashes(
-        _normal(f"{name}=={version}"), [value for value in hashes if _HASH.fullmatch(f" --hash={value}")]
-    )
+    well_formed = [value for value in hashes if _HASH.fullmatch(f" --hash={value}")]
+    return _with_hashes(_normal(f"{name}=={version}"), well_formed)
+
+
+def _check_extras(what: str, extras: Iterable[str], known: Collection[str]) -> None:
+    for name in extras:
+        if name not in known:
+            raise BadRequirements(f"{what} has no extra or group {name!r}; it has {', '.join(sorted(known)) or 'none'}")
 
 
 def _holds(marker: object, environment: Mapping[str, Any]) -> bool:
