@@ -354,7 +354,8 @@ def _changing(job: Job) -> dict[str, Any]:
 
 def _columns(attempt: Attempt) -> dict[str, Any]:
     plain = {name: getattr(attempt, name) for name in _ATTEMPT_FIELDS}
-    return plain | {"addresses": json.dumps(attempt.addresses), "gpu_indices": json.dumps(attempt.gpu_indices)}
+    as_json = {name: json.dumps(getattr(attempt, name)) for name in ("addresses", "gpu_indices", "origin")}
+    return plain | as_json
 
 
 def _entry(job: Job, now_us: int) -> dict[str, Any]:
@@ -377,6 +378,7 @@ def _case(row: Row[Any]) -> Case:
 def _attempt(row: Row[Any], prefix: str) -> Attempt:
     values = {name: row._mapping[prefix + name] for name in _ATTEMPT_FIELDS}
     values["addresses"] = json.loads(values["addresses"])
+    values["origin"] = json.loads(values["origin"])
     values["gpu_indices"] = tuple(json.loads(values["gpu_indices"]))
     return Attempt(**values)
 

@@ -33,7 +33,7 @@ from services.executor.adapters.reach import Gate, Place
 from services.executor.adapters.spool import SpoolReader
 from services.executor.adapters.transfer import remove_tree
 
-LAST_LINES = 12
+LAST_LINES = 20
 LOOK_S = 1.0
 END_S = 20.0
 # Inside a sandbox, where nothing else listens.
@@ -84,6 +84,7 @@ class Toolbox:
         self._watch = watch
         self._start = start
         self._root = node.node_dir / "tools"
+        self._fetching = node.node_dir / "fetching"
         self._ending: set[asyncio.Task[None]] = set()
 
     @property
@@ -94,13 +95,11 @@ class Toolbox:
     def sweep(self) -> None:
         """Ends and removes what an earlier agent left. Blocks; call it before the first `run`."""
         for path in (self._root / "attempts").glob("*"):
-            folder = AttemptFolder(path)
-            record = folder.read_shim()
-            if record is not None and record.is_alive():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(record.pid, signal.SIGKILL)
+            _kill(AttemptFolder(path))
             cgroup.remove_leftover(path.name)
             remove_tree(path)
+        if self._fetching.exists():
+            remove_tree(self._fetching)
 
     async def run(self, tool: Tool, tell: Tell = lambda line: None) -> list[str]:
         """Runs the tool to its end, telling each line as it comes; its last lines.
@@ -221,16 +220,21 @@ def _give(path: Path, uid: int) -> None:
 
 def _end(folder: AttemptFolder) -> None:
     """Ends the tool if it still runs, and removes its folder."""
-    record = folder.read_shim()
     if folder.read_exit() is None:
         folder.request_stop(0.0, "no longer wanted")  # also before the shim is there: it runs nothing then
-        record = folder.read_shim()
+    record = folder.read_shim()
     if record is not None and _outlives(record.is_alive, END_S):
+        _kill(folder)
+    cgroup.remove_leftover(folder.path.name)
+    remove_tree(folder.path)
+
+
+def _kill(folder: AttemptFolder) -> None:
+    record = folder.read_shim()
+    if record is not None and record.is_alive():
         with contextlib.suppress(ProcessLookupError):
             os.kill(record.pid, signal.SIGKILL)
         _outlives(record.is_alive, END_S)
-    cgroup.remove_leftover(folder.path.name)
-    remove_tree(folder.path)
 
 
 def _outlives(is_alive: Callable[[], bool], limit_s: float) -> bool:
