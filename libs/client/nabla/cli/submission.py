@@ -16,6 +16,7 @@ from nabla import paths
 from nabla.cli import environment
 from nabla.cli.follow import follow
 from nabla.cli.output import note, print_json, tell_left_out
+from nabla.cli.places import PLACE_OPTIONS, Said, place_of
 from nabla.cli.progress import progress
 from nabla.cli.project_choice import choose_project
 from nabla.cli.session import Session
@@ -47,6 +48,13 @@ class Options:
     timeout: float
     retries: int
     models: tuple[str, ...]
+    requirements: str
+    python: str
+    workspace: str
+    ref: str
+    endpoint: str
+    workspace_username: str
+    workspace_password: str
     no_workspace: bool
     detach: bool
     yes: bool
@@ -81,6 +89,8 @@ _OPTIONS = (
         metavar="NAME=PATH[:FRAMEWORK]",
         help="Register this folder or file of $NABLA_ARTIFACTS as a model when the job succeeds. May be repeated.",
     ),
+    *environment.ENVIRONMENT_OPTIONS,
+    *PLACE_OPTIONS,
     click.option("--no-workspace", is_flag=True, help="Send no folder along."),
     click.option("--detach", is_flag=True, help="Print the job's id and return at once."),
     click.option("--yes", is_flag=True, help="Answer questions with yes."),
@@ -91,14 +101,18 @@ _OPTIONS = (
 def submit_and_follow(session: Session, options: Options, folder: Path) -> int:
     """Everything `nabla run` does. The answer is the exit code."""
     env, models = environment.parse(options.env), tuple(map(model_output, options.models))
-    if not options.no_workspace:
-        confirm_place(folder, options.yes)
+    place = place_of(_said(options), folder)
+    if place.folder:
+        confirm_place(place.folder, options.yes)
     client = session.client(60.0)
-    python = environment.choose(env.choice, client)
+    wish = environment.Wish(env.choice, options.requirements, options.python)
+    python = environment.choose(wish, client, place)
     project = choose_project(client, options.project, folder)
     workspace_id, origin = "", {"folder": folder.name}
-    if not options.no_workspace:
-        workspace_id, origin = send_workspace(client, project, folder, options.yes)
+    if place.folder:
+        workspace_id, origin = send_workspace(client, project, place.folder, options.yes)
+    elif place.source.kind:
+        origin = {key: value for key, value in (("url", place.source.url), ("ref", place.source.ref)) if value}
     template = JobTemplate(
         name=options.name or name_of(options.command),
         command=options.command,
@@ -106,6 +120,7 @@ def submit_and_follow(session: Session, options: Options, folder: Path) -> int:
         resources=Resources(options.cpus, options.memory, options.gpus),
         workspace_id=workspace_id,
         environment=python,
+        source=place.source,
         timeout_s=options.timeout,
         max_retries=options.retries,
         models=models,
@@ -117,6 +132,17 @@ def submit_and_follow(session: Session, options: Options, folder: Path) -> int:
         note("\nThe job may have been submitted already: `nabla jobs list` shows it.")
         raise
     return _started(session, client, experiment, options.detach)
+
+
+def _said(options: Options) -> Said:
+    return Said(
+        options.workspace,
+        options.ref,
+        options.endpoint,
+        options.workspace_username,
+        options.workspace_password,
+        options.no_workspace,
+    )
 
 
 def _started(session: Session, client: Client, experiment: Experiment, detach: bool) -> int:
