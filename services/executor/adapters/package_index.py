@@ -95,6 +95,8 @@ def index_of(settings: Mapping[str, str], environ: Mapping[str, str], hosts: tup
     env = {"PIP_CONFIG_FILE": "/dev/null", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
     env |= {f"PIP_{name.upper().replace('-', '_')}": settings[name] for name in _PASSED_ON if name in settings}
     env |= {_FOR_UV[name]: settings[name] for name in _FOR_UV if name in settings}
+    if "extra-index-url" in settings:
+        env["UV_INDEX_STRATEGY"] = "unsafe-best-match"  # what pip means by several indexes
     env |= {name: environ[name] for name in _OF_UV if name in environ}
     named = [word for name in _WITH_PLACES for word in settings.get(name, "").split()]
     named += [word.rpartition("=")[2] for name in _OF_UV for word in environ.get(name, "").split()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -107,6 +108,15 @@ async def test_packages_of_the_index_become_an_environment_that_is_written_down(
     assert again.record.read_text() == found.record.read_text()
 
 
+@pytest.mark.skipif(not shutil.which("uv"), reason="uv is not installed here: pip install uv")
+async def test_uv_builds_the_same(node: ToolNode, index: list[str]) -> None:
+    found = await prepare(environments(node, "uv"), "alpha")
+    assert run(found, "import alpha; print(alpha.number)") == "42"
+    assert found.record
+    pinned = [line.split(" ")[0] for line in found.record.read_text().splitlines() if "==" in line]
+    assert pinned == ["alpha==1.0", "beta==2.0"]
+
+
 async def test_what_cannot_be_had_is_refused_in_the_installers_words(node: ToolNode, index: list[str]) -> None:
     for text, why in (("gamma==3", "gamma==3"), ("alpha\nbeta<2", "ResolutionImpossible|conflict")):
         with pytest.raises(EnvironmentRefused, match=why):
@@ -164,6 +174,7 @@ async def test_the_code_of_a_package_sees_and_reaches_nothing_of_the_platform(
     assert SECRET not in said
 
 
+@pytest.mark.full
 async def test_a_package_without_a_wheel_is_built(
     node: ToolNode, packages: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -199,6 +210,7 @@ async def test_links_that_a_build_leaves_lead_the_platform_nowhere(
     assert target.read_text() == SECRET
 
 
+@pytest.mark.full
 async def test_without_walls_no_package_is_built(packages: Path, request: pytest.FixtureRequest) -> None:
     make_sdist(packages, "honest", "")
     request.getfixturevalue("index")
