@@ -57,9 +57,7 @@ class ExecutionRow(Base, table=True):
     isolation: str = Field(default="", max_length=16)
     addresses: dict[str, str] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
     gpu_indices: list[int] = Field(default_factory=list, sa_column=Column(JSON, nullable=False))
-    origin: dict[str, str] = Field(
-        default_factory=dict, sa_column=Column(JSON, nullable=False, server_default=text("'{}'"))
-    )
+    origin: dict[str, str] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
     accepted_us: int = Field(sa_column=Column(BigInteger, nullable=False))
     told_us: int | None = Field(default=None, sa_column=Column(BigInteger))
     started_us: int | None = Field(default=None, sa_column=Column(BigInteger))

@@ -13,3 +13,5 @@ def upgrade() -> None:
     column = sa.Column("origin", sa.JSON(), nullable=False, server_default=sa.text("'{}'"))
     with op.batch_alter_table("executions", schema=None) as batch_op:
         batch_op.add_column(column)
+    with op.batch_alter_table("executions", schema=None) as batch_op:
+        batch_op.alter_column("origin", server_default=None)  # PostgreSQL cannot compare defaults of this type
