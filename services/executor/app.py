@@ -54,6 +54,10 @@ def agent_config(settings: ExecutorSettings) -> AgentConfig:
         node_fence_s=settings.node_fence_s,
         isolation=settings.isolation,
         environments_bytes=settings.environments_bytes,
+        workspace_bytes=settings.workspace_bytes,
+        package_hosts=settings.package_hosts,
+        source_hosts=settings.source_hosts,
+        installer=settings.installer,
         traces=settings.traces,
         version=VERSION,
     )

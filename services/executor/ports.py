@@ -66,6 +66,10 @@ class AgentConfig:
     node_fence_s: float = 120.0
     isolation: str = "auto"
     environments_bytes: int = 20_000_000_000
+    workspace_bytes: int = 20_000_000_000
+    package_hosts: tuple[str, ...] = ()
+    source_hosts: tuple[str, ...] = ()
+    installer: str = "auto"
     traces: bool = False
     version: str = ""
 

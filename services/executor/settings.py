@@ -43,6 +43,15 @@ class ExecutorSettings(Settings):
     revisit_s: float = 3600.0
     # Environments built from requirements are kept on their node up to this size together; the longest unused go.
     environments_bytes: int = 20_000_000_000
+    # The most that a workspace may unpack to, and that fetching a repository may take.
+    workspace_bytes: int = 20_000_000_000
+    # Where packages come from is what pip's and uv's own settings on the node say. Hosts that their index refers to
+    # and does not name, such as one that only has the files, are named here: `host` or `host:port`.
+    package_hosts: tuple[str, ...] = ()
+    # Git and S3 servers of people's own: `host` or `host:port`. Others need https and a public address.
+    source_hosts: tuple[str, ...] = ()
+    # Builds environments; auto: uv where the node has it, else pip.
+    installer: Literal["auto", "uv", "pip"] = "auto"
     # Where the platform is root, team n runs as uid_base + n.
     uid_base: int = 61000
     # Seconds between looks at the nodes.

@@ -57,6 +57,7 @@ class ExecutionRow(Base, table=True):
     isolation: str = Field(default="", max_length=16)
     addresses: dict[str, str] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
     gpu_indices: list[int] = Field(default_factory=list, sa_column=Column(JSON, nullable=False))
+    origin: dict[str, str] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
     accepted_us: int = Field(sa_column=Column(BigInteger, nullable=False))
     told_us: int | None = Field(default=None, sa_column=Column(BigInteger))
     started_us: int | None = Field(default=None, sa_column=Column(BigInteger))
@@ -83,6 +84,7 @@ class ExecutionRow(Base, table=True):
             isolation=self.isolation,
             addresses=self.addresses,
             gpu_indices=tuple(self.gpu_indices),
+            origin=self.origin,
             started_at=from_us(self.started_us) if self.started_us else None,
             ended_at=from_us(self.ended_us) if self.ended_us else None,
             revision=self.revision,

@@ -125,13 +125,13 @@ async def start_experiment(message: StartExperiment, unit: SchedulerUnit, call: 
 
 async def retry_job(message: RetryJob, unit: SchedulerUnit, call: Envelope) -> JobMessage:
     """Another job like one that has ended, in its place."""
-    job = (await _job(unit, message.job_id, call.principal)).job
-    return await _copy(unit, job, retried(job), call.principal)
+    case = await _job(unit, message.job_id, call.principal)
+    return await _copy(unit, case.job, retried(case), call.principal)
 
 
 async def clone_job(message: CloneJob, unit: SchedulerUnit, call: Envelope) -> JobMessage:
-    job = (await _job(unit, message.job_id, call.principal)).job
-    return await _copy(unit, job, cloned(job, message), call.principal)
+    case = await _job(unit, message.job_id, call.principal)
+    return await _copy(unit, case.job, cloned(case, message), call.principal)
 
 
 async def order_job(message: OrderJob, unit: SchedulerUnit, call: Envelope) -> None:

@@ -18,8 +18,9 @@ from services.scheduler.tables import ATTEMPTS, JOBS, PROJECTS
 
 _JOB_FIELDS = tuple(item.name for item in fields(Job))
 _ATTEMPT_FIELDS = tuple(item.name for item in fields(Attempt))
-# Held as JSON, where the model has tuples and a mapping.
+# Held as JSON, where the model has tuples and mappings.
 _ATTEMPT_LISTS = ("node_ids", "gpu_indices")
+_ATTEMPT_MAPS = ("addresses", "origin")
 _NEWEST = "newest_"
 # In these nothing may run.
 CLOSED = ("archived", "deleted")
@@ -90,7 +91,7 @@ def changing_columns(job: Job) -> dict[str, Any]:
 def attempt_columns(attempt: Attempt) -> dict[str, Any]:
     plain = {name: getattr(attempt, name) for name in _ATTEMPT_FIELDS} | {"node_id": attempt.node_id}
     lists = {name: json.dumps(plain[name]) for name in _ATTEMPT_LISTS}
-    return plain | lists | {"addresses": json.dumps(attempt.addresses)}
+    return plain | lists | {name: json.dumps(plain[name]) for name in _ATTEMPT_MAPS}
 
 
 def step_of(case: Case) -> tuple[str, ...]:
@@ -121,7 +122,7 @@ def read_case(row: Row[Any]) -> Case:
 
 def read_attempt(row: Row[Any], prefix: str) -> Attempt:
     values = {name: row._mapping[prefix + name] for name in _ATTEMPT_FIELDS}
-    values["addresses"] = json.loads(values["addresses"])
+    values |= {name: json.loads(values[name]) for name in _ATTEMPT_MAPS}
     values |= {name: tuple(json.loads(values[name])) for name in _ATTEMPT_LISTS}
     return Attempt(**values)
 

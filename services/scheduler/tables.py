@@ -88,6 +88,7 @@ class AttemptRow(Base, table=True):
     peak_memory_bytes: int = Field(sa_type=BigInteger)
     addresses: str = Field(sa_type=Text)
     gpu_indices: str = Field(sa_type=Text)
+    origin: str = Field(default="{}", sa_type=Text, sa_column_kwargs={"server_default": "{}"})
     execution_revision: int = Field(sa_type=BigInteger)
     forgotten: bool
 

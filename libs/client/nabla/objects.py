@@ -218,6 +218,7 @@ class Attempt(Record):
     addresses: Mapping[str, str] = EMPTY
     gpu_indices: Tuple[int, ...] = ()
     members: Tuple[Member, ...] = ()
+    origin: Mapping[str, str] = EMPTY
 
 
 class TimelineEntry(Record):

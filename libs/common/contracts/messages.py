@@ -145,8 +145,11 @@ class Environment(Message):
 
     # default: the platform's small environment; venv: a virtual environment of the submitting machine, bound
     # read-only; requirements: built once per node and cached by their hash; workspace: as requirements, read from the
-    # file of the workspace that `path` names (requirements.txt, pyproject.toml, pylock.toml, uv.lock).
+    # file of the workspace that `path` names (requirements.txt, pyproject.toml, pylock.toml, uv.lock); recorded: as the
+    # file set that `path` names lists it, which an earlier job's environment left.
     kind: str = ""
+    # A file may be followed by the names of its extras or groups: pyproject.toml[train]. With requirements it is the
+    # name of the file that the text is of, which tells its format.
     path: str = ""
     requirements: str = ""
     # The Python to build it with, such as "3.12"; empty for the node's own.
@@ -320,6 +323,8 @@ class Attempt(Message):
     gpu_indices: tuple[int, ...] = ()
     # Of a gang, by rank; empty for a job of one process.
     members: tuple[Member, ...] = ()
+    # As of an execution.
+    origin: dict[str, str] = Field(default_factory=dict)
 
 
 class Job(Message):
@@ -669,6 +674,9 @@ class Execution(Message):
     revision: Int64 = 0
     # Which process of the attempt; 0 unless it is a gang.
     rank: int = 0
+    # What the node found it to be: commit or etag (of the template's source), environment (the file set that lists
+    # what is in a built one). With them the same can be run again.
+    origin: dict[str, str] = Field(default_factory=dict)
 
 
 class Seat(Message):
@@ -810,7 +818,7 @@ class Fileset(Message):
     id: str = ""
     team_id: str = ""
     project_id: str = ""
-    # workspace artifacts model bento
+    # workspace artifacts model bento environment
     kind: str = ""
     # open sealed deleted
     state: str = ""

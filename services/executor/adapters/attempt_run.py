@@ -28,8 +28,9 @@ from services.executor.adapters.attempt_folder import AttemptFolder, ExitRecord,
 from services.executor.adapters.attempt_log import AttemptLog, Identity
 from services.executor.adapters.environments import EnvironmentRefused, Environments
 from services.executor.adapters.folder_watch import FolderWatch
-from services.executor.adapters.job_spec import NodeFacts, job_uid, spec_for, told_isolation
+from services.executor.adapters.job_spec import NodeFacts
 from services.executor.adapters.keeping import Keeping
+from services.executor.adapters.preparing import Preparing
 from services.executor.adapters.sealing import Sealing
 from services.executor.adapters.staging import Staging, StagingFailed
 from services.executor.adapters.transfer import Threads, remove_tree
@@ -72,6 +73,15 @@ class AttemptRun:
         identity = Identity(order.job_id, order.attempt_id, order.number)
         self._log = AttemptLog(folder.path, identity, self._send_frame, self._log_changed)
         self._keeping = Keeping(folder, order, self._log, means.sealing, means.node)
+        self._preparing = Preparing(
+            folder,
+            order,
+            self._log,
+            staging=means.staging,
+            environments=means.environments,
+            sealing=means.sealing,
+            node=means.node,
+        )
         self._reported: dict[str, Any] = read_json(folder.path / "reported.json") or {}
         self.phase = str(self._reported.get("state", STARTING))
 
@@ -147,7 +157,7 @@ class AttemptRun:
     async def _prepare_and_start(self) -> None:
         if not (self._folder.path / "spec.json").exists():
             with self._span("prepare"):
-                await self._prepare()
+                await self._preparing.prepare(self.order.template)
         with self._span("start"):
             await self._start_shim()
 
@@ -177,19 +187,6 @@ class AttemptRun:
             await task
         finally:
             await end([task], again_s=1.0)
-
-    async def _prepare(self) -> None:
-        template, node = self.order.template, self._means.node
-        if template.environment.kind == "requirements":
-            # Building may take minutes: the first line says what is being waited for.
-            self._log.say("building", "environment: preparing the requirements")
-        async with self._means.environments.prepared(template.environment) as environment:
-            self._log.say("environment", f"environment: {environment.name}")
-            uid = job_uid(self.order.team_uid, environment.prefix, node)
-            self._log.say("node", f"node: {node.hostname}, isolation: {told_isolation(uid, node)}")
-            await self._means.staging.lay(template, self.order.team_id, self._folder.workspace)
-            spec = await asyncio.to_thread(spec_for, self.order, environment.prefix, node)
-            await asyncio.to_thread(AttemptFolder.create, node.node_dir, spec)
 
     async def _start_shim(self) -> None:
         """Until a zygote answers. May be left at any point: a shim that comes after a stop wish heeds it."""
@@ -295,6 +292,7 @@ class AttemptRun:
             isolation=started.isolation if started else "",
             addresses={str(port): f"127.0.0.1:{at}" for port, at in started.ports.items()} if started else {},
             gpu_indices=order.gpu_indices,
+            origin=self._preparing.origin(),
             started_at=from_us(started.at_us) if started else None,
         )
         if not ended or state != ENDED:

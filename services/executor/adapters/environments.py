@@ -1,34 +1,47 @@
-"""Where `python` in a job comes from: the platform's small environment, one of this machine, or a built one."""
+"""Where `python` in a job comes from: the platform's small environment, one of this machine, or a built one.
+
+A built one is named by the hash of what went into it: the packages in their normal form, the exact Python, the
+machine, and the team, as building may run a package's own code.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import logging
 import os
+import posixpath
 import re
-import shutil
+import stat
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from libs.common.contracts.messages import Environment
 from libs.common.errors import NablaError
+from services.executor.adapters.building import RECORD, BuildOrder, python_of_record, size_of, write_new
+from services.executor.adapters.interpreters import Interpreter, Interpreters, NoSuchPython
+from services.executor.adapters.toolbox import Tell, ToolFailed, ToolStopped
 from services.executor.adapters.transfer import remove_tree
+from services.executor.adapters.unpacking import BadArchive, inner_path
+from services.executor.domain.requirements import (
+    MAX_TEXT_BYTES,
+    BadRequirements,
+    Packages,
+    packages_of,
+    python_wanted,
+    split_extras,
+)
 
-BUILD_LIMIT_S = 1800.0
-LAST_LINES = 10
 CACHE_BYTES = 20_000_000_000
 # In a built environment when all of it is there, with its size.
 COMPLETE = ".complete"
 GONE = ".gone-"
-# The installer reads its index from the platform's own settings, never from the job's text.
-_REQUIREMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\s*(\[[^\]]*\])?\s*([=<>!~;\\].*)?")
-_HASH = re.compile(r"--hash=[a-z0-9]+:[0-9a-fA-F]+\s*\\?")
-
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +50,30 @@ class EnvironmentRefused(NablaError):
     """The job cannot have this environment; the text says why, for the user to read."""
 
 
+class Builder(Protocol):
+    async def build(self, order: BuildOrder, tell: Tell) -> None:
+        """Fills the prefix; raises ToolFailed or ToolStopped."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """An environment to bind read-only at its own path, and how the log names it."""
+    """An environment to bind read-only at its own path, and how the log names it.
+
+    `record` is the file that lists exactly what is in a built one.
+    """
 
     prefix: str
     name: str
-    is_held: bool = False
+    record: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """For whom an environment is made: the team, its job's workspace, and who hears how the building goes on."""
+
+    team_id: str
+    workspace: Path
+    tell: Tell
 
 
 class Environments:
@@ -53,6 +83,7 @@ class Environments:
         default: the prefix of the platform's small environment.
         cache: where built ones are kept; each at a path of its own, as environments cannot be moved.
         hidden: folders of the platform that no job may be shown, whatever it calls its environment.
+        builder: makes those that are not there yet.
         cache_bytes: beyond it the longest unused built ones are deleted, but for those in use.
         in_use: prefixes that living attempts have on record.
     """
@@ -62,12 +93,16 @@ class Environments:
         default: Path,
         cache: Path,
         hidden: tuple[Path, ...],
+        builder: Builder,
+        *,
         cache_bytes: int = CACHE_BYTES,
         in_use: Callable[[], Collection[str]] = frozenset,
     ) -> None:
         self._default = default
         self._cache = cache
         self._hidden = tuple(path.resolve() for path in hidden)
+        self._builder = builder
+        self._interpreters = Interpreters(default / "bin" / "python")
         self._cache_bytes = cache_bytes
         self._in_use = in_use
         self._building: dict[str, asyncio.Lock] = {}
@@ -75,31 +110,31 @@ class Environments:
         self._clearing = asyncio.Lock()
 
     @asynccontextmanager
-    async def prepared(self, wanted: Environment) -> AsyncIterator[Prepared]:
+    async def prepared(self, wanted: Environment, asker: Asker) -> AsyncIterator[Prepared]:
         """An environment that nobody deletes within the block; after it, whoever uses it must be among `in_use`.
 
         Raises:
             EnvironmentRefused.
         """
-        found = await self._prepare(wanted)
+        found = await self._prepare(wanted, asker)
         try:
-            if found.is_held:
+            if found.record:
                 await self._make_room()
             yield found
         finally:
-            if found.is_held:
+            if found.record:
                 self._held[found.prefix] -= 1
 
-    async def _prepare(self, wanted: Environment) -> Prepared:
+    async def _prepare(self, wanted: Environment, asker: Asker) -> Prepared:
         match wanted.kind or "default":
-            case "default":
+            case "default" if not wanted.python:
                 return self._prepare_default()
             case "venv":
                 return self._prepare_present(Path(wanted.path))
-            case "requirements":
-                return await self._prepare_built(wanted.requirements)
+            case "default" | "requirements" | "workspace":
+                return await self._prepare_built(wanted, asker)
             case other:
-                raise EnvironmentRefused(f"{other!r} is not one of default, venv, requirements")
+                raise EnvironmentRefused(f"{other!r} is not one of default, venv, requirements, workspace")
 
     def _prepare_default(self) -> Prepared:
         if not _python(self._default):
@@ -117,30 +152,49 @@ class Environments:
                 raise EnvironmentRefused(f"{path} holds files of the platform")
         return Prepared(str(resolved), f"{path} ({_version(path)})")
 
-    async def _prepare_built(self, requirements: str) -> Prepared:
-        lines = checked_requirements(requirements)
-        if not _python(self._default):
-            raise EnvironmentRefused(f"the default environment is not installed on this node ({self._default})")
-        version = _version(self._default)
-        key = hashlib.sha256("\n".join([version, *lines]).encode()).hexdigest()[:24]
-        prefix = self._cache / key
-        async with self._building.setdefault(key, asyncio.Lock()):
+    async def _prepare_built(self, wanted: Environment, asker: Asker) -> Prepared:
+        try:
+            python, packages = await self._understand(wanted, asker.workspace)
+        except (BadRequirements, NoSuchPython) as error:
+            raise EnvironmentRefused(str(error)) from error
+        prefix = self._cache / key_of(asker.team_id, python, packages)
+        lock = self._building.setdefault(prefix.name, asyncio.Lock())
+        if lock.locked() and not (prefix / COMPLETE).exists():
+            asker.tell("waiting for the same environment, which another job of the team builds")
+        async with lock:
             if not (prefix / COMPLETE).exists():
-                await self._build(prefix, lines)
+                await self._build(BuildOrder(prefix, packages, python, asker.team_id), asker.tell)
             os.utime(prefix / COMPLETE)  # the longest unused go when room is needed
             self._held[str(prefix)] += 1
-        count = sum(line[0].isalnum() for line in lines)
-        return Prepared(str(prefix), f"{count} requirements ({version})", is_held=True)
+        count = f"{len(packages.lines)} requirements" if packages.lines else "no requirements"
+        return Prepared(str(prefix), f"{count} (Python {python.version})", prefix / RECORD)
 
-    async def _build(self, prefix: Path, lines: list[str]) -> None:
-        await asyncio.to_thread(_begin_anew, prefix)
-        python = str(self._default / "bin" / "python")
-        await _run([python, "-m", "venv", "--without-pip", str(prefix)])
-        listed = prefix / "requirements.txt"
-        await asyncio.to_thread(listed.write_text, "\n".join(lines) + "\n")
-        await _run([*_installer(python, prefix), "--only-binary", ":all:", "-r", str(listed)])
-        size_bytes = await asyncio.to_thread(_size_of, prefix)
-        await asyncio.to_thread((prefix / COMPLETE).write_text, str(size_bytes))
+    async def _understand(self, wanted: Environment, workspace: Path) -> tuple[Interpreter, Packages]:
+        """What is to be installed, and with which Python."""
+        if wanted.kind == "workspace":
+            path = wanted.path
+            text = await asyncio.to_thread(_read_inside, workspace, split_extras(path)[0])
+        else:
+            path, text = wanted.path or "requirements.txt", wanted.requirements
+        version = wanted.python or python_of_record(text)
+        if not text.strip() and not version:
+            raise BadRequirements("the list of requirements is empty")
+        python = await self._interpreters.choose(version, python_wanted(split_extras(path)[0], text))
+
+        def read(other: str) -> str:
+            if wanted.kind != "workspace":
+                raise BadRequirements(f"{path} includes {other}, and only files of the workspace can be included")
+            return _read_inside(workspace, other)
+
+        return python, await asyncio.to_thread(packages_of, path, text, python.markers, read)
+
+    async def _build(self, order: BuildOrder, tell: Tell) -> None:
+        try:
+            await self._builder.build(order, tell)
+        except (ToolFailed, ToolStopped) as error:
+            raise EnvironmentRefused(f"the requirements cannot be installed:\n{error}") from error
+        size_bytes = await asyncio.to_thread(size_of, order.prefix)
+        await asyncio.to_thread(write_new, order.prefix / COMPLETE, str(size_bytes))
 
     async def _make_room(self) -> None:
         """A failure costs room and no job. Chosen without a pause, so nobody takes one up meanwhile."""
@@ -176,85 +230,26 @@ class Environments:
         return {*self._in_use(), *(prefix for prefix, count in self._held.items() if count), *asked_for}
 
 
-def checked_requirements(text: str) -> list[str]:
-    """The lines that name packages. Options, paths and URLs are refused: they would read the node's own files.
-
-    Raises:
-        EnvironmentRefused.
-    """
-    lines = [line.split(" #")[0].strip() for line in text.splitlines()]
-    lines = [line for line in lines if line and not line.startswith("#")]
-    for line in lines:
-        # Installers replace ${NAME} by what their environment holds, and say so when they fail.
-        if "$" in line or (not _REQUIREMENT.fullmatch(line) and not _HASH.fullmatch(line)):
-            raise EnvironmentRefused(f"the requirement {line[:80]!r} is not a package's name and version")
-    if not lines:
-        raise EnvironmentRefused("the list of requirements is empty")
-    return lines
+def key_of(team_id: str, python: Interpreter, packages: Packages) -> str:
+    """The name of a built environment: the same inputs give the same."""
+    machine = python.markers.get("platform_machine", "")
+    inputs = [team_id, python.version, python.base, machine, packages.lines, packages.constraints]
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]
 
 
-def _begin_anew(prefix: Path) -> None:
-    if prefix.exists():
-        remove_tree(prefix)
-    prefix.mkdir(parents=True)
-
-
-def _size_of(prefix: Path) -> int:
-    return sum(path.lstat().st_blocks * 512 for path in prefix.rglob("*"))
-
-
-def _installer(python: str, prefix: Path) -> list[str]:
-    uv = shutil.which("uv")
-    target = str(prefix / "bin" / "python")
-    if uv:
-        # Bound read-only in jobs, where Python could not keep the bytecode that it makes.
-        return [uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", target]
-    return [python, "-m", "pip", "--python", target, "install", "--quiet", "--disable-pip-version-check"]
-
-
-async def _run(command: list[str]) -> None:
-    """Runs an installer; its last lines are the reason when it fails."""
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        env=_installer_environment(),
-    )
+def _read_inside(workspace: Path, path: str) -> str:
+    """A file of the workspace; a link in it may not lead out of it."""
     try:
-        async with asyncio.timeout(BUILD_LIMIT_S):
-            output, _ = await process.communicate()
-    except TimeoutError:
-        await _end(process)
-        raise EnvironmentRefused(f"the requirements could not be installed within {BUILD_LIMIT_S:.0f} s") from None
-    except asyncio.CancelledError:
-        await _end(process)
-        raise
-    if process.returncode:
-        last = output.decode("utf-8", "replace").strip().splitlines()[-LAST_LINES:]
-        raise EnvironmentRefused("the requirements cannot be installed:\n" + "\n".join(last))
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    process.kill()
-    await process.wait()
-
-
-def _installer_environment() -> dict[str, str]:
-    """What names indexes, proxies, certificates and caches; not the platform's own secrets."""
-    kept = ("PATH", "HOME", "LANG", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE")
-    prefixes = (
-        "PIP_",
-        "UV_INDEX",
-        "UV_CACHE",
-        "UV_DEFAULT_INDEX",
-        "HTTP_",
-        "HTTPS_",
-        "NO_PROXY",
-        "http",
-        "no_proxy",
-    )
-    return {name: value for name, value in os.environ.items() if name in kept or name.startswith(prefixes)}
+        found = workspace / inner_path(posixpath.normpath(path))
+        real = found.resolve(strict=True)
+        status = real.stat()
+    except (BadArchive, OSError, RuntimeError):
+        raise BadRequirements(f"the workspace has no {path[:200]}; was it left out by an ignore file?") from None
+    if not real.is_relative_to(workspace.resolve()) or not stat.S_ISREG(status.st_mode):
+        raise BadRequirements(f"{path[:200]} is not a file of the workspace")
+    if status.st_size > MAX_TEXT_BYTES:
+        raise BadRequirements(f"{path[:200]} has {status.st_size} bytes; {MAX_TEXT_BYTES} is the most")
+    return real.read_text(encoding="utf-8-sig", errors="replace")
 
 
 def _python(prefix: Path) -> bool:

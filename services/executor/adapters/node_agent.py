@@ -3,8 +3,9 @@
 A plain class, so that it can be tested without Ray; `ray_agent` makes a Ray actor of it. It owns the node folder:
 
     attempts/<attempt id>/   see attempt_folder, attempt_run and attempt_log
+    tools/, fetching/        what the platform's own tools work in, see toolbox; emptied when an agent starts
     unkept/<attempt id>/     artifacts that the platform failed to keep: they stay until somebody takes them
-    cache/                   workspaces by team and file set, built environments by their requirements
+    cache/                   workspaces by team, built environments by what went into them, downloads by team
     agent.lock               held by the living agent: two agents cannot work in one folder
     contact.json             when this node was last in contact; shims read it
 """
@@ -29,13 +30,18 @@ from services.executor.adapters import cgroup, isolation, zygote
 from services.executor.adapters.agent_bus import AgentBus
 from services.executor.adapters.attempt_folder import AttemptFolder, MalformedSpec
 from services.executor.adapters.attempt_run import AttemptRun, Means, read_order, write_order
+from services.executor.adapters.building import InstallerBuilder
 from services.executor.adapters.environments import Environments
 from services.executor.adapters.folder_watch import FolderWatch
+from services.executor.adapters.git_source import GitSource
 from services.executor.adapters.job_spec import NodeFacts
+from services.executor.adapters.s3_source import S3Source
 from services.executor.adapters.sandbox import IsolationProbe, find_bwrap
 from services.executor.adapters.sealing import Sealing
 from services.executor.adapters.shim import write_contact
+from services.executor.adapters.sources import GitAndS3
 from services.executor.adapters.staging import Staging
+from services.executor.adapters.toolbox import Toolbox
 from services.executor.adapters.transfer import Threads, remove_tree
 from services.executor.domain.execution import ENDED
 from services.executor.ports import AgentConfig, AgentView, StartOrder
@@ -200,20 +206,31 @@ class NodeAgent:
         cache = self._node_dir / "cache"
         default = Path(config.default_environment)
         hidden = (self._node_dir, Path(config.storage_root))
+        node, watch, starting = self._node_facts(), FolderWatch(), Threads(STARTS_AT_ONCE, "nabla-start")
+
+        async def start(folder: Path) -> None:
+            await starting.run(_ask_zygote, zygote_process, folder)
+
+        toolbox = Toolbox(node, watch, start)
+        toolbox.sweep()
+        git = GitSource(toolbox, self._node_dir / "fetching", config.source_hosts, config.workspace_bytes)
+        sources = GitAndS3(git, S3Source(config.source_hosts, config.workspace_bytes))
+        builder = InstallerBuilder(toolbox, default, cache / "downloads", config.package_hosts, config.installer)
         return Means(
             bus=bus,
-            staging=Staging(bus, cache / "workspaces", config.front_door),
+            staging=Staging(bus, cache / "workspaces", config.front_door, sources, config.workspace_bytes),
             sealing=Sealing(bus, config.front_door),
             environments=Environments(
                 default,
                 cache / "environments",
                 hidden,
-                config.environments_bytes,
-                partial(environments_in_use, self._attempts),
+                builder,
+                cache_bytes=config.environments_bytes,
+                in_use=partial(environments_in_use, self._attempts),
             ),
-            watch=FolderWatch(),
-            node=self._node_facts(),
-            starting=Threads(STARTS_AT_ONCE, "nabla-start"),
+            watch=watch,
+            node=node,
+            starting=starting,
             zygote_socket=zygote_process.socket_path,
             revive_zygote=zygote_process.revive,
         )
@@ -233,6 +250,11 @@ class NodeAgent:
             contact_file=self._contact,
             fence_s=config.node_fence_s,
         )
+
+
+def _ask_zygote(process: _Zygote, folder: Path) -> None:
+    process.revive()
+    zygote.start_attempt(process.socket_path, folder)
 
 
 class _Zygote:

@@ -361,8 +361,8 @@ def _base_by_config(prefix: str) -> str | None:
 
 
 def _holds_python(base: str) -> bool:
-    """Is this a Python installation? pyvenv.cfg is a file that could name any folder of the host."""
-    return any(Path(base, "lib").glob("python3.*/os.py"))
+    """Is this a Python installation? pyvenv.cfg is a file that could name any folder of the host, and / holds one."""
+    return base != "/" and any(Path(base, "lib").glob("python3.*/os.py"))
 
 
 def _workspace(spec: AttemptSpec, folder: AttemptFolder) -> str:

@@ -137,6 +137,12 @@ class Sealing:
         sealed = await self._seal("artifacts", owner, folder, owner.attempt_id, listing)
         return Kept(sealed.file_count if sealed else 0, listing.left_out)
 
+    async def seal_record(self, owner: Owner, file: Path, kind: str) -> str:
+        """Keeps one file that the platform wrote, as a file set of its own; its id. Raises NotKept."""
+        sealed = await self._seal(kind, owner, file.parent, owner.attempt_id, await self._threads.run(_of_one, file))
+        assert sealed, "there is a file"
+        return sealed.id
+
     async def register_model(self, owner: Owner, artifacts: Path, wanted: ModelOutput) -> int:
         """Keeps one folder as a model and registers it; the new version's number.
 
@@ -230,6 +236,11 @@ class Sealing:
             return await patiently_ask(self._bus, message, reply, owner.team_id, key=key)
         except Refusal as error:
             raise NotKept(error.detail) from error
+
+
+def _of_one(path: Path) -> Listing:
+    file = _described(path, path.name)
+    return Listing([file] if file else [])
 
 
 def digest_of(files: list[File]) -> str:

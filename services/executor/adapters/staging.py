@@ -1,7 +1,9 @@
-"""Lays what a job starts from into its workspace: the submitted folder and the file sets it names as inputs.
+"""Lays what a job starts from into its workspace: the submitted folder, or what its source holds, and the file sets
+that it names as inputs.
 
 Archives are kept per team and file set, which never change: what storage once handed to a team needs no second
-question, and what it did not is not found here.
+question, and what it did not is not found here. Those of sources are kept per team, place, version and credentials:
+who cannot open a repository does not get it from here either.
 """
 
 from __future__ import annotations
@@ -10,18 +12,24 @@ import asyncio
 import contextlib
 import os
 import re
-from collections.abc import AsyncIterator
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from libs.common.contracts.messages import File, FilePage, Input, JobTemplate, ListFiles
+from libs.common.contracts.messages import File, FilePage, Input, JobTemplate, ListFiles, Source
 from libs.common.errors import NablaError, Refusal
 from services.executor.adapters import transfer
 from services.executor.adapters.agent_bus import FIRST_DELAY_S, LONGEST_DELAY_S, AgentBus, patiently_ask
+from services.executor.adapters.sources import Sources
+from services.executor.adapters.toolbox import Tell
 from services.executor.adapters.transfer import TransferBroken, WrongContent
-from services.executor.adapters.unpacking import BadArchive, inner_path, unpack
+from services.executor.adapters.unpacking import MAX_BYTES, BadArchive, inner_path, unpack
+from services.executor.domain.sources import BadSource
 
 ARCHIVE = "workspace.tar.gz"
+PART = ".part"
 CACHE_BYTES = 10 << 30
 PATIENCE_S = 120.0
 AT_ONCE = 4
@@ -38,10 +46,15 @@ class Staging:
 
     Args:
         front_door: URLs are signed for its host and port, as the node reaches it.
+        max_bytes: the most that a workspace may unpack to.
     """
 
-    def __init__(self, bus: AgentBus, cache: Path, front_door: str) -> None:
+    def __init__(
+        self, bus: AgentBus, cache: Path, front_door: str, sources: Sources, max_bytes: int = MAX_BYTES
+    ) -> None:
         self._bus = bus
+        self._sources = sources
+        self._max_bytes = max_bytes
         self._cache = cache
         self._endpoint = urlsplit(front_door).netloc
         self._fetching: dict[Path, asyncio.Lock] = {}
@@ -51,46 +64,86 @@ class Staging:
         """Leaves what is under way to its end."""
         self._threads.close()
 
-    async def lay(self, template: JobTemplate, team_id: str, workspace: Path) -> None:
+    async def lay(self, template: JobTemplate, team_id: str, workspace: Path, tell: Tell) -> str:
         """Fills the workspace, from its beginning: what an earlier try left is removed.
+
+        Returns:
+            The version of the source: git's commit, S3's ETag; empty where there is no source.
 
         Raises:
             StagingFailed.
         """
-        if not template.workspace_id and not template.inputs:
-            return
+        version = ""
+        if not template.workspace_id and not template.source.kind and not template.inputs:
+            return version
         await self._threads.run(transfer.remove_tree, workspace)
         if template.workspace_id:
             await self._lay_workspace(template.workspace_id, team_id, workspace)
+        elif template.source.kind:
+            version = await self._lay_source(template.source, team_id, workspace, tell)
         for wanted in template.inputs:
             await self._lay_input(wanted, team_id, workspace)
+        return version
 
     async def _lay_workspace(self, fileset_id: str, team_id: str, workspace: Path) -> None:
         if not _ID.fullmatch(fileset_id):
             raise StagingFailed(f"the workspace cannot be fetched: {fileset_id[:80]!r} is not the id of a file set")
         kept = self._cache / team_id / f"{fileset_id}.tar.gz"
-        async with self._fetching.setdefault(kept, asyncio.Lock()):
-            if not kept.exists():
-                await self._fetch_archive(fileset_id, team_id, kept)
-            os.utime(kept)  # the longest unused go when room is needed
-        try:
-            await self._threads.run(_unpack_file, kept, workspace)
-        except BadArchive as error:
-            raise StagingFailed(f"the workspace cannot be unpacked: {error}") from error
 
-    async def _fetch_archive(self, fileset_id: str, team_id: str, kept: Path) -> None:
-        kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        await self._threads.run(make_room, self._cache, CACHE_BYTES)
-        beside = kept.with_suffix(".part")
-        async for file in self._files(fileset_id, team_id, "the workspace"):
-            if file.path == ARCHIVE:
+        async def fetch(target: Path) -> None:
+            await self._fetch_archive(fileset_id, team_id, target)
+
+        await self._unpack_kept(kept, fetch, workspace)
+
+    async def _lay_source(self, source: Source, team_id: str, workspace: Path, tell: Tell) -> str:
+        try:
+            found = await self._sources.find(source)
+            kept = self._cache / team_id / f"{found.key}.archive"
+            await self._unpack_kept(kept, partial(self._sources.fetch, source, found, tell=tell), workspace)
+        except BadSource as error:
+            raise StagingFailed(f"the workspace: {error}") from error
+        return found.version
+
+    async def _unpack_kept(self, kept: Path, fetch: Callable[[Path], Awaitable[None]], workspace: Path) -> None:
+        """Unpacks an archive that is kept, after it was fetched where it is not."""
+        async with self._fetching.setdefault(kept, asyncio.Lock()):
+            if not await self._threads.run(kept.exists):
+                kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                await self._threads.run(make_room, self._cache, CACHE_BYTES)
+                beside = kept.with_suffix(PART)
+                beside.unlink(missing_ok=True)
                 try:
-                    await self._fetch(file, beside, fileset_id, team_id)
+                    await fetch(beside)
                     beside.rename(kept)
                 finally:
                     beside.unlink(missing_ok=True)
+            os.utime(kept)  # the longest unused go when room is needed
+        try:
+            await self._threads.run(_unpack_file, kept, workspace, self._max_bytes)
+        except BadArchive as error:
+            raise StagingFailed(f"the workspace cannot be unpacked: {error}") from error
+
+    async def _fetch_archive(self, fileset_id: str, team_id: str, target: Path) -> None:
+        async for file in self._files(fileset_id, team_id, "the workspace"):
+            if file.path == ARCHIVE:
+                if file.size_bytes > self._max_bytes:
+                    detail = f"the workspace has {file.size_bytes} bytes packed; {self._max_bytes} is the most"
+                    raise StagingFailed(detail)
+                await self._fetch(file, target, fileset_id, team_id)
                 return
         raise StagingFailed(f"the workspace {fileset_id} has no {ARCHIVE}")
+
+    async def read_file(self, fileset_id: str, path: str, team_id: str, max_bytes: int) -> str:
+        """The text of one file of a file set of the team. Raises StagingFailed."""
+        if not _ID.fullmatch(fileset_id):
+            raise StagingFailed(f"{fileset_id[:80]!r} is not the id of a file set")
+        async for file in self._files(fileset_id, team_id, path):
+            if file.path == path and file.size_bytes <= max_bytes:
+                with tempfile.TemporaryDirectory(prefix="nabla-") as folder:
+                    target = Path(folder, "file")
+                    await self._fetch(file, target, fileset_id, team_id)
+                    return await self._threads.run(target.read_text)
+        raise StagingFailed(f"the file set {fileset_id} has no {path}")
 
     async def _lay_input(self, wanted: Input, team_id: str, workspace: Path) -> None:
         what = f"the input {wanted.path or '.'}"
@@ -152,7 +205,9 @@ class Staging:
 def make_room(folder: Path, limit_bytes: int) -> None:
     """Deletes the longest unused archives below `folder` until less than the limit is left."""
     found = []
-    for path in folder.glob("*/*.tar.gz"):
+    for path in folder.glob("*/*"):
+        if path.suffix == PART:
+            continue
         with contextlib.suppress(FileNotFoundError):  # another fetch makes room just now
             status = path.stat()
             found.append((status.st_atime, status.st_size, path))
@@ -164,9 +219,9 @@ def make_room(folder: Path, limit_bytes: int) -> None:
         total -= size
 
 
-def _unpack_file(archive: Path, workspace: Path) -> None:
+def _unpack_file(archive: Path, workspace: Path, max_bytes: int) -> None:
     with archive.open("rb") as source:
-        unpack(source, workspace)
+        unpack(source, workspace, max_bytes=max_bytes)
 
 
 def _download_to(file: File, target: Path) -> None:

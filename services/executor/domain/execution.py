@@ -59,6 +59,7 @@ def facts_of(report: Execution) -> dict[str, Any]:
         "node_id": report.node_id,
         "isolation": report.isolation,
         "addresses": dict(report.addresses),
+        "origin": dict(report.origin),
         "peak_memory_bytes": report.peak_memory_bytes,
         "started_us": to_us(report.started_at) if report.started_at else None,
     }

@@ -5,35 +5,39 @@ from __future__ import annotations
 from libs.common.contracts.messages import CloneJob, JobTemplate, Resources
 from libs.common.errors import Conflict
 from services.scheduler.domain.lifecycles import JOBS
-from services.scheduler.domain.model import Job
+from services.scheduler.domain.model import Case, Job
+from services.scheduler.domain.origins import exact
 from services.scheduler.domain.templates import PEOPLE
 
 # What a job says of the one it was made from; a copy of a copy names only the last.
 RETRY_OF, CLONE_OF = "retry_of", "clone_of"
 
 
-def retried(job: Job) -> JobTemplate:
+def retried(case: Case) -> JobTemplate:
     """The template of a job that has ended, for another job: an ended one stays as it is.
+
+    It names exactly what the last attempt ran: its commit, its packages.
 
     Raises:
         Conflict: it has not ended, or is a service's own.
     """
+    job = case.job
     _check_kind(job)
     if job.state not in JOBS.terminal:
         detail = f"The job {job.id} is {job.state}, so there is nothing to try again yet."
         remedy = f"Wait for its end, or stop it; `nabla jobs clone {job.id}` runs another beside it."
         raise Conflict("job_not_ended", detail, remedy)
-    return _copied(job, RETRY_OF)
+    return _copied(case, RETRY_OF)
 
 
-def cloned(job: Job, changes: CloneJob) -> JobTemplate:
+def cloned(case: Case, changes: CloneJob) -> JobTemplate:
     """The template of a job with what is to differ.
 
     Raises:
         Conflict: it is a service's own.
     """
-    _check_kind(job)
-    template = _copied(job, CLONE_OF)
+    _check_kind(case.job)
+    template = _copied(case, CLONE_OF)
     asked = Resources() if changes.machine_type else template.resources
     resources = asked.model_copy(update={name: value for name, value in changes.resources if value})
     said = {
@@ -48,9 +52,10 @@ def cloned(job: Job, changes: CloneJob) -> JobTemplate:
     return template.model_copy(update=update | {"env": {**template.env, **changes.env}, "resources": resources})
 
 
-def _copied(job: Job, relation: str) -> JobTemplate:
-    origin = {name: value for name, value in job.template.origin.items() if name not in {RETRY_OF, CLONE_OF}}
-    return job.template.model_copy(update={"origin": origin | {relation: job.id}})
+def _copied(case: Case, relation: str) -> JobTemplate:
+    template = exact(case.job.template, case.attempt.origin if case.attempt else {})
+    origin = {name: value for name, value in template.origin.items() if name not in {RETRY_OF, CLONE_OF}}
+    return template.model_copy(update={"origin": origin | {relation: case.job.id}})
 
 
 def _check_kind(job: Job) -> None:

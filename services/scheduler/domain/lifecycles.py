@@ -362,6 +362,7 @@ def _with_facts(attempt: Attempt, execution: Execution) -> Attempt:
         peak_memory_bytes=max(execution.peak_memory_bytes, attempt.peak_memory_bytes),
         addresses=execution.addresses or attempt.addresses,
         gpu_indices=execution.gpu_indices or attempt.gpu_indices,
+        origin=execution.origin or attempt.origin,
         started_us=to_us(execution.started_at) if execution.started_at else attempt.started_us,
     )
 

@@ -32,6 +32,7 @@ class Attempt:
     peak_memory_bytes: int = 0
     addresses: dict[str, str] = field(default_factory=dict)
     gpu_indices: tuple[int, ...] = ()
+    origin: dict[str, str] = field(default_factory=dict)
     execution_revision: int = -1
     forgotten: bool = False
 

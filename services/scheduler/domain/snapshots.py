@@ -64,6 +64,7 @@ def attempt_message(attempt: Attempt) -> messages.Attempt:
         peak_memory_bytes=attempt.peak_memory_bytes,
         addresses=attempt.addresses,
         gpu_indices=attempt.gpu_indices,
+        origin=attempt.origin,
     )
 
 

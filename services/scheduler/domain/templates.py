@@ -10,6 +10,7 @@ from libs.common.contracts.messages import JobTemplate, Resources, Retry
 from libs.common.errors import Invalid, TooLarge
 from libs.common.ids import is_id
 from services.scheduler.domain.machine_types import MachineTypes, filled_template
+from services.scheduler.domain.origins import check_origins
 
 MAX_COMMAND_BYTES = 128 * 1024
 # Every event of a job carries its template, and a message on the bus holds 256 KB.
@@ -53,6 +54,7 @@ def checked_template(
     _check_limits(filled)
     _check_retry(filled.retry)
     _check_ports(filled.ports)
+    check_origins(filled)
     _check_filesets("workspace_id", [filled.workspace_id] if filled.workspace_id else [])
     _check_filesets("inputs", (item.fileset_id for item in filled.inputs))
     _check_paths("inputs", (item.path for item in filled.inputs))

@@ -26,7 +26,7 @@ FILESET = TransitionTable(
     "fileset", {(OPEN, "seal"): SEALED, (OPEN, "expire"): DELETED}, terminal=frozenset({SEALED, DELETED})
 )
 
-KINDS = ("workspace", "artifacts", "model", "bento")
+KINDS = ("workspace", "artifacts", "model", "bento", "environment")
 MAX_FILES = 100_000
 MAX_PATH_BYTES = 1024
 # What S3 takes in one PUT.

@@ -301,7 +301,10 @@ async def test_a_workspace_for_which_the_disk_has_no_room_is_refused_and_takes_n
             {"environment": Environment(kind="venv", path="/nowhere")},
             "/nowhere is not a Python environment on this node",
         ),
-        ({"environment": Environment(kind="requirements", requirements="-r /etc/passwd")}, "is not a package's name"),
+        (
+            {"environment": Environment(kind="requirements", requirements="-r /etc/passwd")},
+            "only files of the workspace",
+        ),
     ],
 )
 async def test_what_cannot_be_staged_is_refused_with_a_reason_in_the_log(

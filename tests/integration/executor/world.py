@@ -204,7 +204,9 @@ class Neighbours:
         if question.fileset_id not in self.filesets:
             raise NotFound("fileset_not_found", f"There is no file set {question.fileset_id}.")
         fileset, files = self.filesets[question.fileset_id]
-        return FilePage(fileset=fileset, items=files)
+        where = f"{self.objects.url}/{fileset.id}"
+        items = tuple(file.model_copy(update={"url": file.url or f"{where}/{file.path}"}) for file in files)
+        return FilePage(fileset=fileset, items=items)
 
     def _read_log(self, question: GetLog) -> LogPage:
         return LogPage(sealed=question.job_id in self.sealed_logs)

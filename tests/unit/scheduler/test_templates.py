@@ -4,9 +4,10 @@ import math
 
 import pytest
 
-from libs.common.contracts.messages import Input, JobTemplate, ModelOutput, Resources
+from libs.common.contracts.messages import Environment, Input, JobTemplate, ModelOutput, Resources, Source
 from libs.common.errors import Invalid, TooLarge
 from libs.common.ids import new_id
+from services.scheduler.domain.origins import exact
 from services.scheduler.domain.templates import SERVICES, checked_template
 from tests.unit.scheduler.cases import template
 
@@ -37,6 +38,20 @@ def test_a_bare_template_gets_its_defaults():
         ("resources.memory_bytes", {"resources": Resources(memory_bytes=2**63)}),
         ("resources.gpu_count", {"resources": Resources(gpu_count=-1)}),
         ("resources.gpu_count", {"resources": Resources(gpu_count=1.5)}),
+        ("environment.kind", {"environment": Environment(kind="docker")}),
+        ("environment.path", {"environment": Environment(kind="workspace")}),
+        ("environment.path", {"environment": Environment(kind="workspace", path="../r.txt")}),
+        ("environment.path", {"environment": Environment(kind="recorded", path="../x")}),
+        ("environment.python", {"environment": Environment(python="3.12\n")}),
+        ("source.kind", {"source": Source(url="https://x/y")}),
+        ("source.kind", {"source": Source(kind="svn", url="https://x/y")}),
+        ("source.url", {"source": Source(kind="git", url="ext::sh -c id")}),
+        ("source.url", {"source": Source(kind="git", url="file:///etc")}),
+        ("source.url", {"source": Source(kind="git", url="https://me:word@host/x")}),
+        ("source.url", {"source": Source(kind="s3", url="https://x/y")}),
+        ("source.ref", {"source": Source(kind="git", url="https://x/y", ref="--upload-pack=id")}),
+        ("source.password", {"source": Source(kind="git", url="https://x/y", password="a\nb")}),
+        ("source", {"source": Source(kind="git", url="https://x/y"), "workspace_id": new_id("fileset")}),
         ("timeout_s", {"timeout_s": -1}),
         ("timeout_s", {"timeout_s": math.inf}),
         ("timeout_s", {"timeout_s": math.nan}),
@@ -77,3 +92,22 @@ def test_services_order_their_own_kinds_only():
     assert checked_template(template(kind="build"), SERVICES).kind == "build"
     with pytest.raises(Invalid):
         checked_template(template(), SERVICES)
+
+
+def test_what_a_node_found_makes_a_template_exact():
+    asked = JobTemplate(
+        command=("true",),
+        source=Source(kind="git", url="https://x/y", ref="main", password="secret:P"),
+        environment=Environment(kind="workspace", path="requirements.txt"),
+    )
+    found = exact(asked, {"commit": "a" * 40, "environment": "fs1"})
+    assert found.source == asked.source.model_copy(update={"ref": "a" * 40})
+    assert found.environment == Environment(kind="recorded", path="fs1")
+    assert exact(asked, {}) == asked
+
+
+def test_no_word_of_a_url_with_a_password_is_repeated():
+    source = Source(kind="git", url="https://me:s3cr3t@host/x")
+    with pytest.raises(Invalid) as refused:
+        checked_template(JobTemplate(command=("true",), source=source))
+    assert "s3cr3t" not in str(vars(refused.value))

@@ -1,11 +1,13 @@
 """Where a job's `python` comes from, and which variables it gets: both are written with --env.
 
 A value with "=" is a variable. Any other is an environment: `default` (the platform's small one), `active` (the
-virtualenv or conda environment of this terminal) or a requirements file.
+virtualenv or conda environment of this terminal) or a requirements file. --requirements names a file too, in more
+formats, and --python the Python to build it with.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -20,12 +22,26 @@ import click
 from nabla import installations
 from nabla.address import is_loopback
 from nabla.cli.output import note
+from nabla.cli.places import Place
 from nabla.cli.values import pairs
 from nabla.errors import NablaError, WorkspaceError
 from nabla.objects import Environment
 
 if TYPE_CHECKING:
     from nabla.client import Client
+
+
+ENVIRONMENT_OPTIONS = (
+    click.option(
+        "--requirements",
+        default="",
+        metavar="FILE",
+        help="What to install for the job: requirements.txt, pyproject.toml (with extras or groups in brackets: "
+        "'pyproject.toml[train]'), uv.lock or pylock.toml. Built once on a node and kept. When left out, such a file "
+        "in the workspace is taken.",
+    ),
+    click.option("--python", default="", metavar="VERSION", help="The Python to build it with, such as 3.12."),
+)
 
 
 @dataclass(frozen=True)
@@ -44,16 +60,82 @@ def parse(values: tuple[str, ...]) -> EnvOptions:
     return EnvOptions(variables, choices[0] if choices else "")
 
 
-def choose(choice: str, client: Client, env: Mapping[str, str] | None = None) -> Environment:
-    """The environment for a job, said on standard error unless it is the plain default."""
+@dataclass(frozen=True)
+class Wish:
+    """What the command line said of the job's Python; `requirements` may end with extras in brackets."""
+
+    choice: str = ""
+    requirements: str = ""
+    python: str = ""
+
+
+def choose(wish: Wish, client: Client, place: Place, env: Mapping[str, str] | None = None) -> Environment:
+    """The environment for a job, said on standard error unless it is the plain default.
+
+    What is named goes before what is active in this terminal, and that before what the workspace's own files ask for.
+    """
+    if wish.requirements and wish.choice:
+        raise click.UsageError(f"--env {wish.choice} and --requirements both name an environment.")
     active = active_environment(os.environ if env is None else env)
-    if choice in ("", "default"):
-        if choice or active is None:
-            return Environment()
-        return _offered(active, client)
-    if choice == "active":
+    if wish.requirements:
+        return _from_requirements(wish, place)
+    if wish.choice:
+        return _named(wish, active, client)
+    return _fitting(wish, active, client, place)
+
+
+def _named(wish: Wish, active: Path | None, client: Client) -> Environment:
+    if wish.choice == "default":
+        return Environment("default", python=wish.python)
+    if wish.choice == "active":
+        if wish.python:
+            raise click.UsageError("--env active brings its own Python; leave --python out.")
         return _active(active, client)
-    return _from_file(Path(choice))
+    return _from_file(Path(wish.choice), wish.python)
+
+
+def _fitting(wish: Wish, active: Path | None, client: Client, place: Place) -> Environment:
+    """Where nothing was named but, perhaps, a Python."""
+    if active is not None and not wish.python and same_machine(client):
+        return _offered(active)
+    found = _file_in(place.folder) if place.folder else ""
+    if found:
+        note(f"Environment: built from {found} and kept (--env default leaves it out).")
+        return Environment("workspace", found, python=wish.python)
+    if active is not None and not wish.python:
+        note(f"Your environment {active} is not on the server; --env active sends its packages along as requirements.")
+    return Environment("default", python=wish.python)
+
+
+def _from_requirements(wish: Wish, place: Place) -> Environment:
+    """A file of the workspace is read there, with those that it includes; any other is sent along."""
+    name, bracket, extras = wish.requirements.partition("[")
+    if place.source.kind:
+        return Environment("workspace", wish.requirements, python=wish.python)
+    path = Path(name)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise WorkspaceError(f"--requirements {name}: cannot read that file: {error}.", "Check the path.") from error
+    if place.folder:
+        with contextlib.suppress(ValueError):
+            inside = path.resolve().relative_to(place.folder.resolve()).as_posix()
+            return Environment("workspace", inside + bracket + extras, python=wish.python)
+    return Environment("requirements", path.name + bracket + extras, text, wish.python)
+
+
+def _file_in(folder: Path) -> str:
+    """The file of a folder that says which packages its code needs; locks first, as they say it exactly."""
+    for name in ("uv.lock", "pylock.toml", "requirements.txt"):
+        if (folder / name).is_file():
+            return name
+    try:
+        import tomllib  # type: ignore[import-not-found,unused-ignore]  # from Python 3.11 on
+
+        project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8")).get("project")
+        return "pyproject.toml" if isinstance(project, dict) and project.get("dependencies") else ""
+    except (ImportError, OSError, ValueError):
+        return ""
 
 
 def active_environment(env: Mapping[str, str]) -> Path | None:
@@ -79,12 +161,9 @@ def same_machine(client: Client) -> bool:
     return installations.is_here(client.installation_id())
 
 
-def _offered(active: Path, client: Client) -> Environment:
-    if same_machine(client):
-        note(f"Environment {active} (active in this terminal; --env default leaves it out).")
-        return Environment("venv", str(active))
-    note(f"Your environment {active} is not on the server; --env active sends its packages along as requirements.")
-    return Environment()
+def _offered(active: Path) -> Environment:
+    note(f"Environment {active} (active in this terminal; --env default leaves it out).")
+    return Environment("venv", str(active))
 
 
 def _active(active: Path | None, client: Client) -> Environment:
@@ -166,9 +245,9 @@ def freeze(environment: Path) -> Frozen:
     )
 
 
-def _from_file(path: Path) -> Environment:
+def _from_file(path: Path, python: str) -> Environment:
     try:
-        return Environment("requirements", requirements=path.read_text(encoding="utf-8"))
+        return Environment("requirements", path.name, path.read_text(encoding="utf-8"), python)
     except (OSError, UnicodeDecodeError) as error:
         raise WorkspaceError(
             f"--env {path}: cannot read that file: {error}.",

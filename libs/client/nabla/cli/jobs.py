@@ -137,6 +137,22 @@ def stop(session: Session, job: tuple[str, ...]) -> int:
     return int(len(stopped) < len(job))
 
 
+@jobs.command(example="nabla jobs environment js01jabc > exact.txt")
+@click.argument("job")
+@pass_session
+def environment(session: Session, job: str) -> int:
+    """Print what was installed for a job, with versions and hashes: `nabla run --requirements` takes it again."""
+    text = session.client().jobs.environment(job)
+    if session.as_json:
+        print_json({"requirements": text})
+        return 0
+    if not text:
+        note("Nothing was built for this job: it runs in an environment that was there before.")
+        return 1
+    click.echo(text, nl=False)
+    return 0
+
+
 @jobs.command(example="nabla jobs metrics js01jabc --name loss")
 @click.argument("job")
 @click.option("--name", default="", help="Only this metric.")
@@ -190,7 +206,7 @@ def _show(found: JobDetail) -> None:
             ("priority", "" if template.priority is None else template.priority),
             ("peak memory", readable_size(attempt.peak_memory_bytes) if attempt.peak_memory_bytes else ""),
             ("environment", template.environment.path or template.environment.kind),
-            ("from", ", ".join(f"{key} {value}" for key, value in template.origin.items())),
+            ("from", ", ".join(f"{key} {value}" for key, value in {**template.origin, **attempt.origin}.items())),
             ("created", job.created_at),
             ("started", job.started_at),
             ("ended", job.ended_at),

@@ -16,6 +16,7 @@ from nabla import paths
 from nabla.cli import environment
 from nabla.cli.follow import follow
 from nabla.cli.output import note, print_json, tell_left_out
+from nabla.cli.places import PLACE_OPTIONS, Said, place_of
 from nabla.cli.progress import progress
 from nabla.cli.project_choice import choose_project
 from nabla.cli.session import Session
@@ -54,6 +55,13 @@ class Options:
     retry_on: tuple[str, ...]
     retry_delay: float
     models: tuple[str, ...]
+    requirements: str
+    python: str
+    workspace: str
+    ref: str
+    endpoint: str
+    workspace_username: str
+    workspace_password: str
     no_workspace: bool
     detach: bool
     yes: bool
@@ -105,6 +113,8 @@ _OPTIONS = (
         metavar="NAME=PATH[:FRAMEWORK]",
         help="Register this folder or file of $NABLA_ARTIFACTS as a model when the job succeeds. May be repeated.",
     ),
+    *environment.ENVIRONMENT_OPTIONS,
+    *PLACE_OPTIONS,
     click.option("--no-workspace", is_flag=True, help="Send no folder along."),
     click.option("--detach", is_flag=True, help="Print the job's id and return at once."),
     click.option("--yes", is_flag=True, help="Answer questions with yes."),
@@ -115,14 +125,18 @@ _OPTIONS = (
 def submit_and_follow(session: Session, options: Options, folder: Path) -> int:
     """Everything `nabla run` does. The answer is the exit code."""
     env, models = environment.parse(options.env), tuple(map(model_output, options.models))
-    if not options.no_workspace:
-        confirm_place(folder, options.yes)
+    place = place_of(_said(options), folder)
+    if place.folder:
+        confirm_place(place.folder, options.yes)
     client = session.client(60.0)
-    python = environment.choose(env.choice, client)
+    wish = environment.Wish(env.choice, options.requirements, options.python)
+    python = environment.choose(wish, client, place)
     project = choose_project(client, options.project, folder)
     workspace_id, origin = "", {"folder": folder.name}
-    if not options.no_workspace:
-        workspace_id, origin = send_workspace(client, project, folder, options.yes)
+    if place.folder:
+        workspace_id, origin = send_workspace(client, project, place.folder, options.yes)
+    elif place.source.kind:
+        origin = {key: value for key, value in (("url", place.source.url), ("ref", place.source.ref)) if value}
     template = JobTemplate(
         name=options.name or name_of(options.command),
         command=options.command,
@@ -130,6 +144,7 @@ def submit_and_follow(session: Session, options: Options, folder: Path) -> int:
         resources=resources_of(options),
         workspace_id=workspace_id,
         environment=python,
+        source=place.source,
         timeout_s=options.timeout,
         max_retries=options.retries,
         priority=options.priority,
@@ -149,6 +164,17 @@ def submit_and_follow(session: Session, options: Options, folder: Path) -> int:
 
 def resources_of(options: Options) -> Resources:
     return Resources(options.cpus, options.memory, options.gpus, options.gpu_model, options.gpu_memory)
+
+
+def _said(options: Options) -> Said:
+    return Said(
+        options.workspace,
+        options.ref,
+        options.endpoint,
+        options.workspace_username,
+        options.workspace_password,
+        options.no_workspace,
+    )
 
 
 def _started(session: Session, client: Client, experiment: Experiment, detach: bool) -> int:

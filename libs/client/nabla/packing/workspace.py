@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import tempfile
 from functools import cached_property
 from pathlib import Path
 
 from nabla.errors import WorkspaceError
+from nabla.hints import readable_size
 from nabla.manifest import LocalFile, Manifest
 from nabla.objects import Fileset
 from nabla.packing import archive
@@ -19,6 +22,7 @@ from nabla.progress import Progress, Stages, unseen
 from nabla.resources.filesets import Filesets
 
 ATTEMPTS = 3
+MAX_BYTES = 20_000_000_000
 
 
 class Workspace:
@@ -100,10 +104,24 @@ class Workspace:
 
 
 def pack(folder: Path, cache_folder: Path | None = None) -> Workspace:
-    """Scans a folder; nothing is read or sent yet."""
+    """Scans a folder; nothing is read or sent yet. Raises WorkspaceError, also for one that is larger than may be."""
     if not folder.is_dir():
         raise WorkspaceError(f"{str(folder)!r} is not a folder.", "Run it in the folder that holds your code.")
-    return Workspace(scan(folder), cache_folder)
+    tree = scan(folder)
+    size_bytes, most_bytes = sum(entry.size_bytes for entry in tree.entries), max_bytes()
+    if size_bytes > most_bytes:
+        raise WorkspaceError(
+            f"The folder has {readable_size(size_bytes)}; {readable_size(most_bytes)} is the most for a workspace.",
+            "Name large files in .nablaignore, and put data into /storage or a bucket.",
+        )
+    return Workspace(tree, cache_folder)
+
+
+def max_bytes() -> int:
+    """The installation's `workspace_bytes`, where it was changed: told by the variable of that name."""
+    with contextlib.suppress(ValueError):
+        return int(os.environ.get("NABLA_WORKSPACE_BYTES", MAX_BYTES))
+    return MAX_BYTES
 
 
 def _is_file(entry: Entry) -> bool:

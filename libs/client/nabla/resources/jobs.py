@@ -177,6 +177,19 @@ class Jobs(Resource):
         told = stages("Downloading", None)
         return self._filesets().download(lambda: self.artifacts(job_id), folder, told)
 
+    def environment(self, job_id: str) -> str:
+        """What the newest attempt's built environment has in it, as exact requirements; empty for one not built."""
+        attempt = self.get(job_id).job.attempt
+        fileset_id = attempt.origin.get("environment", "") if attempt else ""
+        if not fileset_id:
+            return ""
+        import tempfile
+
+        filesets = self._filesets()
+        with tempfile.TemporaryDirectory(prefix="nabla-") as folder:
+            paths = filesets.download(lambda: filesets.files(fileset_id), Path(folder))
+            return "".join(path.read_text(encoding="utf-8") for path in paths)
+
     def metrics(self, job_id: str, name: str = "", max_points: int | None = None) -> Sequence[Series]:
         params = {"name": name, "max_points": max_points}
         answer = self._transport.get(f"/jobs/{segment(job_id)}/metrics", params)
