@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 
-from libs.common.contracts.messages import Container, JobTemplate, Role, Source
+from libs.common.contracts.messages import Container, JobTemplate, Source
 
 PREFIX = "secret:"
 ESCAPED = "secret::"
@@ -56,8 +56,8 @@ def names_in(template: JobTemplate) -> frozenset[str]:
     return frozenset(name for _, value in places_in(template) if (name := name_in(value)) is not None)
 
 
-def resolved(template: JobTemplate, values: Mapping[str, str]) -> JobTemplate:
-    """The template with every reference replaced by its value: for memory alone, never to be kept or sent.
+def with_credentials(template: JobTemplate, values: Mapping[str, str]) -> JobTemplate:
+    """The template with the values of all credentials but those in variables: for memory alone, never to be kept.
 
     Raises:
         KeyError: a name without a value.
@@ -67,10 +67,11 @@ def resolved(template: JobTemplate, values: Mapping[str, str]) -> JobTemplate:
         name = name_in(text)
         return plain(text) if name is None else values[name]
 
-    roles = tuple(_role(role, value_of) for role in template.gang.roles)
+    roles = tuple(
+        role.model_copy(update={"container": _container(role.container, value_of)}) for role in template.gang.roles
+    )
     return template.model_copy(
         update={
-            "env": {name: value_of(text) for name, text in template.env.items()},
             "container": _container(template.container, value_of),
             "source": _source(template.source, value_of),
             "gang": template.gang.model_copy(update={"roles": roles}),
@@ -78,9 +79,10 @@ def resolved(template: JobTemplate, values: Mapping[str, str]) -> JobTemplate:
     )
 
 
-def _role(role: Role, value_of: Callable[[str], str]) -> Role:
-    env = {name: value_of(text) for name, text in role.env.items()}
-    return role.model_copy(update={"env": env, "container": _container(role.container, value_of)})
+def variables(env: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """A job's variables, apart: those with their texts, and those whose values are secrets, with the secrets' names."""
+    named = {variable: name for variable, value in env.items() if (name := name_in(value)) is not None}
+    return {variable: plain(value) for variable, value in env.items() if variable not in named}, named
 
 
 def _container(container: Container, value_of: Callable[[str], str]) -> Container:

@@ -34,6 +34,7 @@ from services.executor.adapters.folder_watch import FolderWatch
 from services.executor.adapters.job_spec import NodeFacts
 from services.executor.adapters.sandbox import IsolationProbe, find_bwrap
 from services.executor.adapters.sealing import Sealing
+from services.executor.adapters.secrets import Secrets
 from services.executor.adapters.shim import write_contact
 from services.executor.adapters.staging import Staging
 from services.executor.adapters.transfer import Threads, remove_tree
@@ -202,6 +203,7 @@ class NodeAgent:
         hidden = (self._node_dir, Path(config.storage_root))
         return Means(
             bus=bus,
+            secrets=Secrets(bus),
             staging=Staging(bus, cache / "workspaces", config.front_door),
             sealing=Sealing(bus, config.front_door),
             environments=Environments(

@@ -26,21 +26,21 @@ def test_names_are_found_wherever_credentials_may_stand() -> None:
     assert secret_refs.names_in(EVERYWHERE) == set("abcdef")
 
 
-def test_a_resolved_template_has_values_for_names_and_texts_for_escapes() -> None:
+def test_credentials_have_values_for_names_and_variables_keep_their_references() -> None:
     values = {name: f"value of {name}" for name in "abcdef"}
-    resolved = secret_refs.resolved(EVERYWHERE, values)
-    assert resolved.env == {
-        "A": "value of a",
-        "PLAIN": "text",
-        "ESCAPED": "secret:text",
-        "TWICE": "secret::x",
-        "ALSO_A": "value of a",
-    }
+    resolved = secret_refs.with_credentials(EVERYWHERE, values)
     container, source, role = resolved.container, resolved.source, resolved.gang.roles[0]
     assert (container.image, container.registry_username, container.registry_password) == ("i", "me", "value of b")
     assert (source.url, source.username, source.password) == ("u", "value of c", "value of d")
-    assert (role.name, role.env, role.container.registry_username) == ("worker", {"E": "value of e"}, "value of f")
-    assert EVERYWHERE.env["A"] == "secret:a"
+    assert (role.name, role.container.registry_username) == ("worker", "value of f")
+    assert (resolved.env, role.env) == (EVERYWHERE.env, {"E": "secret:e"})
+    assert EVERYWHERE.source.password == "secret:d"
+
+
+def test_variables_are_told_apart_and_escapes_are_texts() -> None:
+    plain, named = secret_refs.variables(EVERYWHERE.env)
+    assert plain == {"PLAIN": "text", "ESCAPED": "secret:text", "TWICE": "secret::x"}
+    assert named == {"A": "a", "ALSO_A": "a"}
 
 
 def test_every_text_field_for_credentials_is_a_place() -> None:
@@ -57,7 +57,7 @@ def test_every_text_field_for_credentials_is_a_place() -> None:
 
 def test_a_name_without_a_value_is_an_error_and_never_left_standing() -> None:
     with pytest.raises(KeyError):
-        secret_refs.resolved(EVERYWHERE, {})
+        secret_refs.with_credentials(EVERYWHERE, {})
 
 
 def test_a_value_crosses_the_bus_for_one_reader_and_under_one_name() -> None:
