@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from libs.common.contracts.messages import Execution, Fileset, Job
-from libs.common.errors import Conflict
+from libs.common.errors import Conflict, NablaError
 
 
 class Jobs(Protocol):
@@ -42,6 +42,10 @@ class Attempts(Protocol):
             Unauthenticated: there is none.
             Unavailable: the owner does not answer now.
         """
+
+
+class UnusableKeys(NablaError):
+    """The installation's keys cannot be used; the text says why and what to do."""
 
 
 class BrokenSeal(Conflict):

@@ -19,14 +19,9 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from libs.common.errors import NablaError
-from services.registry.ports import BrokenSeal, Sealed
+from services.registry.ports import BrokenSeal, Sealed, UnusableKeys
 
 KEY_BYTES, NONCE_BYTES = 32, 12
-
-
-class UnusableKeys(NablaError):
-    """The file of keys cannot be used; the text says which, why, and what to do."""
 
 
 class FileVault:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from services.registry.adapters import vault as vaults
-from services.registry.adapters.vault import FileVault, UnusableKeys, add_key
-from services.registry.ports import BrokenSeal, Sealed
+from services.registry.adapters.vault import FileVault, add_key
+from services.registry.ports import BrokenSeal, Sealed, UnusableKeys
 
 pytestmark = pytest.mark.unit
 VALUE, BOUND = b"correct horse battery staple", b"project:pr1|NAME|1|sc1"
