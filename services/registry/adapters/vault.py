@@ -82,7 +82,10 @@ def add_key(file: Path) -> str:
     turn = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(turn, fcntl.LOCK_EX)
-        _draft(file, [*read_keys(file), key]).replace(file)
+        draft, own = _draft(file, [*read_keys(file), key]), file.stat()
+        # Root may do this for the registry's user, who must still be able to read it.
+        os.chown(draft, own.st_uid, own.st_gid)
+        draft.replace(file)
         os.fsync(turn)
     finally:
         os.close(turn)

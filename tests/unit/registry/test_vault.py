@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,6 +74,15 @@ def test_after_a_turn_of_the_key_old_values_open_and_new_ones_are_under_the_new_
     assert FileVault(keys).open(wrapped, BOUND) == VALUE
     with pytest.raises(BrokenSeal, match=r"is not in secrets\.keys"):
         FileVault(keys).open(old, BOUND)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can do it for somebody else")
+def test_a_key_that_root_makes_is_still_its_users(keys: Path) -> None:
+    FileVault(keys)
+    os.chown(keys, 61_001, 61_002)
+    add_key(keys)
+    found = keys.stat()
+    assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (61_001, 61_002, 0o600)
 
 
 def test_a_key_file_that_was_lost_and_made_anew_is_not_taken_for_the_old_one(keys: Path) -> None:
