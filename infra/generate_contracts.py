@@ -129,6 +129,8 @@ def annotation(field: dict[str, Any], maps: dict[str, dict[str, Any]]) -> str:
         return f"tuple[{kind}, ...] = ()"
     if field.get("proto3Optional") or kind == "datetime":
         return f"{kind} | None = None"
+    if field.get("options", {}).get("debugRedact"):
+        return f"{kind} = Field(default={default}, repr=False)"
     return f"{kind} = {default}"
 
 

@@ -12,7 +12,7 @@ EXAMPLE = "Examples: nabla up, nabla down, python -m services scheduler"
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m services", description=__doc__, epilog=EXAMPLE)
-    actions = ["up", "down", "supervise", "demo"]
+    actions = ["up", "down", "supervise", "demo", "rotate-secrets-key"]
     parser.add_argument("what", nargs="?", default="up", choices=[*actions, *SERVICES], metavar="WHAT")
     parser.add_argument("--json", action="store_true", help="up, down: answer in JSON, for programs")
     arguments = parser.parse_args()

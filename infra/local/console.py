@@ -9,7 +9,7 @@ import tomllib
 
 from pydantic import ValidationError
 
-from infra.local import control
+from infra.local import control, secret_keys
 from infra.local.installation import Installation, InstallationError
 from infra.local.servers import ServerMissingError
 from infra.local.settings import LocalSettings
@@ -46,6 +46,8 @@ def _do(what: str, settings: LocalSettings, as_json: bool) -> int:
                 print(json.dumps({"state": "stopped"}))
         case "supervise":
             control.supervise(settings)
+        case "rotate-secrets-key":
+            secret_keys.rotate(settings, say)
         case "demo":
             import infra.local.demo
 

@@ -24,6 +24,7 @@ PREFIXES = {
     "deployment": "de",
     "event": "ev",
     "audit": "au",
+    "secret": "sc",
 }
 # RFC 4648's extended hex alphabet keeps the order of the bytes, so ids sort by their time.
 _TAIL = re.compile(r"[0-9a-v]{26}")

@@ -189,7 +189,7 @@ async def _answer_once(unit: UnitOfWork, waiting: _Waiting) -> Answer:
     if reply is None:
         raise NablaError(f"{operation} gave no answer")
     body = reply.to_wire()
-    if key:
+    if key and not route.repeatable:
         request_hash = _hash_of(waiting.message, envelope)
         await unit.keep_answer(_asker(envelope), operation, key, request_hash, body)
     return Answer(ANSWER_CREATED, body)

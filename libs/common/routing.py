@@ -73,7 +73,8 @@ class Route:
         prepare: for requests and queries: asks the outside world before the transaction opens. It runs after the
             rule and again with each repetition, so it changes nothing that a repetition would change again.
         database: which of the service's databases the handler works in; empty for its first.
-        repeatable: the handler itself recognises a repeat, so that no inbox row need be kept.
+        repeatable: the handler itself recognises a repeat, so that no inbox row need be kept, and of a request
+            neither its hash nor its answer.
     """
 
     message: type[Message]

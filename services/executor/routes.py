@@ -14,11 +14,12 @@ from libs.common.contracts.messages import (
     OpenFileset,
     RegisterModel,
     ReportExecution,
+    RevealSecrets,
     SealFileset,
     StartExecution,
     StopExecution,
 )
-from libs.common.routing import GATEWAY_ONLY, INTERNAL, Route, Routes, Rule
+from libs.common.routing import INTERNAL, Route, Routes, Rule
 from services.executor import handlers
 
 # Node agents have a NATS user of their own, which may send this and nothing else.
@@ -29,9 +30,12 @@ AGENT_SENDS: tuple[type[Message], ...] = (
     OpenFileset,
     SealFileset,
     RegisterModel,
+    RevealSecrets,
 )
 
 _FOR_RECONCILING = Rule(role=None, scope="internal", services=frozenset({"scheduler"}))
+# The registry asks whose secrets a node may have.
+_FOR_TOKENS = Rule(role=None, scope="internal", services=frozenset({"gateway", "registry"}))
 _FOR_VIEWERS = Rule(role="viewer", scope="read", services=frozenset({"gateway", "scheduler"}))
 
 
@@ -44,7 +48,7 @@ def routes() -> Routes:
             Route(ReportExecution, handlers.apply_report, INTERNAL),
             Route(LogSealed, handlers.note_sealed_log, INTERNAL),
             Route(ListExecutions, handlers.list_executions, _FOR_RECONCILING),
-            Route(AuthenticateAttempt, handlers.authenticate_attempt, GATEWAY_ONLY),
+            Route(AuthenticateAttempt, handlers.authenticate_attempt, _FOR_TOKENS),
             Route(ListNodes, handlers.list_nodes, _FOR_VIEWERS),
         ),
         sends=(GetLog,),

@@ -7,12 +7,15 @@ from libs.common.ids import secret_hash
 from libs.common.inbox import Inbox
 from libs.common.service import Service
 from libs.common.store import Store
+from services.registry.adapters.attempts import BusAttempts
 from services.registry.adapters.filesets import BusFilesets
 from services.registry.adapters.jobs import BusJobs
+from services.registry.adapters.vault import FileVault
 from services.registry.domain.accounts import first_token
 from services.registry.handlers.accounts import bootstrap
 from services.registry.handlers.models import Origins
-from services.registry.loops import RunCheck, Upkeep
+from services.registry.handlers.secrets import Secrets
+from services.registry.loops import KeyTurn, RunCheck, Upkeep
 from services.registry.routes import RUNS, routes
 from services.registry.settings import RegistrySettings
 from services.registry.store import SKELETON, RegistryUnit
@@ -27,6 +30,7 @@ def build(settings: RegistrySettings | None = None) -> Service:
     settings = settings or RegistrySettings()
     bus = Bus(NAME, settings.nats_url, settings.nats_seed(NAME))
     jobs = BusJobs(bus)
+    vault = FileVault(settings.secret_keys)
     store = Store(settings.database_for(NAME), RegistryUnit, SKELETON, NAME)
     runs = Store(settings.database_for(f"{NAME}_{RUNS}"), RunsUnit, RUNS_SKELETON, NAME)
 
@@ -42,8 +46,12 @@ def build(settings: RegistrySettings | None = None) -> Service:
         store=store,
         bus=bus,
         inbox=Inbox(store, NAME),
-        routes=routes(Origins(BusFilesets(bus), jobs)),
-        loops=(Upkeep(store, runs, settings).run, RunCheck(runs, jobs, settings.reconcile_s).run),
+        routes=routes(Origins(BusFilesets(bus), jobs), Secrets(vault, BusAttempts(bus), jobs)),
+        loops=(
+            Upkeep(store, runs, settings).run,
+            RunCheck(runs, jobs, settings.reconcile_s).run,
+            KeyTurn(store, vault, settings.key_turn_s).run,
+        ),
         further={RUNS: Inbox(runs, NAME)},
         before_start=make_first_account,
     )

@@ -8,16 +8,19 @@ from datetime import timedelta
 
 from libs.common.clock import to_us
 from libs.common.contracts.messages import Job, ProjectPurged
-from libs.common.errors import Refusal
+from libs.common.errors import Refusal, StaleRevision
 from libs.common.store import Store
+from services.registry.domain.secrets import binding
 from services.registry.handlers.runs import apply_job
-from services.registry.ports import Jobs
+from services.registry.ports import BrokenSeal, Jobs, Vault
 from services.registry.settings import RegistrySettings
 from services.registry.store import RegistryUnit
 from services.registry.store.runs import RunsUnit, Tracked
+from services.registry.store.secrets import Kept
 
 PROJECTS_A_PASS = 20
 RUNS_A_PASS = 50
+SECRETS_A_PASS = 200
 # A run whose job said nothing for so long is asked after.
 SILENT = timedelta(seconds=60)
 # Tokens and codes that are over stay visible for so long.
@@ -52,6 +55,7 @@ class Upkeep:
         projects = await unit.projects.deleted_before(before, PROJECTS_A_PASS)
         for project in projects:
             await unit.models.remove_of(project.id)
+            await unit.secrets.remove_of(project.id)
             await unit.projects.remove(project.id)
             await unit.emit(
                 ProjectPurged(project=project),
@@ -95,6 +99,52 @@ class RunCheck:
             return
         jobs = [await self._jobs.get(run.id, run.team_id) for run in silent]
         await self._store.run(lambda unit: _apply(unit, silent, [job for job in jobs if job]))
+
+
+class KeyTurn:
+    """Brings every secret under the installation's newest key. Values stay as they are: only their keys are wrapped.
+
+    Old keys stay in their file, for backups from their time; whoever turned the key because it was seen removes them.
+    """
+
+    def __init__(self, store: Store[RegistryUnit], vault: Vault, pause_s: float) -> None:
+        self._store = store
+        self._vault = vault
+        self._pause_s = pause_s
+        # Those that do not open with the key that they name: told once, and looked at again after the next start.
+        self._broken: set[str] = set()
+
+    async def run(self) -> None:
+        while True:
+            while await self.turn():
+                pass
+            await asyncio.sleep(self._pause_s)
+
+    async def turn(self) -> int:
+        """One pass: how many were wrapped anew."""
+        *older, newest = self._vault.keys()
+        async with self._store.view() as view:
+            lost = await view.secrets.lost([*older, newest])
+            behind = await view.secrets.wrapped_otherwise(newest, older, SECRETS_A_PASS + len(self._broken))
+        if lost:
+            log.error("secrets are sealed with a key that is not here", extra={"secrets": lost})
+        wrapped = [one for one in behind if one.secret.id not in self._broken and await self._wrap(one)]
+        if wrapped:
+            log.info("secrets are under the newest key now", extra={"secrets": len(wrapped), "key": newest})
+        return len(wrapped)
+
+    async def _wrap(self, kept: Kept) -> bool:
+        try:
+            sealed = self._vault.rewrap(kept.sealed, binding(kept.secret))
+        except BrokenSeal as error:
+            self._broken.add(kept.secret.id)
+            log.error("a secret cannot be opened", extra={"secret": kept.secret.id, "reason": str(error)})
+            return False
+        try:
+            await self._store.run(lambda unit: unit.secrets.save(kept.secret, sealed, kept.revision))
+        except StaleRevision:
+            return False  # it has just got another value, under the newest key, or is gone
+        return True
 
 
 async def _apply(unit: RunsUnit, silent: list[Tracked], jobs: list[Job]) -> None:

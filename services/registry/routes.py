@@ -7,11 +7,14 @@ from typing import Any
 from libs.common.contracts.message import Message
 from libs.common.contracts.messages import (
     ArchiveProject,
+    AuthenticateAttempt,
     AuthenticateToken,
+    CheckSecrets,
     CreateProject,
     CreateSignIn,
     CreateToken,
     DeleteProject,
+    DeleteSecret,
     GetFileset,
     GetJob,
     GetMetrics,
@@ -29,6 +32,7 @@ from libs.common.contracts.messages import (
     JobUnreachable,
     ListModels,
     ListProjects,
+    ListSecrets,
     ListTokens,
     LogRun,
     MoveProject,
@@ -37,12 +41,14 @@ from libs.common.contracts.messages import (
     RedeemSignIn,
     RegisterModel,
     RestoreProject,
+    RevealSecrets,
     RevokeToken,
+    SetSecret,
     SignOut,
     UpdateProject,
 )
 from libs.common.routing import GATEWAY_ONLY, INTERNAL, Handler, Prepare, Route, Routes, Rule
-from services.registry.handlers import accounts, models, projects, runs
+from services.registry.handlers import accounts, models, projects, runs, secrets
 from services.registry.handlers.audit import audited
 
 RUNS = "runs"
@@ -58,6 +64,9 @@ WRITE = Rule(role="member", scope="write")
 LEAD = Rule(role="admin", scope="write")
 REGISTER = Rule(role="member", scope="write", attempts=True, services=frozenset({"executor", "serving"}))
 LOG = Rule(role="member", scope="write", attempts=True)
+READ_SECRETS = Rule(role="viewer", scope="read")
+# Node agents ask in the executor's name; the attempt's token is what decides.
+REVEAL = Rule(role=None, scope="internal", services=frozenset({"executor"}))
 
 
 def _write(message: type[Message], handler: Handler, rule: Rule, prepare: Prepare | None = None) -> Route:
@@ -68,9 +77,10 @@ def _run(message: type[Message], handler: Any, rule: Rule = INTERNAL) -> Route:
     return Route(message, handler, rule, database=RUNS)
 
 
-def routes(model_origins: models.Origins | None = None) -> Routes:
-    """Without origins for whoever only reads subjects and rules: permissions, documents, tests."""
+def routes(model_origins: models.Origins | None = None, values: secrets.Secrets | None = None) -> Routes:
+    """Without arguments for whoever only reads subjects and rules: permissions, documents, tests."""
     origins: Any = model_origins or models.Origins
+    valued: Any = values or secrets.Secrets
     return Routes(
         service="registry",
         routes=(
@@ -93,6 +103,12 @@ def routes(model_origins: models.Origins | None = None) -> Routes:
             Route(GetModel, models.get_model, READ),
             Route(GetModelVersion, models.get_model_version, READ),
             Route(ListModels, models.list_models, READ),
+            # Nothing that was made of a value is kept: no answer by its key, not even the hash of the question.
+            Route(SetSecret, audited(valued.set_secret), WRITE, repeatable=True),
+            Route(RevealSecrets, valued.reveal_secrets, REVEAL, valued.find_claim, repeatable=True),
+            _write(DeleteSecret, secrets.delete_secret, WRITE),
+            Route(ListSecrets, secrets.list_secrets, READ_SECRETS),
+            Route(CheckSecrets, secrets.check_secrets, READ_SECRETS),
             _run(LogRun, audited(runs.log_run, attempts=False), LOG),
             _run(GetRun, runs.get_run, READ),
             _run(GetMetrics, runs.get_metrics, READ),
@@ -107,5 +123,5 @@ def routes(model_origins: models.Origins | None = None) -> Routes:
             _run(ProjectMoved, runs.move_runs),
             _run(ProjectPurged, runs.purge_runs),
         ),
-        sends=(GetJob, GetFileset),
+        sends=(GetJob, GetFileset, AuthenticateAttempt),
     )

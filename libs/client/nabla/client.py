@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from nabla.resources.jobs import Jobs
     from nabla.resources.models import Models
     from nabla.resources.projects import Projects
+    from nabla.resources.secrets import Secrets
     from nabla.resources.tokens import Tokens
 
 
@@ -100,6 +101,12 @@ class Client:
         from nabla.resources.deployments import Deployments
 
         return Deployments(self._transport)
+
+    @cached_property
+    def secrets(self) -> Secrets:
+        from nabla.resources.secrets import Secrets
+
+        return Secrets(self._transport)
 
     @cached_property
     def tokens(self) -> Tokens:

@@ -34,6 +34,20 @@ class Token(Record):
     secret: str = ""
 
 
+class Secret(Record):
+    """All that is ever shown of a secret; without a project it is the whole team's."""
+
+    id: str = ""
+    team_id: str = ""
+    project_id: str = ""
+    name: str = ""
+    version: int = 0
+    created_by: str = ""
+    created_at: Optional[datetime] = None
+    updated_by: str = ""
+    updated_at: Optional[datetime] = None
+
+
 class SignInLink(Record):
     """Opens the web interface once, signed in."""
 

@@ -1295,6 +1295,86 @@ class MetricPage(Message):
     items: tuple[Series, ...] = ()
 
 
+class Secret(Message):
+    """All that is ever shown of a secret."""
+
+    id: str = ""
+    team_id: str = ""
+    # Empty: of the whole team. A project's own goes before the team's of the same name.
+    project_id: str = ""
+    name: str = ""
+    # Counts its values; each one that differs from the last is one more.
+    version: int = 0
+    created_by: str = ""
+    created_at: datetime | None = None
+    updated_by: str = ""
+    updated_at: datetime | None = None
+
+
+class SetSecret(Message):
+    """The same value again changes nothing."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "registry", "secret.set", reply="Secret")
+
+    project_id: str = ""
+    name: str = ""
+    value: str = Field(default="", repr=False)
+
+
+class DeleteSecret(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "registry", "secret.delete", reply="Secret")
+
+    project_id: str = ""
+    name: str = ""
+
+
+class ListSecrets(Message):
+    """The team's, and those of the project when one is named."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.QUERY, "registry", "secret.list", reply="SecretPage")
+
+    project_id: str = ""
+    cursor: str = ""
+    limit: int = 0
+
+
+class CheckSecrets(Message):
+    """What a job of the project would get by these names; refused when there is none for one of them."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.QUERY, "registry", "secret.check", reply="SecretPage")
+
+    project_id: str = ""
+    names: tuple[str, ...] = ()
+
+
+class SecretPage(Message):
+    items: tuple[Secret, ...] = ()
+    next_cursor: str = ""
+
+
+class RevealSecrets(Message):
+    """Asked by the node agent that starts an attempt. Who it says it is counts for nothing: the attempt's token decides
+    whose secrets these are, the job's template which of them, and only the holder of the key can read the answer."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "registry", "secret.reveal", reply="RevealedSecrets")
+
+    token_hash: str = ""
+    names: tuple[str, ...] = ()
+    # X25519, raw, in base64; made for this one question.
+    public_key: str = ""
+
+
+class RevealedSecret(Message):
+    name: str = ""
+    version: int = 0
+    # The value, by HPKE (RFC 9180: X25519, HKDF-SHA256, AES-256-GCM) with the name as its info, in base64.
+    sealed: str = Field(default="", repr=False)
+
+
+class RevealedSecrets(Message):
+    items: tuple[RevealedSecret, ...] = ()
+
+
 class GetService(Message):
     """Answered by every service: the subject carries the service's own name instead of the owner's."""
 
@@ -1446,6 +1526,15 @@ MESSAGES: tuple[type[Message], ...] = (
     GetRun,
     GetMetrics,
     MetricPage,
+    Secret,
+    SetSecret,
+    DeleteSecret,
+    ListSecrets,
+    CheckSecrets,
+    SecretPage,
+    RevealSecrets,
+    RevealedSecret,
+    RevealedSecrets,
     GetService,
     ServiceStatus,
 )

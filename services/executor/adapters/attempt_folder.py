@@ -68,6 +68,8 @@ class FrontDoor:
 class AttemptSpec:
     """What to run and within which bounds.
 
+    `secret_env` names, for each further variable, the secret whose value the shim is handed in memory.
+
     `command` is an argv, or one string for `sh -c`. `environment_prefix` is a virtualenv (or any prefix with
     a bin/) shown read-only at its own path and put first on PATH. `pids_limit` bounds the processes and
     threads of the attempt. `gpu_indices` are the node's own numbers. `run_as_uid` is required when the
@@ -78,6 +80,7 @@ class AttemptSpec:
     job_id: str
     command: list[str] | str
     env: dict[str, str] = field(default_factory=dict)
+    secret_env: dict[str, str] = field(default_factory=dict)
     cpu_count: float = 1.0
     memory_bytes: int | None = None
     gpu_indices: list[int] = field(default_factory=list)
@@ -322,7 +325,7 @@ def _command_problems(spec: AttemptSpec) -> Iterator[str]:
 
 
 def _environment_problems(spec: AttemptSpec) -> Iterator[str]:
-    for name, value in spec.env.items():
+    for name, value in (*spec.env.items(), *spec.secret_env.items()):
         if not _matches(_ENVIRONMENT_NAME, name):
             yield f"env has the name {name!r}, which no shell can read"
         if not _is_text(value):

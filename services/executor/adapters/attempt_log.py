@@ -22,6 +22,7 @@ from libs.common.contracts.message import WIRE
 from libs.common.contracts.messages import LogFrame
 from libs.common.waiting import happens
 from services.executor.adapters import spool
+from services.executor.adapters.masking import Masker
 
 BATCH_S = 0.05
 FRAME_LINES = 800
@@ -100,12 +101,14 @@ class AttemptLog:
         self._job_ended = False
         self._closed = False
         self._sent_s = float("-inf")
+        # Hides secrets in the platform's own words; the job's lines come without them from its shim.
+        self.masker = Masker(())
 
     def say(self, key: str, text: str, *, tail: bool = False) -> None:
         """Adds a line of the platform's own, once for each key, also over restarts."""
         if any(word.key == key for word in self._words):
             return
-        word = Word(key, to_us(utc_now()), text[:2000], tail)
+        word = Word(key, to_us(utc_now()), self.masker.text(text)[:2000], tail)
         _append_whole(self._folder / "words.jsonl", json.dumps(asdict(word)).encode() + b"\n")
         self._words.append(word)
         self._changed.set()

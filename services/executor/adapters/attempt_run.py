@@ -32,6 +32,7 @@ from services.executor.adapters.job_spec import NodeFacts
 from services.executor.adapters.keeping import Keeping
 from services.executor.adapters.preparing import Preparing
 from services.executor.adapters.sealing import Sealing
+from services.executor.adapters.secrets import Revealed, Secrets, SecretsRefused
 from services.executor.adapters.staging import Staging, StagingFailed
 from services.executor.adapters.transfer import Threads, remove_tree
 from services.executor.adapters.tries import GivenUp, try_within_reason
@@ -41,7 +42,7 @@ from services.executor.ports import StartOrder
 LOOK_S = 1.0
 STARTED_PATIENCE_S = 0.2
 SHIP_AGAIN_S = 1.0
-REFUSALS = (StagingFailed, EnvironmentRefused, MalformedSpec, zygote.StartFailed, OSError)
+REFUSALS = (SecretsRefused, StagingFailed, EnvironmentRefused, MalformedSpec, zygote.StartFailed, OSError)
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Means:
     """What all attempts of a node share."""
 
     bus: AgentBus
+    secrets: Secrets
     staging: Staging
     sealing: Sealing
     environments: Environments
@@ -149,17 +151,20 @@ class AttemptRun:
             await self._never_started("stopped", stop.reason if stop else "")
         except GivenUp as error:
             # A shim that an unfinished call may start yet will find this, and run nothing.
-            await asyncio.to_thread(self._folder.request_stop, 0.0, short_reason(str(error)))
+            told = short_reason(self._log.masker.text(str(error)))
+            await asyncio.to_thread(self._folder.request_stop, 0.0, told)
             await self._refuse(error)
         except REFUSALS as error:
             await self._refuse(error)
 
     async def _prepare_and_start(self) -> None:
+        revealed = await self._means.secrets.reveal(self.order)
+        self._log.masker = revealed.masker()
         if not (self._folder.path / "spec.json").exists():
             with self._span("prepare"):
-                await self._preparing.prepare(self.order.template)
+                await self._preparing.prepare(revealed.template)
         with self._span("start"):
-            await self._start_shim()
+            await self._start_shim(revealed)
 
     async def _refuse(self, error: Exception) -> None:
         if self._folder.read_shim():
@@ -188,19 +193,19 @@ class AttemptRun:
         finally:
             await end([task], again_s=1.0)
 
-    async def _start_shim(self) -> None:
+    async def _start_shim(self, revealed: Revealed) -> None:
         """Until a zygote answers. May be left at any point: a shim that comes after a stop wish heeds it."""
         while True:
             try:
-                await self._means.starting.run(self._ask_zygote)
+                await self._means.starting.run(self._ask_zygote, revealed.for_shim())
             except zygote.ZygoteUnavailable as error:
                 log.warning("the zygote does not answer", extra={"reason": str(error)})
             else:
                 return
 
-    def _ask_zygote(self) -> None:
+    def _ask_zygote(self, secrets: bytes) -> None:
         self._means.revive_zygote()
-        zygote.start_attempt(self._means.zygote_socket, self._folder.path)
+        zygote.start_attempt(self._means.zygote_socket, self._folder.path, secrets=secrets)
 
     async def _never_started(self, reason: Any, detail: str) -> None:
         if self._folder.read_shim():
@@ -209,7 +214,7 @@ class AttemptRun:
             code=None,
             signal=None,
             reason=reason,
-            detail=short_reason(detail),
+            detail=short_reason(self._log.masker.text(detail)),
             peak_rss_bytes=0,
             started_at_us=None,
             ended_at_us=to_us(utc_now()),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from libs.common import secret_refs
 from services.executor.adapters.attempt_folder import AttemptSpec, Bind, FrontDoor, Isolation
 from services.executor.adapters.isolation import closed_to
 from services.executor.ports import StartOrder
@@ -39,12 +40,14 @@ def spec_for(order: StartOrder, environment_prefix: str, node: NodeFacts) -> Att
     template = order.template
     uid = job_uid(order.team_uid, environment_prefix, node)
     host, port = door_of(node.front_door)
+    env, secret_env = secret_refs.variables(job_variables(order, node))
     sdk = Bind(str(node.client_folder / "nabla"), f"{SDK_INSIDE}/nabla")
     return AttemptSpec(
         attempt_id=order.attempt_id,
         job_id=order.job_id,
         command=template.command[0] if len(template.command) == 1 else list(template.command),
-        env=job_variables(order, node),
+        env=env,
+        secret_env=secret_env,
         cpu_count=template.resources.cpu_count or 1.0,
         memory_bytes=template.resources.memory_bytes or None,
         gpu_indices=list(order.gpu_indices),
@@ -84,14 +87,15 @@ def told_isolation(uid: int | None, node: NodeFacts) -> str:
 
 
 def job_variables(order: StartOrder, node: NodeFacts) -> dict[str, str]:
-    """The user's variables beneath the platform's; the shim adds those that it alone knows."""
+    """The user's variables beneath the platform's, secrets by their names; the shim adds what it alone knows."""
     walled = node.isolation == "bwrap"
     given = dict(order.template.env)
+    path = given.get("PYTHONPATH", "")
     sdk = SDK_INSIDE if walled else str(node.client_folder)
     url = urlsplit(node.front_door)
     inside = f"{url.scheme}://127.0.0.1:{door_of(node.front_door)[1]}" if walled else node.front_door
     return given | {
-        "PYTHONPATH": ":".join(filter(None, [given.get("PYTHONPATH", ""), sdk])),
+        "PYTHONPATH": ":".join(filter(None, ["" if secret_refs.name_in(path) is not None else path, sdk])),
         "NABLA_API_URL": inside,
         "NABLA_TOKEN": order.token,
         "NABLA_EXPERIMENT_ID": order.experiment_id,

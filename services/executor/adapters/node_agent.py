@@ -38,6 +38,7 @@ from services.executor.adapters.job_spec import NodeFacts
 from services.executor.adapters.s3_source import S3Source
 from services.executor.adapters.sandbox import IsolationProbe, find_bwrap
 from services.executor.adapters.sealing import Sealing
+from services.executor.adapters.secrets import Secrets
 from services.executor.adapters.shim import write_contact
 from services.executor.adapters.sources import GitAndS3
 from services.executor.adapters.staging import Staging
@@ -218,6 +219,7 @@ class NodeAgent:
         builder = InstallerBuilder(toolbox, default, cache / "downloads", config.package_hosts, config.installer)
         return Means(
             bus=bus,
+            secrets=Secrets(bus),
             staging=Staging(bus, cache / "workspaces", config.front_door, sources, config.workspace_bytes),
             sealing=Sealing(bus, config.front_door),
             environments=Environments(

@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from libs.common.contracts.messages import Environment, JobTemplate
@@ -70,8 +69,7 @@ class Preparing:
         """Ends with the spec on the disk.
 
         Args:
-            template: the order's, with the values of secrets in place of their names; nothing of it is written down
-                but what the spec needs.
+            template: the order's, with the values of secrets in place of their names; nothing of it is written down.
 
         Raises:
             StagingFailed, EnvironmentRefused, MalformedSpec, OSError.
@@ -94,7 +92,8 @@ class Preparing:
             if origin:
                 note = json.dumps(origin).encode()
                 await asyncio.to_thread(write_durably, self._folder.path / "origin.json", note)
-            spec = await asyncio.to_thread(spec_for, replace(order, template=template), environment.prefix, node)
+            # The order's own template: the values of secrets are on no disk.
+            spec = await asyncio.to_thread(spec_for, order, environment.prefix, node)
             await asyncio.to_thread(AttemptFolder.create, node.node_dir, spec)
 
     async def _wanted(self, environment: Environment) -> Environment:

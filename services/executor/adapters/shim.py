@@ -15,7 +15,7 @@ import selectors
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,8 +34,10 @@ from services.executor.adapters.attempt_folder import (
 from services.executor.adapters.cgroup import Cgroup, Limits
 from services.executor.adapters.forward import Way
 from services.executor.adapters.launch import Job, LaunchRefused, launch, shell_code
+from services.executor.adapters.masking import MaskedStream, Masker
 from services.executor.adapters.spool import SpoolWriter, Stream
 
+NO_SECRETS: Mapping[str, str] = {}
 _READ_BYTES = 256 * 1024
 _PARTIAL_S = 0.1
 _CHECK_S = 1.0
@@ -77,12 +79,16 @@ def run_attempt(path: str | os.PathLike[str]) -> None:
     see_through(path)
 
 
-def see_through(path: str | os.PathLike[str]) -> None:
-    """Run the attempt in this process, which is its shim already, and write its end."""
+def see_through(path: str | os.PathLike[str], secrets: Mapping[str, str] = NO_SECRETS) -> None:
+    """Run the attempt in this process, which is its shim already, and write its end.
+
+    Args:
+        secrets: the values of those that the spec names; they stay in this process and the job's.
+    """
     folder = AttemptFolder(path)
     with contextlib.ExitStack() as afterwards:
         try:
-            record = _run(folder, afterwards)
+            record = _run(folder, afterwards, secrets)
         except Exception as error:
             _say(traceback.format_exc())
             started = folder.read_started()  # what it left is kept, although nobody knows how it ended
@@ -122,9 +128,10 @@ def _write_end(folder: AttemptFolder, record: ExitRecord) -> None:
             return
 
 
-def _run(folder: AttemptFolder, afterwards: contextlib.ExitStack) -> ExitRecord:
+def _run(folder: AttemptFolder, afterwards: contextlib.ExitStack, secrets: Mapping[str, str]) -> ExitRecord:
+    masker = Masker(secrets.values())
     try:
-        spec = folder.read_spec()
+        spec = _with_secrets(folder.read_spec(), secrets)
     except MalformedSpec as error:
         return _refused(str(error))
     stop = folder.read_stop()
@@ -134,15 +141,25 @@ def _run(folder: AttemptFolder, afterwards: contextlib.ExitStack) -> ExitRecord:
     if cgroup is not None:
         afterwards.callback(cgroup.remove)
     try:
-        return _Attempt(folder, spec, cgroup, launch(spec, folder, cgroup)).run()
+        return _Attempt(folder, spec, cgroup, launch(spec, folder, cgroup), masker).run()
     except LaunchRefused as error:
-        return _refused(str(error))
+        return _refused(masker.text(str(error)))
+
+
+def _with_secrets(spec: AttemptSpec, secrets: Mapping[str, str]) -> AttemptSpec:
+    """Raises MalformedSpec where one is missing: a job without its secret would fail later, and say less."""
+    missing = sorted(set(spec.secret_env.values()) - set(secrets))
+    if missing:
+        raise MalformedSpec(f"the value of the secret {missing[0]} did not reach the job's watcher")
+    return replace(spec, env=spec.env | {variable: secrets[name] for variable, name in spec.secret_env.items()})
 
 
 class _Attempt:
     """One attempt from its release to its end: a loop over its two streams, its process and the clock."""
 
-    def __init__(self, folder: AttemptFolder, spec: AttemptSpec, cgroup: Cgroup | None, job: Job) -> None:
+    def __init__(
+        self, folder: AttemptFolder, spec: AttemptSpec, cgroup: Cgroup | None, job: Job, masker: Masker
+    ) -> None:
         self._folder = folder
         self._spec = spec
         self._cgroup = cgroup
@@ -150,6 +167,7 @@ class _Attempt:
         self._spool = SpoolWriter(folder.spool, int(spec.max_spool_bytes))
         self._selector = selectors.DefaultSelector()
         self._streams: set[int] = set()
+        self._masked: dict[Stream, MaskedStream] = {"o": masker.stream(), "e": masker.stream()}
         self._unserved: list[Way] = []
         self._status: int | None = None
         self._error_tail = b""
@@ -242,6 +260,7 @@ class _Attempt:
             self._selector.unregister(descriptor)
             self._streams.discard(descriptor)
             return
+        data = self._masked[stream].feed(data)
         self._spool.write(stream, data, _now_us())
         if stream == "e":
             self._error_tail = (self._error_tail + data[-_ERROR_TAIL_BYTES:])[-_ERROR_TAIL_BYTES:]
@@ -267,6 +286,8 @@ class _Attempt:
             for key, _ in self._selector.select(0.05):
                 if key.fd in self._streams:
                     key.data()
+        for stream, masked in self._masked.items():
+            self._spool.write(stream, masked.end(), _now_us())
 
     def _check(self, now: float) -> None:
         self._check_at = now + _CHECK_S

@@ -1,5 +1,7 @@
 """A small process that has imported all that a shim needs, and forks shims in milliseconds.
 
+Secrets of an attempt come with the request, as a descriptor of memory: they pass through this process unread.
+
 Started by the node agent as `python -I zygote.py SOCKET [PARENT]` (see `start_zygote`). Python and its
 imports would cost each attempt a tenth of a second and ten megabytes. A request is one line of JSON,
 {"start": FOLDER}, and so is its answer: {"pid": N} or {"error": TEXT}.
@@ -24,6 +26,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -57,13 +60,23 @@ def start_zygote(socket_path: str | os.PathLike[str]) -> subprocess.Popen[bytes]
 
 
 def start_attempt(
-    socket_path: str | os.PathLike[str], attempt_dir: str | os.PathLike[str], timeout_s: float = 10.0
+    socket_path: str | os.PathLike[str],
+    attempt_dir: str | os.PathLike[str],
+    timeout_s: float = 10.0,
+    secrets: bytes = b"",
 ) -> int:
-    """Have the attempt's shim started; its pid. Raises ZygoteUnavailable, StartFailed."""
+    """Have the attempt's shim started; its pid. Raises ZygoteUnavailable, StartFailed.
+
+    Args:
+        secrets: a JSON object of values by name, for the shim alone.
+    """
     request = json.dumps({"start": os.fspath(attempt_dir)}).encode() + b"\n"
-    with _connect(os.fspath(socket_path), time.monotonic() + timeout_s) as connection:
+    with (
+        _connect(os.fspath(socket_path), time.monotonic() + timeout_s) as connection,
+        _in_memory(secrets) as descriptors,
+    ):
         try:
-            connection.sendall(request)
+            socket.send_fds(connection, [request], descriptors)
             answer = json.loads(connection.makefile("rb").readline())
         except (OSError, ValueError) as error:
             raise ZygoteUnavailable(str(error)) from error
@@ -87,7 +100,7 @@ def serve(socket_path: str, parent: int) -> None:
             _answer(connection)
 
 
-def start_shim(attempt_dir: Path) -> int:
+def start_shim(attempt_dir: Path, secrets: Sequence[int] = ()) -> int:
     """The pid of this attempt's shim, forked now if there was none ever."""
     folder = AttemptFolder(attempt_dir)
     deadline = time.monotonic() + _ANSWER_LIMIT_S
@@ -97,9 +110,24 @@ def start_shim(attempt_dir: Path) -> int:
             if record is not None:
                 return record.pid
             if lock is not None:
-                return _fork_twice(folder, lock)
+                return _fork_twice(folder, lock, secrets)
         time.sleep(0.002)  # another zygote forks it just now
     raise TimeoutError("another process holds the lock of this attempt, and names no shim")
+
+
+@contextlib.contextmanager
+def _in_memory(content: bytes) -> Iterator[list[int]]:
+    """A descriptor of memory with this content, or none when it is empty."""
+    if not content:
+        yield []
+        return
+    descriptor = os.memfd_create("nabla-secrets", os.MFD_CLOEXEC)
+    try:
+        with os.fdopen(os.dup(descriptor), "wb") as file:
+            file.write(content)
+        yield [descriptor]
+    finally:
+        os.close(descriptor)
 
 
 def _connect(socket_path: str, deadline: float) -> socket.socket:
@@ -131,27 +159,38 @@ def _listen(socket_path: str) -> socket.socket:
 
 
 def _answer(connection: socket.socket) -> None:
-    """Requests of one connection, in turn; a broken one ends the connection and nothing else."""
-    with contextlib.suppress(OSError), connection.makefile("rb") as lines:
-        while line := lines.readline(_LINE_BYTES):
-            connection.sendall(json.dumps(_answer_to(line)).encode() + b"\n")
-
-
-def _answer_to(line: bytes) -> dict[str, object]:
+    """The one request of a connection; a broken one ends the connection and nothing else."""
+    descriptors: list[int] = []
     try:
-        return {"pid": start_shim(Path(json.loads(line)["start"]))}
+        with contextlib.suppress(OSError):
+            line = b""
+            while not line.endswith(b"\n") and len(line) < _LINE_BYTES:
+                piece, handed, _, _ = socket.recv_fds(connection, _LINE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+                descriptors += handed
+                if not piece:
+                    return
+                line += piece
+            connection.sendall(json.dumps(_answer_to(line, descriptors)).encode() + b"\n")
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _answer_to(line: bytes, secrets: Sequence[int]) -> dict[str, object]:
+    try:
+        return {"pid": start_shim(Path(json.loads(line)["start"]), secrets)}
     except (OSError, ValueError, KeyError, TypeError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def _fork_twice(folder: AttemptFolder, lock: int) -> int:
+def _fork_twice(folder: AttemptFolder, lock: int, secrets: Sequence[int]) -> int:
     """Fork the shim by way of a child that leaves at once, so that it is no child of this process."""
     report, report_write = os.pipe()
     middle = os.fork()
     if middle == 0:
         try:
             if os.fork() == 0:
-                _run_shim(folder, lock, report_write)
+                _run_shim(folder, lock, report_write, secrets)
         finally:  # also where no process more is allowed: this one must not go on as a second zygote
             os._exit(0)
     os.close(report_write)
@@ -163,9 +202,10 @@ def _fork_twice(folder: AttemptFolder, lock: int) -> int:
     return int(answer)
 
 
-def _run_shim(folder: AttemptFolder, lock: int, report: int) -> NoReturn:
+def _run_shim(folder: AttemptFolder, lock: int, report: int, secrets: Sequence[int]) -> NoReturn:
     try:
-        keep_only([lock, report])
+        keep_only([lock, report, *secrets])
+        values = _read_secrets(secrets)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             record = shim.become_shim(folder.path)
@@ -174,11 +214,21 @@ def _run_shim(folder: AttemptFolder, lock: int, report: int) -> NoReturn:
             raise
         os.write(report, b"%d" % record.pid)
         os.close(report)
-        shim.see_through(folder.path)
+        shim.see_through(folder.path, values)
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(0)
+
+
+def _read_secrets(descriptors: Sequence[int]) -> dict[str, str]:
+    """Reads and closes them: no descriptor of the shim leads to a value then."""
+    values: dict[str, str] = {}
+    for descriptor in descriptors:
+        with os.fdopen(descriptor, "rb") as file:
+            file.seek(0)
+            values |= json.load(file)
+    return values
 
 
 if __name__ == "__main__":

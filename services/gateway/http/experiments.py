@@ -19,6 +19,7 @@ from services.gateway.http.bodies import Body
 from services.gateway.http.errors import RESPONSES
 from services.gateway.http.parts import API, Caller, Cursor, Id, Knows, Limit, Wired, Word, answers_again
 from services.gateway.http.projects import ProjectRef, resolve_active, resolve_id
+from services.gateway.http.secrets import check_secrets
 
 router = APIRouter(prefix=API, tags=["experiments"], responses=RESPONSES)
 
@@ -34,6 +35,7 @@ class NewExperiment(Body):
 @answers_again(StartExperiment, Experiment)
 async def start_experiment(body: NewExperiment, caller: Caller, once: Knows, parts: Wired) -> Experiment:
     project = await resolve_active(parts.owners, caller, body.project_id)
+    await check_secrets(parts.owners, caller, project.id, body.template)
     message = StartExperiment(project_id=project.id, name=body.name, kind=body.kind, template=body.template)
     return await parts.owners.ask(message, Experiment, caller, once=once)
 

@@ -49,6 +49,7 @@ from services.gateway.http.parts import (
     content_endpoint,
 )
 from services.gateway.http.projects import ProjectRef, resolve_active, resolve_id
+from services.gateway.http.secrets import check_secrets
 from services.gateway.ports import Owners
 
 router = APIRouter(prefix=API, tags=["jobs"], responses=RESPONSES)
@@ -97,6 +98,7 @@ class NewMetrics(Body):
 @answers_again(SubmitJob, Job)
 async def submit_job(body: NewJob, caller: Caller, once: Knows, parts: Wired) -> Job:
     project = await resolve_active(parts.owners, caller, body.project_id)
+    await check_secrets(parts.owners, caller, project.id, body.template)
     message = SubmitJob(project_id=project.id, template=body.template, experiment_id=body.experiment_id)
     return await parts.owners.ask(message, Job, caller, once=once)
 

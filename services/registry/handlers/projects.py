@@ -106,7 +106,7 @@ async def restore_project(message: RestoreProject, unit: RegistryUnit, call: Env
 
 
 async def move_project(message: MoveProject, unit: RegistryUnit, call: Envelope) -> Project:
-    """Gives a project with its models to another team, in which the caller is admin or owner, too."""
+    """Gives a project with its models and secrets to another team, in which the caller is admin or owner, too."""
     project = await visible_project(unit, call.principal, message.project_id)
     rules.state_after(project, "move")
     if message.team_id == project.team_id:
@@ -115,6 +115,7 @@ async def move_project(message: MoveProject, unit: RegistryUnit, call: Envelope)
     await _refuse_taken(unit, project.name, message.team_id)
     moved = await _save(unit, project, team_id=message.team_id)
     await unit.models.move(project.id, message.team_id)
+    await unit.secrets.move(project.id, message.team_id)
     await _tell(unit, ProjectMoved(project=moved, from_team_id=project.team_id))
     return moved
 

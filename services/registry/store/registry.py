@@ -1,4 +1,4 @@
-"""The unit of work over accounts, projects and models."""
+"""The unit of work over accounts, projects, models and secrets."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from libs.common.store import Skeleton
 from services.registry.store.accounts import Accounts
 from services.registry.store.models import Models
 from services.registry.store.projects import Projects
+from services.registry.store.secrets import Secrets
 from services.registry.store.tables import AUDIT
 from services.registry.store.unit import CatalogueUnit
 
@@ -24,3 +25,4 @@ class RegistryUnit(CatalogueUnit):
         self.accounts = Accounts(self)
         self.projects = Projects(self)
         self.models = Models(self)
+        self.secrets = Secrets(self)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Index, String, text
+from sqlalchemy import BigInteger, Index, LargeBinary, String, text
 from sqlalchemy.orm import registry
 from sqlmodel import Field, SQLModel
 
@@ -132,6 +132,36 @@ class ModelVersionRow(Base, table=True):
     metrics: str = Field(sa_type=String)
     created_by: str = Field(max_length=40)
     created_us: int = Field(sa_type=BigInteger)
+
+
+class SecretRow(Base, table=True):
+    """The value is in `sealed`, under a key of its own, which is in `wrapped_key` under the installation's.
+
+    `owner_id` is the project's id, or the team's for its own: what makes a name unique.
+    """
+
+    __tablename__ = "secrets"
+    __table_args__ = (
+        Index("secret_name_of_owner", "owner_id", "name", unique=True),
+        Index("secrets_of_team", "team_id", "id"),
+        Index("secrets_by_key", "key_id", "id"),
+    )
+
+    id: str = Field(primary_key=True, max_length=40)
+    owner_id: str = Field(max_length=40)
+    team_id: str = Field(foreign_key="teams.id", max_length=40)
+    project_id: str | None = Field(default=None, foreign_key="projects.id", max_length=40)
+    name: str = Field(max_length=100)
+    version: int
+    sealed: bytes = Field(sa_type=LargeBinary)
+    wrapped_key: bytes = Field(sa_type=LargeBinary)
+    # Which of the installation's keys has wrapped it.
+    key_id: str = Field(max_length=16)
+    created_by: str = Field(max_length=40)
+    created_us: int = Field(sa_type=BigInteger)
+    updated_by: str = Field(max_length=40)
+    updated_us: int = Field(sa_type=BigInteger)
+    revision: int = Field(sa_type=BigInteger)
 
 
 AUDIT = audit_table(Base.metadata)

@@ -90,8 +90,9 @@ class CatalogueUnit(UnitOfWork):
         return Page(rows[:limit], encode_cursor(getattr(rows[limit - 1], id_column.name)) if more else "")
 
     async def audit(self, call: Envelope, message: Message, object_id: str, team_id: str) -> None:
-        """Keeps who asked for `message`; hashes are left out, and the rest is cut to AUDIT_DETAIL characters."""
-        given = {key: value for key, value in message.model_dump(mode="json").items() if value}
+        """Keeps who asked for `message`, cut to AUDIT_DETAIL characters; without hashes and what proto/ redacts."""
+        shown = {name for name, field in type(message).model_fields.items() if field.repr}
+        given = {key: value for key, value in message.model_dump(mode="json", include=shown).items() if value}
         detail = {key: value for key, value in given.items() if not key.endswith("_hash")}
         row = {
             "id": new_id("audit"),

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import PurePosixPath
 
+from libs.common import secret_refs
 from libs.common.contracts.messages import JobTemplate, Resources, Retry
 from libs.common.errors import Invalid, TooLarge
 from libs.common.ids import is_id
@@ -48,6 +49,7 @@ def checked_template(
     _check_name(filled.name)
     _check_command(filled.command)
     _check_env(filled.env)
+    _check_secrets(filled)
     _check_resources(filled.resources)
     for role in filled.gang.roles:
         _check_resources(role.resources)
@@ -93,6 +95,19 @@ def _check_env(env: dict[str, str]) -> None:
             raise _invalid("env", detail, "Use letters, digits and _, not beginning with a digit.")
         if "\0" in value:
             raise _invalid("env", f"The value of {name} has a NUL character.", "Remove it.")
+
+
+def _check_secrets(template: JobTemplate) -> None:
+    """That what names a secret can be the name of one, and that a password is not kept for everybody to read."""
+    for field, value in secret_refs.places_in(template):
+        name = secret_refs.name_in(value)
+        if name is not None and not secret_refs.is_name(name):
+            detail = f"The value of {field[:80]} begins with 'secret:' and goes on with what no secret is called."
+            remedy = f"A secret's name has {secret_refs.NAME_RULE}; a plain text is written secret::TEXT."
+            raise _invalid(field, detail, remedy)
+        if name is None and value and field.endswith("password"):
+            detail = f"{field} is a plain text, which everybody in the team could read with the job."
+            raise _invalid(field, detail, "`nabla secrets set NAME` keeps it; write secret:NAME here.")
 
 
 def _check_resources(resources: Resources) -> None:

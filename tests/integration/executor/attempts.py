@@ -77,9 +77,9 @@ class Node:
         self.folders.append(folder)
         return folder
 
-    def start(self, command: list[str] | str, **fields: Any) -> AttemptFolder:
+    def start(self, command: list[str] | str, secrets: bytes = b"", **fields: Any) -> AttemptFolder:
         folder = self.prepare(command, **fields)
-        zygote.start_attempt(self.socket, folder.path)
+        zygote.start_attempt(self.socket, folder.path, secrets=secrets)
         return folder
 
     def run(self, command: list[str] | str, **fields: Any) -> "Ended":

@@ -1,6 +1,7 @@
 """What a shim promises about an attempt, with real processes, in both classes of isolation."""
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import signal
@@ -377,3 +378,45 @@ def shim_pid(folder: AttemptFolder) -> int:
     record = folder.read_shim()
     assert record is not None
     return record.pid
+
+
+SECRET = "correct horse battery staple"
+
+
+def test_a_secret_reaches_the_command_and_nothing_else(node: Node, isolation: Isolation) -> None:
+    command = 'echo "${#TOKEN} $TOKEN"; printf "%s" "$TOKEN" | base64 >&2; printf correct; sleep 0.3; echo " horse"'
+    handed = json.dumps({"HF": SECRET, "OTHER": "another value"}).encode()
+    folder = node.start(["sh", "-c", command], handed, isolation=isolation, secret_env={"TOKEN": "HF"})
+    ended = node.end_of(folder)
+    assert ended.lines("o") == [f"{len(SECRET)} ***", "correct horse"]
+    assert ended.lines("e") == ["***"]
+    for path in folder.path.rglob("*"):
+        if path.is_file():
+            assert SECRET.encode() not in path.read_bytes(), path
+
+
+def test_while_a_job_runs_only_its_own_processes_hold_its_secret(node: Node, isolation: Isolation) -> None:
+    handed = json.dumps({"HF": SECRET}).encode()
+    folder = node.start("echo up; sleep 60", handed, isolation=isolation, secret_env={"TOKEN": "HF"})
+    eventually(lambda: said(folder, "up"), "the job's word")
+    root = started(folder).pid
+    own = {root, *processes.descendants(root)}
+    holders = set()
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            assert SECRET.encode() not in Path("/proc", name, "cmdline").read_bytes(), name
+            if SECRET.encode() in Path("/proc", name, "environ").read_bytes():
+                holders.add(int(name))
+            for link in Path("/proc", name, "fd").iterdir():
+                assert "nabla-secrets" not in os.readlink(link), name
+    assert holders
+    assert holders <= own
+    folder.request_stop(0.0, "enough")
+    node.end_of(folder)
+
+
+def test_a_job_whose_secret_was_not_handed_over_is_not_started(node: Node) -> None:
+    ended = node.end_of(node.start("echo ran", secret_env={"TOKEN": "HF"}, isolation="process"))
+    assert (ended.record.reason, ended.record.code) == ("refused", None)
+    assert "the secret HF" in ended.record.detail
+    assert ended.lines() == []

@@ -35,12 +35,16 @@ from libs.common.contracts.messages import (
     Principal,
     RegisterModel,
     ReportExecution,
+    RevealedSecret,
+    RevealedSecrets,
+    RevealSecrets,
     SealFileset,
 )
 from libs.common.contracts.problem import problem_of
 from libs.common.contracts.subjects import LOGS, stream_of, subject_for
-from libs.common.errors import NotFound, Refusal
+from libs.common.errors import NotFound, Refusal, Unavailable
 from libs.common.ids import new_id
+from libs.common.secret_transfer import Writer
 from services.executor.routes import AGENT_SENDS, routes
 from tests.support.nats import NatsServer
 
@@ -119,6 +123,8 @@ class Neighbours:
     models: list[RegisterModel] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
     sealed_logs: set[str] = field(default_factory=set)
+    secrets: dict[str, str] = field(default_factory=dict)
+    silent_about_secrets: bool = False
     # Questions that get an answer nobody can read.
     garbled: set[str] = field(default_factory=set)
 
@@ -128,6 +134,7 @@ class Neighbours:
         await self._answer(SealFileset, self._seal)
         await self._answer(RegisterModel, self._register)
         await self._answer(GetLog, self._read_log)
+        await self._answer(RevealSecrets, self._reveal)
 
     def put_fileset(self, contents: Mapping[str, bytes], kind: str = "workspace") -> str:
         fileset_id = new_id("fileset")
@@ -210,6 +217,19 @@ class Neighbours:
 
     def _read_log(self, question: GetLog) -> LogPage:
         return LogPage(sealed=question.job_id in self.sealed_logs)
+
+    def _reveal(self, order: RevealSecrets) -> RevealedSecrets:
+        """As the registry, whose rules have tests of their own."""
+        if self.silent_about_secrets:
+            raise Unavailable("database_busy", "The registry is busy.")
+        writer = Writer(order.public_key)
+        missing = [name for name in order.names if name not in self.secrets]
+        if missing:
+            detail = f"There is no secret {missing[0]} in this project or team."
+            raise NotFound("secret_not_found", detail, f"`nabla secrets set {missing[0]}` makes it.")
+        values = {name: self.secrets[name].encode() for name in order.names}
+        items = (RevealedSecret(name=name, version=1, sealed=writer.seal(name, values[name])) for name in values)
+        return RevealedSecrets(items=tuple(items))
 
     def _open(self, order: OpenFileset) -> FilesetGrant:
         fileset = Fileset(id=new_id("fileset"), kind=order.kind, state="open", digest=order.digest, job_id=order.job_id)

@@ -20,13 +20,13 @@ def runs_url(request: pytest.FixtureRequest, database_url: str, tmp_path: Path) 
 
 
 @pytest.fixture
-async def catalogue(database_url: str, runs_url: str) -> AsyncIterator[Catalogue]:
-    async with running_catalogue(database_url, runs_url) as catalogue:
+async def catalogue(database_url: str, runs_url: str, tmp_path: Path) -> AsyncIterator[Catalogue]:
+    async with running_catalogue(database_url, runs_url, tmp_path / "secrets.keys") as catalogue:
         yield catalogue
 
 
 @pytest.fixture
-async def rival(catalogue: Catalogue, database_url: str, runs_url: str) -> AsyncIterator[Catalogue]:
+async def rival(catalogue: Catalogue, database_url: str, runs_url: str, tmp_path: Path) -> AsyncIterator[Catalogue]:
     """A second writer over the same databases."""
-    async with running_catalogue(database_url, runs_url) as rival:
+    async with running_catalogue(database_url, runs_url, tmp_path / "secrets.keys") as rival:
         yield rival

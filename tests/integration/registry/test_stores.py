@@ -14,10 +14,12 @@ from libs.common.contracts import messages as m
 from libs.common.errors import Conflict, NotFound, Unauthenticated
 from libs.common.ids import secret_hash
 from libs.common.migrations import metadata_of, migrate
+from libs.common.secret_transfer import Reader
+from services.registry.adapters.vault import add_key
 from services.registry.handlers.accounts import bootstrap
-from services.registry.loops import Upkeep
+from services.registry.loops import KeyTurn, Upkeep
 from services.registry.settings import RegistrySettings
-from tests.unit.registry.harness import Catalogue, attempt_of, gateway, job_in, version_of
+from tests.unit.registry.harness import Catalogue, attempt_of, gateway, job_in, service, version_of
 
 pytestmark = pytest.mark.integration
 
@@ -130,3 +132,31 @@ async def test_two_writers_of_one_run_lose_nothing(catalogue: Catalogue, rival: 
     await asyncio.gather(log(catalogue, 0), log(rival, 1))
     page = await catalogue.ask(m.GetMetrics(job_id=job.id), owner, m.MetricPage)
     assert [point.step for point in page.items[0].points] == list(range(40))
+
+
+async def test_secrets_are_kept_sealed_and_turned_to_a_new_key(catalogue: Catalogue) -> None:
+    owner = await catalogue.member("main", "owner")
+    project = await catalogue.ask(m.CreateProject(name="p"), owner, m.Project)
+    for project_id in (project.id, ""):
+        await catalogue.ask(m.SetSecret(project_id=project_id, name="A", value="of " + project_id), owner, m.Secret)
+    job = job_in(project, template=m.JobTemplate(env={"A": "secret:A"}))
+    catalogue.outside.jobs.known[job.id] = job
+    execution = m.Execution(attempt_id="at1", job_id=job.id, team_id=project.team_id, project_id=project.id)
+    catalogue.outside.attempts.living[secret_hash("t")] = execution
+    newest = add_key(catalogue.vault._file)
+    assert await KeyTurn(catalogue.store, catalogue.vault, 1.0).turn() == 2
+    async with catalogue.store.view() as view:
+        assert await view.secrets.lost([newest]) == 0
+    reader = Reader()
+    asked = m.RevealSecrets(token_hash=secret_hash("t"), names=("A",), public_key=reader.public_key)
+    answer = await catalogue.ask(asked, service("executor", owner.team_id), m.RevealedSecrets)
+    assert reader.open("A", answer.items[0].sealed) == "of " + project.id
+
+
+async def test_two_writers_who_set_one_secret_at_once_make_one_row(catalogue: Catalogue, rival: Catalogue) -> None:
+    owner = await catalogue.member("main", "owner")
+    sets = [m.SetSecret(name="A", value=f"value {number}") for number in range(6)]
+    asked = (each.send(one, owner, "") for one in sets for each in (catalogue, rival))
+    await asyncio.gather(*asked)
+    page = await catalogue.ask(m.ListSecrets(), owner, m.SecretPage)
+    assert len(page.items) == 1

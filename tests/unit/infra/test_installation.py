@@ -109,3 +109,19 @@ def test_a_setting_that_cannot_be_is_named_with_what_it_can_be(
     assert told in shown
     assert "geheim" not in shown
     assert "Traceback" not in shown
+
+
+def test_a_new_key_for_secrets_is_added_and_the_old_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NABLA_HOME", str(tmp_path))
+    for _ in range(2):
+        assert console.main("rotate-secrets-key") == 0
+    file = tmp_path / "keys" / "secrets.keys"
+    assert len(file.read_text().split()) == 3
+    said = capsys.readouterr().out
+    assert str(file) in said
+    assert not any(line in said for line in file.read_text().split())
+    file.chmod(0o644)
+    assert console.main("rotate-secrets-key") == 1
+    assert "chmod 600" in capsys.readouterr().err

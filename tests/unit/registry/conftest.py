@@ -14,7 +14,7 @@ from tests.unit.registry.harness import Catalogue, running_catalogue
 @pytest.fixture
 async def catalogue(tmp_path: Path) -> AsyncIterator[Catalogue]:
     urls = (f"sqlite:///{tmp_path}/registry.db", f"sqlite:///{tmp_path}/registry_runs.db")
-    async with running_catalogue(*urls) as catalogue:
+    async with running_catalogue(*urls, tmp_path / "secrets.keys") as catalogue:
         yield catalogue
 
 

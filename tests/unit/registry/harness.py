@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -16,13 +17,16 @@ from sqlalchemy import select
 from libs.common.contracts import messages as m
 from libs.common.contracts.envelope import ANSWER_DUPLICATE, Envelope
 from libs.common.contracts.message import Kind, Message
+from libs.common.errors import Unauthenticated
 from libs.common.ids import new_id
 from libs.common.inbox import Answer, Inbox
 from libs.common.migrations import migrate
 from libs.common.routing import Route
 from libs.common.store import Store
 from libs.common.waiting import end
+from services.registry.adapters.vault import FileVault
 from services.registry.handlers.models import Origins
+from services.registry.handlers.secrets import Secrets
 from services.registry.routes import routes
 from services.registry.store import SKELETON, RegistryUnit
 from services.registry.store.runs import SKELETON as RUNS_SKELETON
@@ -63,11 +67,24 @@ class FakeJobs:
 
 
 @dataclass
+class FakeAttempts:
+    """By the hash of their token."""
+
+    living: dict[str, m.Execution] = field(default_factory=dict)
+
+    async def of_token(self, token_hash: str) -> m.Execution:
+        if token_hash not in self.living:
+            raise Unauthenticated("token_invalid", "The token is not one of a running attempt.")
+        return self.living[token_hash]
+
+
+@dataclass
 class FakeOutside:
     """What storage and the scheduler know."""
 
     filesets: FakeFilesets = field(default_factory=FakeFilesets)
     jobs: FakeJobs = field(default_factory=FakeJobs)
+    attempts: FakeAttempts = field(default_factory=FakeAttempts)
 
     def upload(self, message: m.RegisterModel, principal: m.Principal) -> None:
         """Whoever registers a version has uploaded its files, unless the test has said something else of them."""
@@ -90,11 +107,13 @@ class Catalogue:
     store: Store[RegistryUnit]
     runs: Store[RunsUnit]
     time: Time
+    vault: FileVault
     outside: FakeOutside = field(default_factory=FakeOutside)
     inboxes: dict[str, Inbox[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.routes = routes(Origins(self.outside.filesets, self.outside.jobs))
+        values = Secrets(self.vault, self.outside.attempts, self.outside.jobs)
+        self.routes = routes(Origins(self.outside.filesets, self.outside.jobs), values)
         self.inboxes = {"": Inbox(self.store, "registry"), "runs": Inbox(self.runs, "registry")}
 
     async def ask(self, message: Message, principal: m.Principal, reply: type[M]) -> M:
@@ -106,7 +125,8 @@ class Catalogue:
         first = await self.send(message, principal, key)
         count = len(await self.emitted())
         again = await self.send(message, principal, key)
-        assert (again.status, again.body) == (ANSWER_DUPLICATE, first.body)
+        if not route.repeatable:
+            assert (again.status, again.body) == (ANSWER_DUPLICATE, first.body)
         assert len(await self.emitted()) == count
         return reply.from_wire(first.body)
 
@@ -182,14 +202,14 @@ class Catalogue:
 
 
 @asynccontextmanager
-async def running_catalogue(url: str, runs_url: str) -> AsyncIterator[Catalogue]:
-    """A registry over two empty databases."""
+async def running_catalogue(url: str, runs_url: str, keys: Path) -> AsyncIterator[Catalogue]:
+    """A registry over two empty databases, whose secrets are sealed with the keys of this file."""
     time = Time()
     store = Store(url, RegistryUnit, SKELETON, "registry", time)
     runs = Store(runs_url, RunsUnit, RUNS_SKELETON, "registry", time)
     await migrate(store.writer, "registry")
     await migrate(runs.writer, "registry/runs")
-    catalogue = Catalogue(store, runs, time)
+    catalogue = Catalogue(store, runs, time, FileVault(keys))
     tasks = [asyncio.create_task(inbox.run()) for inbox in catalogue.inboxes.values()]
     try:
         yield catalogue

@@ -4,7 +4,17 @@ import math
 
 import pytest
 
-from libs.common.contracts.messages import Environment, Input, JobTemplate, ModelOutput, Resources, Source
+from libs.common.contracts.messages import (
+    Container,
+    Environment,
+    Gang,
+    Input,
+    JobTemplate,
+    ModelOutput,
+    Resources,
+    Role,
+    Source,
+)
 from libs.common.errors import Invalid, TooLarge
 from libs.common.ids import new_id
 from services.scheduler.domain.origins import exact
@@ -30,6 +40,12 @@ def test_a_bare_template_gets_its_defaults():
         ("env", {"env": {"1A": ""}}),
         ("env", {"env": {"A B": ""}}),
         ("env", {"env": {"A": "\0"}}),
+        ("env.A", {"env": {"A": "secret:"}}),
+        ("env.A", {"env": {"A": "secret:no such name"}}),
+        ("container.registry_password", {"container": Container(registry_password="plain text")}),
+        ("source.password", {"source": Source(password="plain text")}),
+        ("source.username", {"source": Source(username="secret:a/b")}),
+        ("gang.roles.0.env.A", {"gang": Gang(roles=(Role(env={"A": "secret:.."}),))}),
         ("resources.cpu_count", {"resources": Resources(cpu_count=-1)}),
         ("resources.cpu_count", {"resources": Resources(cpu_count=math.nan)}),
         ("resources.cpu_count", {"resources": Resources(cpu_count=math.inf)}),
@@ -76,6 +92,20 @@ def test_a_wrong_field_is_named_with_a_remedy(field, fields):
         checked_template(template(**fields))
     assert refusal.value.facts == {"field": f"template.{field}"}
     assert refusal.value.remedy
+
+
+def test_a_secret_is_named_where_a_credential_stands():
+    given = template(
+        env={"A": "secret:HF_TOKEN", "B": "secret::plain"},
+        container=Container(registry_username="me", registry_password="secret:REGISTRY"),
+    )
+    assert checked_template(given) == given
+
+
+def test_a_password_that_is_refused_is_not_repeated():
+    with pytest.raises(Invalid) as refusal:
+        checked_template(template(source=Source(password="hunter2hunter2")))
+    assert "hunter2" not in f"{refusal.value.detail} {refusal.value.remedy} {refusal.value.facts}"
 
 
 def test_file_sets_are_named_by_their_ids():

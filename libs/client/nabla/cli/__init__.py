@@ -23,6 +23,7 @@ COMMANDS = {
     "deployments": ("deployments", "deployments", "Serve a model behind an endpoint."),
     "predict": ("predict", "predict", "Ask a deployed model."),
     "projects": ("projects", "projects", "Create and manage projects."),
+    "secrets": ("secrets", "secrets", "Set, list and delete secrets that jobs get as variables."),
     "open": ("account", "open_link", "Print a one-time link to the web interface."),
     "login": ("account", "login", "Save a server and a token for it."),
     "logout": ("account", "logout", "Forget the token of a server."),

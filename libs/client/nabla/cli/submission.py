@@ -81,8 +81,9 @@ _OPTIONS = (
         "--env",
         multiple=True,
         metavar="KEY=VALUE|ENVIRONMENT",
-        help="A variable for the job; or where its python comes from: active (this terminal's virtualenv or conda "
-        "environment), default (the platform's), or a requirements FILE. May be repeated.",
+        help="A variable for the job, whose VALUE may be secret:NAME (see `nabla secrets`); or where its python comes "
+        "from: active (this terminal's virtualenv or conda environment), default (the platform's), or a requirements "
+        "FILE. May be repeated.",
     ),
     click.option("--cpus", type=click.FloatRange(0), default=0.0, help="CPU cores."),
     click.option("--memory", type=size, default="0", metavar="SIZE", help="Memory, such as 4G."),
