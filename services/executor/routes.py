@@ -12,6 +12,7 @@ from libs.common.contracts.messages import (
     LogFrame,
     LogSealed,
     OpenFileset,
+    RecordUsage,
     RegisterModel,
     ReportExecution,
     SealFileset,
@@ -29,6 +30,7 @@ AGENT_SENDS: tuple[type[Message], ...] = (
     OpenFileset,
     SealFileset,
     RegisterModel,
+    RecordUsage,
 )
 
 _FOR_RECONCILING = Rule(role=None, scope="internal", services=frozenset({"scheduler"}))

@@ -34,6 +34,7 @@ from libs.common.contracts.messages import (
     MoveProject,
     ProjectMoved,
     ProjectPurged,
+    RecordUsage,
     RedeemSignIn,
     RegisterModel,
     RestoreProject,
@@ -58,6 +59,7 @@ WRITE = Rule(role="member", scope="write")
 LEAD = Rule(role="admin", scope="write")
 REGISTER = Rule(role="member", scope="write", attempts=True, services=frozenset({"executor", "serving"}))
 LOG = Rule(role="member", scope="write", attempts=True)
+NODES = Rule(role=None, scope="internal", services=frozenset({"executor"}))
 
 
 def _write(message: type[Message], handler: Handler, rule: Rule, prepare: Prepare | None = None) -> Route:
@@ -94,6 +96,7 @@ def routes(model_origins: models.Origins | None = None) -> Routes:
             Route(GetModelVersion, models.get_model_version, READ),
             Route(ListModels, models.list_models, READ),
             _run(LogRun, audited(runs.log_run, attempts=False), LOG),
+            _run(RecordUsage, runs.record_usage, NODES),
             _run(GetRun, runs.get_run, READ),
             _run(GetMetrics, runs.get_metrics, READ),
             _run(JobQueued, runs.record_job),

@@ -1197,6 +1197,26 @@ class RunLogged(Message):
     metrics: dict[str, float] = Field(default_factory=dict)
 
 
+class Usage(Message):
+    """What one attempt uses of its node, as points named system/... whose steps are seconds since its start."""
+
+    job_id: str = ""
+    attempt: int = 0
+    points: tuple[Point, ...] = ()
+
+
+class RecordUsage(Message):
+    """What one team's attempts on a node use. Nothing is kept of runs that are not known or have a newer attempt."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "registry", "run.record_usage", reply="UsageRecorded")
+
+    usages: tuple[Usage, ...] = ()
+
+
+class UsageRecorded(Message):
+    run_count: int = 0
+
+
 class GetRun(Message):
     ROUTE: ClassVar[Route] = Route(Kind.QUERY, "registry", "run.get", reply="Run")
 
@@ -1212,6 +1232,10 @@ class GetMetrics(Message):
     # Thinned evenly to at most this many points a series, first, last and extremes kept; 1,000 by default, never
     # under 4, and fewer when many series share one answer.
     max_points: int = 0
+    # Only names that begin with this.
+    prefix: str = ""
+    # Only the newest so many points of each series; 0 for all.
+    newest: int = 0
 
 
 class MetricPage(Message):
@@ -1359,6 +1383,9 @@ MESSAGES: tuple[type[Message], ...] = (
     Run,
     LogRun,
     RunLogged,
+    Usage,
+    RecordUsage,
+    UsageRecorded,
     GetRun,
     GetMetrics,
     MetricPage,

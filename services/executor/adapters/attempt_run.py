@@ -31,10 +31,12 @@ from services.executor.adapters.environments import EnvironmentRefused, Environm
 from services.executor.adapters.folder_watch import FolderWatch
 from services.executor.adapters.job_spec import NodeFacts, job_uid, spec_for, told_isolation
 from services.executor.adapters.keeping import Keeping
+from services.executor.adapters.metering import Metered
 from services.executor.adapters.sealing import Sealing
 from services.executor.adapters.staging import Staging, StagingFailed
 from services.executor.adapters.transfer import Threads, remove_tree
 from services.executor.adapters.tries import GivenUp, try_within_reason
+from services.executor.adapters.usage import Subject
 from services.executor.domain.execution import ENDED, FINISHING, RUNNING, STARTING, short_reason
 from services.executor.ports import StartOrder
 
@@ -75,6 +77,7 @@ class AttemptRun:
         self._keeping = Keeping(folder, order, self._log, means.sealing, means.node)
         self._reported: dict[str, Any] = read_json(folder.path / "reported.json") or {}
         self.phase = str(self._reported.get("state", STARTING))
+        self._metered: Metered | None = None
 
     @property
     def is_over(self) -> bool:
@@ -84,6 +87,19 @@ class AttemptRun:
     def present(self) -> Execution:
         """The attempt as this node knows it now."""
         return self._execution(self.phase)
+
+    def metered(self) -> Metered | None:
+        """What metering needs to know of an attempt whose job runs; read once."""
+        if self.phase != RUNNING:
+            return None
+        if self._metered is None and (started := self._folder.read_started()) and (shim := self._folder.read_shim()):
+            own_network = started.isolation != "process"
+            subject = Subject(self.order.attempt_id, shim.pid, started.pid, own_network)
+            order = self.order
+            self._metered = Metered(
+                subject, order.team_id, order.job_id, order.number, order.gpu_indices, started.at_us
+            )
+        return self._metered
 
     def stop(self, grace_s: float, reason: str) -> None:
         """Asks for the end, whatever the attempt is doing; harmless when it is over."""

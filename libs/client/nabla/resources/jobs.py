@@ -16,7 +16,7 @@ from nabla.progress import Stages, unseen
 from nabla.resources.base import Resource, segment
 from nabla.resources.experiments import Experiments
 from nabla.sse import EventParser, ServerEvent
-from nabla.transport import FIRST_DELAY_S, LONGEST_DELAY_S, Transport
+from nabla.transport import FIRST_DELAY_S, LONGEST_DELAY_S, Params, Transport
 
 if TYPE_CHECKING:
     from nabla.resources.filesets import Filesets
@@ -157,6 +157,12 @@ class Jobs(Resource):
 
     def metrics(self, job_id: str, name: str = "", max_points: int | None = None) -> Sequence[Series]:
         params = {"name": name, "max_points": max_points}
+        answer = self._transport.get(f"/jobs/{segment(job_id)}/metrics", params)
+        return decode(MetricPage, answer).items
+
+    def usage(self, job_id: str, newest: int = 60) -> Sequence[Series]:
+        """What the job uses of its node: the newest points of each series, whose steps are seconds since its start."""
+        params: Params = {"prefix": "system/", "newest": newest}
         answer = self._transport.get(f"/jobs/{segment(job_id)}/metrics", params)
         return decode(MetricPage, answer).items
 
