@@ -169,7 +169,9 @@ class SpoolWriter:
         if self._dropped:
             self._write_mark(at_us)
         if not self._write_frame(stream, _NO_NEWLINE if unfinished else 0, at_us, lines, payload):
+            # One long gap is better than many short ones, for whose marks there would be room.
             self._dropped += lines
+            self._paused, self._look_at_us = True, at_us + _LOOK_AGAIN_US
 
     def _write_mark(self, at_us: int) -> None:
         if self._write_frame("n", _DROPPED, at_us, 1, b"%d" % self._dropped):
