@@ -58,6 +58,8 @@ def agent_config(settings: ExecutorSettings) -> AgentConfig:
         package_hosts=settings.package_hosts,
         source_hosts=settings.source_hosts,
         installer=settings.installer,
+        log_limit_bytes=settings.log_limit_bytes,
+        disk_reserve_bytes=settings.disk_reserve_bytes,
         traces=settings.traces,
         version=VERSION,
     )

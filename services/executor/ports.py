@@ -70,6 +70,8 @@ class AgentConfig:
     package_hosts: tuple[str, ...] = ()
     source_hosts: tuple[str, ...] = ()
     installer: str = "auto"
+    log_limit_bytes: int = 10_000_000_000
+    disk_reserve_bytes: int = 1_000_000_000
     traces: bool = False
     version: str = ""
 

@@ -12,6 +12,7 @@ from libs.common.contracts.messages import (
     LogFrame,
     LogSealed,
     OpenFileset,
+    RecordUsage,
     RegisterModel,
     ReportExecution,
     RevealSecrets,
@@ -31,6 +32,7 @@ AGENT_SENDS: tuple[type[Message], ...] = (
     SealFileset,
     RegisterModel,
     RevealSecrets,
+    RecordUsage,
 )
 
 _FOR_RECONCILING = Rule(role=None, scope="internal", services=frozenset({"scheduler"}))

@@ -38,6 +38,7 @@ from libs.common.contracts.messages import (
     MoveProject,
     ProjectMoved,
     ProjectPurged,
+    RecordUsage,
     RedeemSignIn,
     RegisterModel,
     RestoreProject,
@@ -67,6 +68,7 @@ LOG = Rule(role="member", scope="write", attempts=True)
 READ_SECRETS = Rule(role="viewer", scope="read")
 # Node agents ask in the executor's name; the attempt's token is what decides.
 REVEAL = Rule(role=None, scope="internal", services=frozenset({"executor"}))
+NODES = Rule(role=None, scope="internal", services=frozenset({"executor"}))
 
 
 def _write(message: type[Message], handler: Handler, rule: Rule, prepare: Prepare | None = None) -> Route:
@@ -110,6 +112,7 @@ def routes(model_origins: models.Origins | None = None, values: secrets.Secrets 
             Route(ListSecrets, secrets.list_secrets, READ_SECRETS),
             Route(CheckSecrets, secrets.check_secrets, READ_SECRETS),
             _run(LogRun, audited(runs.log_run, attempts=False), LOG),
+            _run(RecordUsage, runs.record_usage, NODES),
             _run(GetRun, runs.get_run, READ),
             _run(GetMetrics, runs.get_metrics, READ),
             _run(JobQueued, runs.record_job),

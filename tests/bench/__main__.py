@@ -13,8 +13,8 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tests.bench import measures
-from tests.bench.reference import ray_jobs
+from tests.bench import footprint, logs, measures
+from tests.bench.reference import ray_jobs, slurm_echoes
 from tests.support.platform import running_platform
 
 RESULTS = Path(__file__).parent / "results.json"
@@ -22,16 +22,19 @@ RESULTS = Path(__file__).parent / "results.json"
 
 def main() -> int:
     with tempfile.TemporaryDirectory(prefix="nabla-bench-") as folder:
-        reference = ray_jobs()
+        reference, sbatch = ray_jobs(), slurm_echoes()
         # What the reference leaves behind is still being cleaned up by the kernel.
         time.sleep(5)
         with running_platform(Path(folder) / "home") as platform_under_test:
             found = {
                 "up": measures.up(platform_under_test, reference.start_s),
-                "latency": measures.latency(platform_under_test, reference.submit_s),
+                "latency": measures.latency(platform_under_test, reference.submit_s, sbatch),
                 "command_line": measures.command_line(platform_under_test),
                 "idle": measures.idle(platform_under_test),
+                "log_follow": logs.follow(platform_under_test),
+                "log_throughput": logs.throughput(platform_under_test),
             }
+        found["footprint"] = footprint.sleeping()
     results = {"machine": machine(), "at": datetime.now(UTC).isoformat(timespec="seconds"), **found}
     show(results)
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""What people would use instead, on the same machine in the same run: Ray's own Jobs API."""
+"""What people would use instead, on the same machine in the same run: Ray's own Jobs API, and Slurm."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.ports import free_port
+from tests.support.slurm import running_slurm, why_no_slurm
 
 BIN = Path(sys.executable).parent
 TRIES = 3
+SLURM_TRIES, SLURM_PAUSE_S = 8, 3.5
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,22 @@ def ray_jobs() -> RayJobs:
         except subprocess.TimeoutExpired:
             os.killpg(head.pid, 9)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def slurm_echoes() -> tuple[float, ...]:
+    """Seconds of each `sbatch` from the command to the line in its file; none where there is no Slurm.
+
+    With a pause before each, as its scheduler makes those wait that come close behind others.
+    """
+    if why := why_no_slurm():
+        print(f"no reference of Slurm: {why}", file=sys.stderr)
+        return ()
+    with running_slurm() as slurm:
+        times = []
+        for number in range(SLURM_TRIES):
+            time.sleep(SLURM_PAUSE_S)
+            times.append(slurm.echo_s(number))
+        return tuple(times)
 
 
 def _until_started(said: Path, timeout_s: float = 90.0) -> None:

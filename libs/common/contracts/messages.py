@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from libs.common.contracts.message import Int64, Kind, Message, Route
+from libs.common.contracts.message import Bytes, Int64, Kind, Message, Route
 
 
 class Principal(Message):
@@ -901,6 +901,32 @@ class LogLine(Message):
     text: str = ""
     attempt: int = 0
     rank: int = 0
+    # It was split, or ended without a newline: the next line of the same stream, attempt and rank goes on with it.
+    cut: bool = False
+
+
+class LogBatch(Message):
+    """Consecutive lines of one stream that arrived together."""
+
+    at: datetime | None = None
+    stream: str = ""
+    line_count: int = 0
+    attempt: int = 0
+    rank: int = 0
+    # The last of these lines is cut.
+    cut: bool = False
+
+
+class LogSlice(Message):
+    """Many lines at once, so that nobody on the way of a flood touches each of them."""
+
+    # Of the first line, where storage has given it; 0 before.
+    first_sequence: Int64 = 0
+    batches: tuple[LogBatch, ...] = ()
+    # UTF-8, each line ended by a newline, compressed with zlib.
+    text: Bytes = b""
+    # Of the text before it was compressed.
+    size_bytes: Int64 = 0
 
 
 class LogFrame(Message):
@@ -916,6 +942,8 @@ class LogFrame(Message):
     lines: tuple[LogLine, ...] = ()
     # No line follows in this attempt and rank.
     last: bool = False
+    # After `lines`, and the usual way.
+    slice: LogSlice = Field(default_factory=LogSlice)
 
 
 class LogSealed(Message):
@@ -933,6 +961,8 @@ class GetLog(Message):
     # Lines with a greater sequence; negative: the last -after lines.
     after: Int64 = 0
     limit: int = 0
+    # Answer with slices instead of lines; whole ones, so that there may be more lines than `limit`.
+    sliced: bool = False
 
 
 class LogPage(Message):
@@ -942,6 +972,9 @@ class LogPage(Message):
     last_sequence: Int64 = 0
     # The object store has the whole log, so that nothing of it need be kept elsewhere.
     sealed: bool = False
+    slices: tuple[LogSlice, ...] = ()
+    # What a running job shows just now on lines that it has not ended, such as progress bars. On live tails alone.
+    unfinished: tuple[LogLine, ...] = ()
 
 
 class MachineType(Message):
@@ -1274,6 +1307,26 @@ class RunLogged(Message):
     metrics: dict[str, float] = Field(default_factory=dict)
 
 
+class Usage(Message):
+    """What one attempt uses of its node, as points named system/... whose steps are seconds since its start."""
+
+    job_id: str = ""
+    attempt: int = 0
+    points: tuple[Point, ...] = ()
+
+
+class RecordUsage(Message):
+    """What one team's attempts on a node use. Nothing is kept of runs that are not known or have a newer attempt."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "registry", "run.record_usage", reply="UsageRecorded")
+
+    usages: tuple[Usage, ...] = ()
+
+
+class UsageRecorded(Message):
+    run_count: int = 0
+
+
 class GetRun(Message):
     ROUTE: ClassVar[Route] = Route(Kind.QUERY, "registry", "run.get", reply="Run")
 
@@ -1289,6 +1342,10 @@ class GetMetrics(Message):
     # Thinned evenly to at most this many points a series, first, last and extremes kept; 1,000 by default, never
     # under 4, and fewer when many series share one answer.
     max_points: int = 0
+    # Only names that begin with this.
+    prefix: str = ""
+    # Only the newest so many points of each series; 0 for all.
+    newest: int = 0
 
 
 class MetricPage(Message):
@@ -1481,6 +1538,8 @@ MESSAGES: tuple[type[Message], ...] = (
     ListFiles,
     FilePage,
     LogLine,
+    LogBatch,
+    LogSlice,
     LogFrame,
     LogSealed,
     GetLog,
@@ -1523,6 +1582,9 @@ MESSAGES: tuple[type[Message], ...] = (
     Run,
     LogRun,
     RunLogged,
+    Usage,
+    RecordUsage,
+    UsageRecorded,
     GetRun,
     GetMetrics,
     MetricPage,

@@ -19,7 +19,8 @@ from typing import Any
 
 from libs.common.clock import from_us, to_us, utc_now
 from libs.common.contracts.envelope import Envelope
-from libs.common.contracts.messages import Execution, JobTemplate, LogFrame, Principal, ReportExecution
+from libs.common.contracts.messages import Execution, JobTemplate, LogFrame, LogPage, Principal, ReportExecution
+from libs.common.contracts.subjects import tail_subject
 from libs.common.telemetry import span
 from libs.common.waiting import end, happens
 from services.executor.adapters import zygote
@@ -30,12 +31,14 @@ from services.executor.adapters.environments import EnvironmentRefused, Environm
 from services.executor.adapters.folder_watch import FolderWatch
 from services.executor.adapters.job_spec import NodeFacts
 from services.executor.adapters.keeping import Keeping
+from services.executor.adapters.metering import Metered
 from services.executor.adapters.preparing import Preparing
 from services.executor.adapters.sealing import Sealing
 from services.executor.adapters.secrets import Revealed, Secrets, SecretsRefused
 from services.executor.adapters.staging import Staging, StagingFailed
 from services.executor.adapters.transfer import Threads, remove_tree
 from services.executor.adapters.tries import GivenUp, try_within_reason
+from services.executor.adapters.usage import Subject
 from services.executor.domain.execution import ENDED, FINISHING, RUNNING, STARTING, short_reason
 from services.executor.ports import StartOrder
 
@@ -73,7 +76,7 @@ class AttemptRun:
         self._changed = asyncio.Event()
         self._log_changed = asyncio.Event()
         identity = Identity(order.job_id, order.attempt_id, order.number)
-        self._log = AttemptLog(folder.path, identity, self._send_frame, self._log_changed)
+        self._log = AttemptLog(folder.path, identity, self._send_frame, self._log_changed, self._show)
         self._keeping = Keeping(folder, order, self._log, means.sealing, means.node)
         self._preparing = Preparing(
             folder,
@@ -86,6 +89,7 @@ class AttemptRun:
         )
         self._reported: dict[str, Any] = read_json(folder.path / "reported.json") or {}
         self.phase = str(self._reported.get("state", STARTING))
+        self._metered: Metered | None = None
 
     @property
     def is_over(self) -> bool:
@@ -95,6 +99,19 @@ class AttemptRun:
     def present(self) -> Execution:
         """The attempt as this node knows it now."""
         return self._execution(self.phase)
+
+    def metered(self) -> Metered | None:
+        """What metering needs to know of an attempt whose job runs; read once."""
+        if self.phase != RUNNING:
+            return None
+        if self._metered is None and (started := self._folder.read_started()) and (shim := self._folder.read_shim()):
+            own_network = started.isolation != "process"
+            subject = Subject(self.order.attempt_id, shim.pid, started.pid, own_network)
+            order = self.order
+            self._metered = Metered(
+                subject, order.team_id, order.job_id, order.number, order.gpu_indices, started.at_us
+            )
+        return self._metered
 
     def stop(self, grace_s: float, reason: str) -> None:
         """Asks for the end, whatever the attempt is doing; harmless when it is over."""
@@ -329,6 +346,10 @@ class AttemptRun:
             traceparent=self.order.traceparent,
         )
         await self._means.bus.publish_body(LogFrame, body, envelope)
+
+    async def _show(self, page: LogPage) -> None:
+        subject = tail_subject(self.order.team_id, self.order.job_id)
+        await self._means.bus.hint(subject, page.to_wire())
 
 
 class _Stopped(Exception):

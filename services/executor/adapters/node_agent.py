@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
+from libs.common.contracts.messages import RecordUsage, UsageRecorded
 from libs.common.waiting import end
 from services.executor.adapters import cgroup, isolation, zygote
 from services.executor.adapters.agent_bus import AgentBus
@@ -35,6 +36,7 @@ from services.executor.adapters.environments import Environments
 from services.executor.adapters.folder_watch import FolderWatch
 from services.executor.adapters.git_source import GitSource
 from services.executor.adapters.job_spec import NodeFacts
+from services.executor.adapters.metering import Metered, Metering
 from services.executor.adapters.s3_source import S3Source
 from services.executor.adapters.sandbox import IsolationProbe, find_bwrap
 from services.executor.adapters.sealing import Sealing
@@ -101,6 +103,8 @@ class NodeAgent:
             if path.is_dir():
                 self._take_up(AttemptFolder(path))
         self._tasks["contact"] = asyncio.create_task(self._keep_contact())
+        metering = Metering(self._metered, self._record_usage)
+        self._tasks["metering"] = asyncio.create_task(metering.run())
         log.info("agent is ready", extra={"attempts": len(self._runs), "isolation": self._probe.isolation})
 
     async def close(self) -> None:
@@ -201,6 +205,13 @@ class NodeAgent:
             except Exception:  # without this loop the fence would end every job of the node
                 log.exception("contact is not recorded; trying again")
 
+    def _metered(self) -> list[Metered]:
+        return [metered for run in self._runs.values() if (metered := run.metered()) is not None]
+
+    async def _record_usage(self, message: RecordUsage, team_id: str) -> None:
+        assert self._means, "open comes first"
+        await self._means.bus.ask(message, UsageRecorded, team_id)
+
     def _make_means(self, zygote_process: _Zygote) -> Means:
         config = self._config
         bus = AgentBus(config.nats_url, config.nats_seed)
@@ -251,6 +262,8 @@ class NodeAgent:
             bwrap_path=find_bwrap(isolation.wheel_bwrap()) or "/usr/bin/bwrap",
             contact_file=self._contact,
             fence_s=config.node_fence_s,
+            log_limit_bytes=config.log_limit_bytes,
+            disk_reserve_bytes=config.disk_reserve_bytes,
         )
 
 

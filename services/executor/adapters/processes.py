@@ -34,19 +34,28 @@ def name_of(pid: int) -> str:
         return ""
 
 
-def descendants(ancestor: int) -> list[int]:
-    """Every living or zombie process below `ancestor`, nearest first.
+class Tree:
+    """Who descends from whom, at the moment of the first question: one pass over /proc, however many are asked for.
 
-    A whole pass over /proc: /proc/PID/task/TID/children exists only in kernels built for checkpointing.
+    A whole pass: /proc/PID/task/TID/children exists only in kernels built for checkpointing.
     """
-    children: dict[int, list[int]] = defaultdict(list)
-    for name in os.listdir("/proc"):
-        if name.isdigit() and (fields := _stat(int(name))) is not None:
-            children[int(fields[_PARENT])].append(int(name))
-    found = [ancestor]
-    for pid in found:
-        found.extend(children[pid])
-    return found[1:]
+
+    def __init__(self) -> None:
+        self._children: dict[int, list[int]] | None = None
+
+    def below(self, ancestor: int) -> list[int]:
+        """Every living or zombie process below `ancestor`, nearest first."""
+        if self._children is None:
+            self._children = _children()
+        found = [ancestor]
+        for pid in found:
+            found.extend(self._children.get(pid, ()))
+        return found[1:]
+
+
+def descendants(ancestor: int) -> list[int]:
+    """Every living or zombie process below `ancestor`, nearest first."""
+    return Tree().below(ancestor)
 
 
 def signal_each(pids: Iterable[int], number: signal.Signals) -> None:
@@ -88,6 +97,14 @@ def threads_of(uid: int) -> int:
             if name.isdigit() and os.stat(f"/proc/{name}").st_uid == uid:
                 count += len(os.listdir(f"/proc/{name}/task"))
     return count
+
+
+def _children() -> dict[int, list[int]]:
+    children: dict[int, list[int]] = defaultdict(list)
+    for name in os.listdir("/proc"):
+        if name.isdigit() and (fields := _stat(int(name))) is not None:
+            children[int(fields[_PARENT])].append(int(name))
+    return children
 
 
 def _stat(pid: int) -> list[bytes] | None:

@@ -147,7 +147,7 @@ async def explain_job(job_id: Id, caller: Caller, parts: Wired) -> JobExplanatio
     return await parts.owners.ask(ExplainJob(job_id=job_id), JobExplanation, caller)
 
 
-@router.get("/jobs/{job_id}/logs", summary="A page of the job's log")
+@router.get("/jobs/{job_id}/logs", summary="A page of the job's log", response_model_exclude={"slices", "unfinished"})
 async def get_log(
     job_id: Id,
     caller: Caller,
@@ -185,13 +185,16 @@ async def get_run(job_id: Id, caller: Caller, parts: Wired) -> Run:
 
 @router.get("/jobs/{job_id}/metrics", summary="The job's metrics as series")
 async def get_metrics(
+    *,
     job_id: Id,
     caller: Caller,
     parts: Wired,
     name: Word = "",
     max_points: Annotated[int, Query(ge=0, le=100_000)] = 0,
+    prefix: Annotated[Word, Query(description="Only names that begin with this, such as system/.")] = "",
+    newest: Annotated[int, Query(ge=0, le=1000, description="Only the newest so many points of each series.")] = 0,
 ) -> MetricPage:
-    message = GetMetrics(job_id=job_id, name=name, max_points=max_points)
+    message = GetMetrics(job_id=job_id, name=name, max_points=max_points, prefix=prefix, newest=newest)
     return await parts.owners.ask(message, MetricPage, caller)
 
 

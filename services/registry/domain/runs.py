@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 from libs.common.clock import from_us
-from libs.common.contracts.messages import LogRun, Point, Series
+from libs.common.contracts.messages import LogRun, Point, RecordUsage, Series
 from libs.common.errors import Conflict, Invalid, TooLarge
 
 MOST_POINTS = 10_000
@@ -26,6 +26,14 @@ METRICS_IN_EVENT = 200
 OVER = frozenset({"succeeded", "failed", "cancelled", "timed_out"})
 
 _INT64 = 2**63
+
+
+# Series that are longer are spliced and thinned by the database.
+LONG_SERIES = 10_000
+SYSTEM = "system/"
+# Usage of a running job stays as it was sampled for an hour, then every tenth second's, after a day every minute's.
+THINNING = ((3600, 10), (86_400, 60))
+_THIN_EVERY_S = 600
 
 
 class Measured(NamedTuple):
@@ -139,6 +147,49 @@ def thinned(points: Sequence[Measured], most: int) -> list[Measured]:
     left = most - len(chosen)
     chosen |= {round((index + 1) * (count - 1) / (left + 1)) for index in range(left)}
     return [points[index] for index in sorted(chosen)]
+
+
+class Stretch(NamedTuple):
+    """The points of one attempt in one series: how many, and at which step they begin."""
+
+    attempt: int
+    point_count: int
+    first_step: int
+
+
+def bounds(stretches: Sequence[Stretch]) -> dict[int, int]:
+    """Attempt -> the last step at which its points count; the same choice as `spliced`.
+
+    Args:
+        stretches: ordered by attempt.
+    """
+    found: dict[int, int] = {}
+    last = _INT64 - 1
+    for stretch in reversed(stretches):
+        found[stretch.attempt] = last
+        last = max(-_INT64, min(last, stretch.first_step - 1))
+    return found
+
+
+def even_places(count: int, most: int) -> set[int]:
+    """At most `most` places of `count`, evenly; the first and the last are there."""
+    return {0, count - 1} | {round((index + 1) * (count - 1) / (most - 1)) for index in range(most - 2)}
+
+
+def check_usage(entry: RecordUsage) -> None:
+    """Raises Invalid or TooLarge unless the whole of `entry` can be kept."""
+    for usage in entry.usages:
+        check_log(LogRun(points=usage.points))
+        if not all(point.name.startswith(SYSTEM) for point in usage.points):
+            raise Invalid("bad_name", f"What a node says of a job's usage is named {SYSTEM}...")
+
+
+def thinnings(points: Iterable[Point]) -> list[tuple[int, int]]:
+    """(before this step, only every so manieth one stays), when it is time again to thin what was sampled."""
+    steps = [point.step for point in points]
+    if not steps or max(steps) // _THIN_EVERY_S == (min(steps) - 1) // _THIN_EVERY_S:
+        return []
+    return [(max(steps) - age_s, every) for age_s, every in THINNING if max(steps) > age_s]
 
 
 def points_each(asked: int, series_count: int) -> int:

@@ -25,8 +25,10 @@ from libs.common.contracts.messages import (
     Principal,
     ProjectMoved,
     ProjectPurged,
+    RecordUsage,
     Run,
     RunLogged,
+    UsageRecorded,
 )
 from libs.common.errors import NotFound
 from libs.common.ids import is_id
@@ -98,9 +100,43 @@ async def get_run(message: GetRun, unit: RunsUnit, call: Envelope) -> Run:
 async def get_metrics(message: GetMetrics, unit: RunsUnit, call: Envelope) -> MetricPage:
     """The run's series, each thinned so that the whole answer fits the bus."""
     run = await _visible_run(message.job_id, unit, call.principal)
-    found = await unit.runs.points(run.id, message.name)
-    most = rules.points_each(message.max_points, len(found))
-    return MetricPage(items=tuple(rules.series(name, points, most) for name, points in found.items()))
+    outline = await unit.runs.outline(run.id, message.name, message.prefix)
+    most = rules.points_each(message.max_points or message.newest, len(outline))
+    if message.newest > 0:
+        newest = min(message.newest, most)
+        found = {name: await unit.runs.newest_points(run.id, name, newest) for name in outline}
+        return MetricPage(items=tuple(rules.series(name, points, most) for name, points in found.items()))
+    size = {name: sum(each.point_count for each in stretches) for name, stretches in outline.items()}
+    short = [name for name in outline if size[name] <= rules.LONG_SERIES]
+    points = await unit.runs.points(run.id, short)
+    items = []
+    for name, stretches in outline.items():
+        if name in points:
+            items.append(rules.series(name, points[name], most))
+        elif size[name] > rules.LONG_SERIES:
+            items.append(await unit.runs.thinned_series(run.id, name, rules.bounds(stretches), most))
+    return MetricPage(items=tuple(items))
+
+
+async def record_usage(message: RecordUsage, unit: RunsUnit, call: Envelope) -> UsageRecorded:
+    """Keeps what a node says of its attempts, and thins what it said long ago; the same again changes nothing.
+
+    No event tells of it, and the run's revision stays: it happens every few seconds for each job that works.
+    """
+    rules.check_usage(message)
+    kept = 0
+    for usage in message.usages:
+        run = await unit.runs.get(usage.job_id)
+        if run is None or run.team_id != call.principal.team_id or usage.attempt < run.attempt:
+            continue
+        kept += 1
+        points = rules.latest(usage.points)
+        await unit.runs.log_points(run.id, usage.attempt, [_dated(point) for point in points])
+        await unit.runs.log_last(run.id, usage.attempt, rules.last_values(points))
+        for before_step, every in rules.thinnings(points):
+            await unit.runs.thin(run.id, usage.attempt, rules.SYSTEM, before_step, every)
+        _points.add(len(points))
+    return UsageRecorded(run_count=kept)
 
 
 async def move_runs(message: ProjectMoved, unit: RunsUnit, _call: Envelope) -> None:

@@ -16,9 +16,9 @@ from sqlmodel import Field, SQLModel
 from sqlmodel.ext.asyncio.session import AsyncSession
 
 from libs.common.clock import from_us, to_us
-from libs.common.contracts.messages import Point
+from libs.common.contracts.messages import Point, Series
 from libs.common.store import Skeleton
-from services.registry.domain.runs import OVER, Measured
+from services.registry.domain.runs import OVER, Measured, Stretch, even_places
 from services.registry.store.unit import CatalogueUnit, audit_table, table_of
 
 
@@ -92,6 +92,8 @@ AUDIT = audit_table(Base.metadata)
 SKELETON = Skeleton(Base.metadata)
 RUNS, POINTS, METRICS = table_of(RunRow), table_of(PointRow), table_of(MetricRow)
 PARAMS, TAGS = table_of(ParamRow), table_of(TagRow)
+MEASURED = (POINTS.c.attempt, POINTS.c.step, POINTS.c.value, POINTS.c.at_us)
+NAMES_A_QUERY = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,16 +172,71 @@ class Runs:
         query = select(table.c.name, table.c.value).where(table.c.run_id == run_id).order_by(table.c.name)
         return {row.name: row.value for row in await self._unit.execute(query)}
 
-    async def points(self, run_id: str, name: str) -> dict[str, list[Measured]]:
-        """Each metric's points, or those of one; ordered by attempt, then step."""
-        columns = (POINTS.c.name, POINTS.c.attempt, POINTS.c.step, POINTS.c.value, POINTS.c.at_us)
-        query = select(*columns).where(POINTS.c.run_id == run_id)
+    async def outline(self, run_id: str, name: str, prefix: str) -> dict[str, list[Stretch]]:
+        """Name -> what each attempt has of that series, in order; of one name, or of those that begin with a prefix."""
+        counted = (func.count().label("points"), func.min(POINTS.c.step).label("first"))
+        query = select(POINTS.c.name, POINTS.c.attempt, *counted).where(POINTS.c.run_id == run_id)
         if name:
             query = query.where(POINTS.c.name == name)
-        rows = await self._unit.execute(query.order_by(POINTS.c.name, POINTS.c.attempt, POINTS.c.step))
-        return {
-            metric: [Measured._make(row[1:]) for row in group] for metric, group in groupby(rows, key=itemgetter(0))
-        }
+        if prefix:
+            query = query.where(POINTS.c.name.startswith(prefix, autoescape=True))
+        rows = await self._unit.execute(
+            query.group_by(POINTS.c.name, POINTS.c.attempt).order_by(POINTS.c.name, POINTS.c.attempt)
+        )
+        return {metric: [Stretch._make(row[1:]) for row in group] for metric, group in groupby(rows, key=itemgetter(0))}
+
+    async def points(self, run_id: str, names: Sequence[str]) -> dict[str, list[Measured]]:
+        """Each of these metrics' points, ordered by attempt, then step."""
+        found: dict[str, list[Measured]] = {}
+        for start in range(0, len(names), NAMES_A_QUERY):
+            some = POINTS.c.name.in_(names[start : start + NAMES_A_QUERY])
+            query = select(POINTS.c.name, *MEASURED).where(POINTS.c.run_id == run_id, some)
+            rows = await self._unit.execute(query.order_by(POINTS.c.name, POINTS.c.attempt, POINTS.c.step))
+            for metric, group in groupby(rows, key=itemgetter(0)):
+                found[metric] = [Measured._make(row[1:]) for row in group]
+        return found
+
+    async def newest_points(self, run_id: str, name: str, count: int) -> list[Measured]:
+        """The series' last points, ordered by attempt, then step."""
+        query = select(*MEASURED).where(POINTS.c.run_id == run_id, POINTS.c.name == name)
+        newest = query.order_by(POINTS.c.attempt.desc(), POINTS.c.step.desc()).limit(count)
+        return [Measured._make(row) for row in await self._unit.execute(newest)][::-1]
+
+    async def thinned_series(self, run_id: str, name: str, bounds: Mapping[int, int], most: int) -> Series:
+        """A long series, spliced and thinned where it lies: no more than the points that are shown come over.
+
+        Args:
+            bounds: attempt -> the last step at which its points count.
+        """
+        counts = or_(*(and_(POINTS.c.attempt == attempt, POINTS.c.step <= bound) for attempt, bound in bounds.items()))
+        here = (POINTS.c.run_id == run_id, POINTS.c.name == name, counts)
+        amounts = (func.count().label("points"), func.min(POINTS.c.value), func.max(POINTS.c.value))
+        count, lowest, highest = await self._unit.one(select(*amounts).where(*here))
+        in_order = (POINTS.c.attempt, POINTS.c.step)
+        place = (func.row_number().over(order_by=in_order) - 1).label("place")
+        placed = select(*MEASURED, place).where(*here).subquery()
+        wanted = placed.c.place.in_(even_places(count, most - 2))
+        chosen = {Measured._make(row[:4]) for row in await self._unit.execute(select(placed).where(wanted))}
+        for extreme in (lowest, highest):
+            at_extreme = select(*MEASURED).where(*here, POINTS.c.value == extreme).order_by(*in_order).limit(1)
+            chosen.add(Measured._make(await self._unit.one(at_extreme)))
+        shown = sorted(chosen)
+        return Series(
+            name=name,
+            points=tuple(Point(value=each.value, step=each.step, at=from_us(each.at_us)) for each in shown),
+            min=lowest,
+            max=highest,
+            last=shown[-1].value,
+            point_count=count,
+        )
+
+    async def thin(self, run_id: str, attempt: int, prefix: str, before_step: int, every: int) -> None:
+        """Removes points before a step, but for every so manieth step's."""
+        names = select(METRICS.c.name).where(
+            METRICS.c.run_id == run_id, METRICS.c.name.startswith(prefix, autoescape=True)
+        )
+        old = (POINTS.c.attempt == attempt, POINTS.c.step < before_step, POINTS.c.step % every != 0)
+        await self._unit.execute(POINTS.delete().where(POINTS.c.run_id == run_id, POINTS.c.name.in_(names), *old))
 
     async def unchecked(self, before: datetime, limit: int) -> list[Tracked]:
         """Runs that are not over and were not looked at since, the longest unseen first."""

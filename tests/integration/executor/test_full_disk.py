@@ -11,7 +11,7 @@ import pytest
 
 from services.executor.adapters import processes, shim
 from services.executor.adapters.attempt_folder import AttemptFolder, Isolation, write_durably
-from tests.integration.executor.attempts import Node, eventually, why_no_bwrap
+from tests.integration.executor.attempts import Node, eventually, log_of, said, why_no_bwrap
 from tests.support.disks import fill, free, small_disk_at
 
 pytestmark = pytest.mark.integration
@@ -55,6 +55,21 @@ def test_a_job_that_fills_the_disk_can_be_stopped(node: Node, isolation: Isolati
     eventually((folder.workspace / "full").exists, "the full disk")
     folder.request_stop(0, "enough")
     assert node.end_of(folder).record.reason == "stopped"
+
+
+def test_a_log_pauses_while_the_disk_is_full_says_so_and_goes_on(node: Node, isolation: Isolation) -> None:
+    # More than a pipe holds: the shim has read of it before the disk is free again.
+    command = "seq 100000; rm $TMPDIR/filler; while [ ! -e go ]; do echo after; sleep 0.02; done"
+    command = f"echo before; {FILL}{command}"
+    folder = node.start(command, isolation=isolation, disk_reserve_bytes=2_000_000)
+    eventually(lambda: said(folder, "after"), "the log's next line")
+    (folder.workspace / "go").touch()
+    ended = node.end_of(folder)
+    assert (ended.record.reason, ended.code) == ("exited", 0)
+    gaps = [line for line in log_of(folder) if line.dropped]
+    assert (ended.lines()[0], ended.lines()[-1], len(gaps)) == ("before", "after", 1)
+    kept = [line for line in log_of(folder) if line.text.isdigit()]
+    assert len(kept) + gaps[0].dropped >= 100_000
 
 
 def test_an_end_waits_for_room_on_the_disk(node: Node, disk: Path) -> None:

@@ -307,13 +307,24 @@ def test_contact_made_now_keeps_the_job(node: Node, isolation: Isolation, tmp_pa
 
 def test_flood_of_output_is_bounded_and_does_not_block(node: Node, isolation: Isolation) -> None:
     limit = 4 * MIB
-    ended = node.run("yes 0123456789 | head -c 60000000; echo end", isolation=isolation, max_spool_bytes=limit)
+    ended = node.run("yes 0123456789 | head -c 60000000; echo end", isolation=isolation, log_limit_bytes=limit)
     assert ended.code == 0
     assert sum(path.stat().st_size for path in ended.folder.spool.iterdir()) <= limit + 1000
     lines = log_of(ended.folder)
     expected = 60_000_000 // 11 + 2
     assert sum(line.dropped or 1 for line in lines) == pytest.approx(expected, abs=1)
     assert any(line.dropped for line in lines)
+
+
+def test_a_line_of_ten_megabytes_and_bytes_of_all_kinds_come_out_whole(node: Node, isolation: Isolation) -> None:
+    long = node.run("head -c 10000000 /dev/zero | tr '\\0' x; echo; echo next", isolation=isolation)
+    *pieces, last, following = log_of(long.folder)
+    assert (following.text, last.newline, any(piece.newline for piece in pieces)) == ("next", True, False)
+    assert "".join(piece.text for piece in (*pieces, last)) == "x" * 10_000_000
+    kinds = "import sys; sys.stdout.buffer.write(bytes(n for n in range(256) if n not in (10, 13)) * 4 + b'\\nend')"
+    mixed = node.run(["python3", "-c", kinds], isolation=isolation).lines()
+    expected = (bytes(n for n in range(256) if n not in (10, 13)) * 4).decode("utf-8", "replace")
+    assert mixed == [expected, "end"]
 
 
 def test_output_without_a_newline_is_seen_while_the_job_waits(node: Node, isolation: Isolation) -> None:

@@ -41,6 +41,7 @@ from libs.common.contracts.messages import (
 from libs.common.contracts.subjects import stream_of, subject_for, tail_subject
 from libs.common.errors import Forbidden, Invalid, Unavailable
 from libs.common.ids import new_id
+from libs.common.loglines import Slice
 from tests.integration.storage.conftest import Installation
 
 pytestmark = pytest.mark.integration
@@ -152,7 +153,8 @@ async def test_a_log_is_followed_live_and_read_after_it_was_sealed(installation:
         found = await page(running.asker)
         assert [line.text for line in found.lines] == [f"line {n}" for n in range(300)]
         assert found.complete
-        assert [line.sequence for page in heard for line in page.lines] == list(range(1, 301))
+        lines = [line for page in heard for each in page.slices for line in Slice.from_message(each).lines()]
+        assert [line.sequence for line in lines] == list(range(1, 301))
         assert heard[-1].complete
 
 

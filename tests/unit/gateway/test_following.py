@@ -18,7 +18,7 @@ from libs.common.contracts.messages import (
 )
 from libs.common.contracts.subjects import subject_for, tail_subject
 from libs.common.errors import Unavailable
-from services.gateway.following import End, JobFollower, Lines, State
+from services.gateway.following import End, JobFollower, Lines, State, Step, Unfinished
 from services.gateway.ports import Hint
 from tests.unit.gateway.fakes import MEMBER, TEAM, FakeHints, FakeOwners
 
@@ -72,16 +72,16 @@ class Cluster:
             self.hints.give(Hint(subject_for(JobSucceeded, team=TEAM), "js1", JobSucceeded(job=self.job).to_wire()))
             self.hints.give(Hint(subject_for(LogSealed, team=TEAM), "js1", LogSealed(job_id="js1").to_wire()))
 
-    async def follow(self, after: int = 0) -> list[Lines | State | End]:
+    async def follow(self, after: int = 0) -> list[Step]:
         job = await self.follower.job(MEMBER, "js1")
         return [step async for step in self.follower.follow(MEMBER, job, after) if step != Lines(())]
 
 
-def sequences(steps: list[Lines | State | End]) -> list[int]:
+def sequences(steps: list[Step]) -> list[int]:
     return [line.sequence for step in steps if isinstance(step, Lines) for line in step.lines]
 
 
-def states(steps: list[Lines | State | End]) -> list[str]:
+def states(steps: list[Step]) -> list[str]:
     return [step.job.state for step in steps if isinstance(step, State)]
 
 
@@ -91,7 +91,7 @@ async def settled() -> None:
         await asyncio.sleep(0)
 
 
-async def ended(following: asyncio.Task[list[Lines | State | End]]) -> list[Lines | State | End]:
+async def ended(following: asyncio.Task[list[Step]]) -> list[Step]:
     async with asyncio.timeout(60):
         return await following
 
@@ -235,3 +235,30 @@ async def test_a_hint_that_cannot_be_read_is_passed_over() -> None:
     cluster.write(1, heard=True)
     cluster.end(heard=True)
     assert sequences(await ended(following)) == [1]
+
+
+async def test_one_who_is_far_behind_skips_with_a_mark_when_that_was_asked_for() -> None:
+    cluster = Cluster()
+    cluster.write(10_000, heard=False)
+    cluster.end(heard=False)
+    job = await cluster.follower.job(MEMBER, "js1")
+    steps = [step async for step in cluster.follower.follow(MEMBER, job, 0, skip_behind=1000) if step != Lines(())]
+    found = [line for step in steps if isinstance(step, Lines) for line in step.lines]
+    assert (found[0].stream, found[0].sequence) == ("nabla", 9500)
+    assert "9,500 lines were skipped" in found[0].text
+    assert [line.sequence for line in found[1:]] == list(range(9501, 10_001))
+
+
+async def test_what_is_not_ended_is_passed_on_beside_the_lines() -> None:
+    cluster = Cluster()
+    bar = LogLine(stream="stderr", text="10%")
+    following = asyncio.create_task(cluster.follow())
+    async with asyncio.timeout(60):
+        while not cluster.hints.listeners:
+            await asyncio.sleep(0.01)
+    cluster.hints.give(Hint(tail_subject(TEAM, "js1"), "", LogPage(unfinished=(bar,)).to_wire()))
+    cluster.write(1, heard=True)
+    cluster.end(heard=True)
+    steps = await following
+    assert Unfinished((bar,)) in steps
+    assert sequences(steps) == [1]

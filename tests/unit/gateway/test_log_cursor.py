@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import random
+from datetime import UTC, datetime
 
 import pytest
 
 from libs.common.contracts.messages import LogLine, LogPage
-from services.gateway.domain.log_cursor import advance_by_history, advance_by_tail
+from libs.common.loglines import Slice
+from services.gateway.domain.log_cursor import advance_by_history, advance_by_tail, skip_to
 
 pytestmark = pytest.mark.unit
 
@@ -87,3 +89,20 @@ def test_any_mix_of_lost_doubled_and_shuffled_hints_gives_every_line_once_in_ord
         given += numbers(advance.lines)
         last = advance.last
     assert given == stored
+
+
+def test_slices_are_lines() -> None:
+    stored = Slice.from_lines([LogLine(text="a"), LogLine(text="b")], datetime(2030, 1, 1, tzinfo=UTC)).numbered(4)
+    advance = advance_by_history(4, LogPage(slices=(stored.to_message(),), last_sequence=5), 1000)
+    assert [(line.sequence, line.text) for line in advance.lines] == [(5, "b")]
+    assert advance_by_tail(3, LogPage(slices=(stored.to_message(),), last_sequence=5)).last == 5
+
+
+@pytest.mark.parametrize(
+    ("last", "end", "skip_behind", "reached"),
+    [(0, 100, 0, 0), (0, 100, 100, 0), (0, 101, 100, 51), (50, 100, 40, 80), (0, 0, 10, 0)],
+)
+def test_whoever_would_rather_miss_lines_goes_on_near_the_end(
+    last: int, end: int, skip_behind: int, reached: int
+) -> None:
+    assert skip_to(last, end, skip_behind) == reached

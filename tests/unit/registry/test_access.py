@@ -48,12 +48,14 @@ ACCESS: dict[str, Access] = {
     "model_version.get": ("viewer", "read", True, ALL),
     "model.list": ("viewer", "read", True, ALL),
     "run.log": ("member", "write", True, set()),
+    "run.record_usage": (None, "", False, {"executor"}),
     "run.get": ("viewer", "read", True, ALL),
     "run.list_metrics": ("viewer", "read", True, ALL),
 }
 ROLES = ("viewer", "member", "admin", "owner")
 SCOPES = ((), ("read",), ("write",), ("admin",), ("read", "write"))
 ASKED = [route for route in ROUTES.routes if route.message.ROUTE.kind in {Kind.REQUEST, Kind.QUERY}]
+WRITES = {route.message.ROUTE.name for route in ROUTES.of_kind(Kind.REQUEST)} - {"run.record_usage"}
 NAMES = [route.message.ROUTE.name for route in ASKED]
 
 
@@ -136,6 +138,8 @@ NAMELESS = {"token.authenticate", "token.create", "token.list", "sign_in.create"
     "project.list",
     # Whose they are is what the attempt's token says: see test_secrets.
     "secret.reveal",
+    # Of what it names it keeps nothing where that is another team's: see test_runs.
+    "run.record_usage",
 }
 
 
@@ -211,8 +215,8 @@ async def test_every_granted_write_leaves_one_audit_row_without_secrets(
     for message in messages_about(project, model, job, token):
         await catalogue.ask(message, owner, reply_of(message))
     rows = await catalogue.audit()
-    requests = [route.message.ROUTE.name for route in ROUTES.of_kind(Kind.REQUEST)]
-    requests.remove("secret.reveal")  # by no person: see test_secrets
+    # What nodes say every few seconds is its own record; what they reveal, they do as attempts: see test_secrets.
+    requests = sorted(WRITES - {"secret.reveal"})
     assert {row.action for row in rows} == set(requests)
     counts = {name: sum(row.action == name for row in rows) for name in requests}
     assert counts.pop("model.register") == 2

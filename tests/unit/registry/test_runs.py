@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from libs.common.contracts import messages as m
 from libs.common.contracts.message import Message
-from libs.common.errors import Conflict, Invalid, NotFound, TooLarge, Unavailable
+from libs.common.errors import Conflict, Invalid, NotFound, Refusal, TooLarge, Unavailable
 from libs.common.ids import new_id
 from services.registry.domain import runs as rules
 from services.registry.domain.runs import Measured
@@ -296,6 +296,90 @@ def test_whole_answer_stays_within_the_points_that_fit(asked: int, count: int) -
     each = rules.points_each(asked, count)
     assert each >= rules.FEWEST_POINTS
     assert each * count <= rules.MOST_ANSWERED_POINTS
+
+
+@pytest.mark.parametrize("most", [8, 40])
+async def test_a_long_series_shows_the_same_as_a_short_one(
+    catalogue: Catalogue, member: m.Principal, project: m.Project, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    job = job_in(project)
+    for number, first in ((1, 0), (2, 300), (3, 250)):
+        values_of_attempt = [math.sin(number + step / 9) for step in range(400)]
+        entries = points("loss", values_of_attempt, first)
+        await log(catalogue, attempt_of(job, number=number), points=entries)
+    await log(catalogue, attempt_of(job, number=3), points=points("short", [1.0, 2.0]))
+    in_python = await series_of(catalogue, member, job, max_points=most)
+    monkeypatch.setattr(rules, "LONG_SERIES", 100)
+    by_database = await series_of(catalogue, member, job, max_points=most)
+    assert by_database["short"] == in_python["short"]
+    long, expected = by_database["loss"], in_python["loss"]
+    assert long.model_copy(update={"points": ()}) == expected.model_copy(update={"points": ()})
+    assert (long.points[0], long.points[-1]) == (expected.points[0], expected.points[-1])
+    shown = [point.value for point in long.points]
+    assert (min(shown), max(shown), len(shown) <= most) == (expected.min, expected.max, True)
+    assert [point.step for point in long.points] == sorted({point.step for point in long.points})
+    assert len(shown) > most // 2
+
+
+@given(st.dictionaries(st.tuples(st.integers(1, 4), st.integers(-20, 20)), st.floats(-1, 1), min_size=1, max_size=60))
+def test_the_database_splices_as_python_does(found: dict[tuple[int, int], float]) -> None:
+    stored = [Measured(attempt, step, value, 0) for (attempt, step), value in sorted(found.items())]
+    by_attempt = {attempt: [step for number, step in found if number == attempt] for attempt, _ in sorted(found)}
+    bounds = rules.bounds([rules.Stretch(attempt, len(steps), min(steps)) for attempt, steps in by_attempt.items()])
+    assert [point for point in stored if point.step <= bounds[point.attempt]] == rules.spliced(stored)
+
+
+async def usage(catalogue: Catalogue, job: m.Job, steps: range, attempt: int = 1) -> int:
+    node = m.Principal(kind="service", id="executor", team_id=job.team_id)
+    entries = tuple(m.Point(name="system/cpu_percent", value=1.0, step=step) for step in steps)
+    message = m.RecordUsage(usages=(m.Usage(job_id=job.id, attempt=attempt, points=entries),))
+    return (await catalogue.ask(message, node, m.UsageRecorded)).run_count
+
+
+async def test_usage_is_kept_beside_what_the_job_logs(
+    catalogue: Catalogue, member: m.Principal, project: m.Project
+) -> None:
+    job = job_in(project)
+    await log(catalogue, attempt_of(job), points=points("loss", [1.0]))
+    before = await run_of(catalogue, member, job)
+    assert await usage(catalogue, job, range(5)) == 1
+    after = await run_of(catalogue, member, job)
+    assert (after.metrics, after.revision) == ({"loss": 1.0, "system/cpu_percent": 1.0}, before.revision)
+    assert list(await series_of(catalogue, member, job, prefix="system/")) == ["system/cpu_percent"]
+    newest = (await series_of(catalogue, member, job, newest=2))["system/cpu_percent"]
+    assert [point.step for point in newest.points] == [3, 4]
+
+
+async def test_usage_of_unknown_runs_other_teams_and_older_attempts_is_not_kept(
+    catalogue: Catalogue, member: m.Principal, project: m.Project
+) -> None:
+    job = job_in(project)
+    assert await usage(catalogue, job, range(5)) == 0
+    await log(catalogue, attempt_of(job, number=2), points=points("loss", [1.0]))
+    assert await usage(catalogue, job, range(5)) == 0
+    assert await usage(catalogue, job.model_copy(update={"team_id": "tm9"}), range(5), attempt=2) == 0
+    assert await usage(catalogue, job, range(5), attempt=2) == 1
+
+
+async def test_only_nodes_say_what_a_job_uses(catalogue: Catalogue, member: m.Principal, project: m.Project) -> None:
+    job = job_in(project)
+    for asker in (member, attempt_of(job)):
+        with pytest.raises(Refusal):
+            await catalogue.ask(m.RecordUsage(usages=(m.Usage(job_id=job.id),)), asker, m.UsageRecorded)
+
+
+async def test_old_usage_is_thinned_and_what_the_job_logged_is_not(
+    catalogue: Catalogue, member: m.Principal, project: m.Project
+) -> None:
+    job = job_in(project)
+    await log(catalogue, attempt_of(job), points=points("loss", [1.0] * 600))
+    await usage(catalogue, job, range(600))
+    await usage(catalogue, job, range(5395, 5401))
+    found = await series_of(catalogue, member, job, max_points=1000)
+    assert (found["loss"].point_count, found["system/cpu_percent"].point_count) == (600, 66)
+    await usage(catalogue, job, range(86_995, 87_001))
+    found = await series_of(catalogue, member, job, max_points=1000)
+    assert [point.step for point in found["system/cpu_percent"].points][:3] == [0, 60, 120]
 
 
 class FakeJobs:

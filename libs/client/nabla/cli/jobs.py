@@ -171,6 +171,16 @@ def metrics(session: Session, job: str, name: str, max_points: int | None) -> No
     )
 
 
+@jobs.command(example=("nabla jobs top js01jabc", "nabla jobs top js01jabc --json"))
+@click.argument("job")
+@pass_session
+def top(session: Session, job: str) -> None:
+    """Show what a running job uses: CPU, memory, disk, network, GPUs. --json has one object a line for each second."""
+    from nabla.cli.top import show
+
+    show(session.client(), job, session.as_json)
+
+
 for made in (explain_command, timeline, retry, clone):
     jobs.add_command(made)
 

@@ -28,7 +28,7 @@ from nabla.progress import Stages, unseen
 from nabla.resources.base import Resource, segment
 from nabla.resources.experiments import Experiments
 from nabla.sse import EventParser, ServerEvent
-from nabla.transport import FIRST_DELAY_S, LONGEST_DELAY_S, Transport
+from nabla.transport import FIRST_DELAY_S, LONGEST_DELAY_S, Params, Transport
 
 if TYPE_CHECKING:
     from nabla.resources.filesets import Filesets
@@ -126,8 +126,12 @@ class Jobs(Resource):
         """Every line after `after` until the job has ended and its log is whole; see `watch`."""
         return (event for event in self.watch(job_id, after) if isinstance(event, LogLine))
 
-    def watch(self, job_id: str, after: int = 0) -> Iterator[JobEvent]:
+    def watch(self, job_id: str, after: int = 0, unfinished: Callable[[LogLine], object] = bool) -> Iterator[JobEvent]:
         """Log lines as they come and the job at each change of its state; the last item is the ended job.
+
+        Args:
+            unfinished: told what the job shows on a line that it has not ended, such as a progress bar, while it moves;
+                empty when that is over.
 
         A broken stream is opened again after the last line seen, so no line is lost or comes twice. Gives up, with
         the error, when ten minutes of trying brought no answer; a job may be silent for as long as it likes.
@@ -139,6 +143,8 @@ class Jobs(Resource):
                 for events in self._stream(job_id, last):
                     delay_s, silent_since, heard = FIRST_DELAY_S, 0.0, True
                     for event in events:
+                        if event.event == "unfinished":
+                            unfinished(decode(LogLine, json.loads(event.data)))
                         item = _job_event(event)
                         if isinstance(item, LogLine):
                             if item.sequence <= last:
@@ -192,6 +198,12 @@ class Jobs(Resource):
 
     def metrics(self, job_id: str, name: str = "", max_points: int | None = None) -> Sequence[Series]:
         params = {"name": name, "max_points": max_points}
+        answer = self._transport.get(f"/jobs/{segment(job_id)}/metrics", params)
+        return decode(MetricPage, answer).items
+
+    def usage(self, job_id: str, newest: int = 60) -> Sequence[Series]:
+        """What the job uses of its node: the newest points of each series, whose steps are seconds since its start."""
+        params: Params = {"prefix": "system/", "newest": newest}
         answer = self._transport.get(f"/jobs/{segment(job_id)}/metrics", params)
         return decode(MetricPage, answer).items
 
