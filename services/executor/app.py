@@ -7,7 +7,7 @@ from libs.common.inbox import Inbox
 from libs.common.service import Service
 from libs.common.store import Store
 from libs.common.version import VERSION
-from services.executor.adapters.ray_cluster import RayCluster
+from services.executor.adapters.ray_cluster import connect
 from services.executor.adapters.storage import BusLogs
 from services.executor.loops import Driver, Sweeper, Watcher
 from services.executor.ports import AgentConfig, Cluster
@@ -23,7 +23,7 @@ def build(settings: ExecutorSettings | None = None, cluster: Cluster | None = No
     settings = settings or ExecutorSettings()
     store = Store(settings.database_for(NAME), ExecutorUnit, SKELETON, NAME)
     inbox = Inbox(store, NAME)
-    cluster = cluster or RayCluster(settings.find_ray_address, agent_config(settings), settings.ray_namespace)
+    cluster = cluster or connect(settings.find_ray_address, agent_config(settings), settings.ray_namespace)
     driver = Driver(store, cluster, settings)
     watcher = Watcher(store, cluster, settings, driver.wake)
     inbox.after_commit(driver.wake)

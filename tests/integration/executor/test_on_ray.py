@@ -27,7 +27,7 @@ from libs.common.contracts.messages import (
 )
 from libs.common.ids import new_id
 from libs.common.service import Service
-from services.executor.adapters.ray_cluster import RayCluster
+from services.executor.adapters.ray_cluster import RayCluster, connect
 from services.executor.app import agent_config, build
 from services.executor.ports import ClusterAway
 from services.executor.routes import routes
@@ -245,7 +245,7 @@ async def test_a_job_outlives_its_agent_and_the_executor(
 async def test_nothing_stays_reserved_when_all_has_ended(
     settings: ExecutorSettings, neighbours: Neighbours, onlooker: Onlooker
 ) -> None:
-    cluster = RayCluster(settings.find_ray_address, agent_config(settings), settings.ray_namespace)
+    cluster = connect(settings.find_ray_address, agent_config(settings), settings.ray_namespace)
 
     async def nothing() -> bool:
         return not await cluster.reserved()
@@ -259,7 +259,7 @@ class TestRayCluster(ClusterSuite):
 
     @pytest.fixture
     async def cluster(self, settings: ExecutorSettings, neighbours: Neighbours) -> AsyncIterator[RayCluster]:
-        made = RayCluster(settings.find_ray_address, agent_config(settings), settings.ray_namespace)
+        made = connect(settings.find_ray_address, agent_config(settings), settings.ray_namespace)
         yield made
         await made.close()
 
@@ -276,7 +276,7 @@ class TestRayCluster(ClusterSuite):
     ) -> None:
         before = ray_head.agent_pid()
         other = settings.model_copy(update={"node_fence_s": 60.0})
-        newer = RayCluster(settings.find_ray_address, agent_config(other), other.ray_namespace)
+        newer = connect(settings.find_ray_address, agent_config(other), other.ray_namespace)
 
         async def answers() -> bool:
             return any(node.agent for node in await newer.look({}))
@@ -290,7 +290,7 @@ class TestRayCluster(ClusterSuite):
     ) -> None:
         before = ray_head.agents()
         theirs = settings.model_copy(update={"home": tmp_path, "ray_namespace": "theirs"})
-        beside = RayCluster(theirs.find_ray_address, agent_config(theirs), theirs.ray_namespace)
+        beside = connect(theirs.find_ray_address, agent_config(theirs), theirs.ray_namespace)
 
         async def answers() -> bool:
             return any(node.agent for node in await beside.look({}))
@@ -345,7 +345,7 @@ async def test_the_first_call_after_the_death_of_the_head_says_so(
     settings: ExecutorSettings, neighbours: Neighbours, ray_head: RayHead
 ) -> None:
     """The last test here, as it leaves no head behind."""
-    cluster = RayCluster(settings.find_ray_address, agent_config(settings), settings.ray_namespace)
+    cluster = connect(settings.find_ray_address, agent_config(settings), settings.ray_namespace)
     try:
         await cluster.look({})
         pid = ray_head.gcs_pid()
