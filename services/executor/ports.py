@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -71,6 +71,8 @@ class AgentConfig:
     node_fence_s: float = 120.0
     isolation: str = "auto"
     environments_bytes: int = 20_000_000_000
+    unkept_bytes: int = 10_000_000_000
+    unkept_s: float = 30 * 86_400.0
     traces: bool = False
     version: str = ""
     outer_front_door: str = ""
@@ -170,6 +172,9 @@ class Agents(Protocol):
     async def drop(self, node_id: str, attempt_id: str) -> None:
         """Deletes what is left of an attempt that has ended."""
 
+    async def held_order(self, node_id: str, attempt_id: str) -> StartOrder | None:
+        """The order that an attempt on the node was started with; None when it is not there."""
+
 
 class Logs(Protocol):
     """Questions to storage, for when its events do not come."""
@@ -182,7 +187,15 @@ class Logs(Protocol):
         """
 
 
-class Cluster(Nodes, Reservations, Agents, Protocol):
+class Autoscaler(Protocol):
+    async def ask_for(self, bundles: Sequence[Mapping[str, float]]) -> None:
+        """Asks for room for all of these at once, in place of what was asked before; the autoscaler may have none.
+
+        Raises ClusterAway.
+        """
+
+
+class Cluster(Nodes, Reservations, Agents, Autoscaler, Protocol):
     """One Ray cluster."""
 
     async def close(self) -> None: ...

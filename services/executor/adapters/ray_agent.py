@@ -73,6 +73,9 @@ class RayNodeAgent:
     async def drop(self, attempt_id: str) -> None:
         await self._pass_on(self._agent.drop(attempt_id))
 
+    async def held_order(self, attempt_id: str) -> StartOrder | None:
+        return await self._pass_on(self._agent.held_order(attempt_id))
+
     async def look(self, believed: Mapping[str, str]) -> tuple[str, AgentView]:
         """The fingerprint of its configuration, and what it has to say."""
         return self._fingerprint, await self._pass_on(self._agent.look(believed))

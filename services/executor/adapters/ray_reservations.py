@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from services.executor.adapters.ray_connection import RayConnection
@@ -64,6 +64,13 @@ class RayReservations:
         with self._connection.in_use():
             groups = placement_group_table().values()
             return frozenset(group["name"] for group in groups if group["name"] and group["state"] != "REMOVED")
+
+    def ask_for(self, bundles: Sequence[Mapping[str, float]]) -> None:
+        """Ray keeps it until it is asked for something else; its autoscaler counts bundles that fit already."""
+        from ray.autoscaler.sdk import request_resources
+
+        with self._connection.in_use():
+            request_resources(bundles=[dict(bundle) for bundle in bundles])
 
 
 def _gpu_indices(group: Any, count: float) -> tuple[int, ...]:
