@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -27,10 +29,11 @@ from libs.common.errors import Conflict, Forbidden, Unauthenticated, Unavailable
 from libs.common.ids import secret_hash
 from services.executor import handlers
 from services.executor.loops import Driver, Watcher
+from services.executor.ports import Reservation
 from services.executor.settings import ExecutorSettings
 from services.executor.store import TokenRow
 from tests.unit.executor.bench import SERVICE, TEAM, Bench, start
-from tests.unit.executor.fake_cluster import NODE
+from tests.unit.executor.fake_cluster import NODE, FakeCluster
 
 pytestmark = pytest.mark.unit
 
@@ -501,3 +504,34 @@ async def test_without_walls_a_job_is_refused_where_others_could_come_in(bench: 
     row = await bench.row(refused.attempt_id)
     assert (row.state, row.reason) == ("ended", "refused")
     assert "listens on 0.0.0.0" in row.detail
+
+
+@dataclass
+class SlowCluster(FakeCluster):
+    """Reserves GPUs only when it is told to, as cold workers do."""
+
+    warm: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def reserve(self, wanted: Reservation) -> tuple[int, ...]:
+        if wanted.gpu_count:
+            await self.warm.wait()
+        return await super().reserve(wanted)
+
+
+async def test_a_stop_does_not_wait_behind_reservations(bench: Bench) -> None:
+    cluster = SlowCluster()
+    driver = Driver(bench.store, cluster, bench.settings)
+    runs = start()
+    await bench.deliver(runs)
+    await driver.look_for_work()
+    await driver.settle()
+    for _ in range(40):
+        await bench.deliver(start(template=JobTemplate(command=("true",), resources=Resources(gpu_count=1))))
+    await driver.look_for_work()
+    await bench.deliver(StopExecution(attempt_id=runs.attempt_id, reason="cancelled"))
+    await driver.look_for_work()
+    async with asyncio.timeout(30):
+        while not cluster.stops:
+            await asyncio.sleep(0.01)
+    cluster.warm.set()
+    await driver.settle()
