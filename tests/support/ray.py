@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,21 +32,36 @@ class RayHead:
     port: int
     folder: Path
     environment: dict[str, str]
+    host: str = "127.0.0.1"
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     def start(self) -> None:
         loopback = "services.executor.adapters.loopback"
         command = [sys.executable, "-m", loopback, "start", "--head", f"--port={self.port}"]
-        command += ["--node-ip-address=127.0.0.1", "--num-cpus=4", "--num-gpus=2", "--include-dashboard=false"]
+        command += [f"--node-ip-address={self.host}", "--num-cpus=4", "--num-gpus=2", "--include-dashboard=false"]
         command += [f"--temp-dir={self.folder}", "--disable-usage-stats"]
         subprocess.run(command, env=self.environment, check=True, capture_output=True, timeout=START_LIMIT_S, cwd="/")
 
-    def join(self, name: str, *, cpus: int = 2, gpus: int = 0, labels: Mapping[str, str] | None = None) -> RayNode:
-        """Another node of this cluster on this machine: a raylet of its own, with a folder of its own for its agent."""
-        node = RayNode(self, name, self.folder.parent / name, cpus, gpus, dict(labels or {}))
+    def join(
+        self,
+        name: str,
+        *,
+        cpus: int = 2,
+        gpus: int = 0,
+        labels: Mapping[str, str] | None = None,
+        address: str = "127.0.0.1",
+        inside: Sequence[str] = (),
+    ) -> RayNode:
+        """Another node of this cluster on this machine: a raylet of its own, with a folder of its own for its agent.
+
+        Args:
+            inside: what to put before its command, to run it in a network namespace.
+        """
+        node_dir = self.folder.parent / name
+        node = RayNode(self, name, node_dir, cpus, gpus, dict(labels or {}), address, tuple(inside))
         node.start()
         return node
 
@@ -67,7 +82,7 @@ class RayHead:
 
     def answers(self) -> bool:
         try:
-            socket.create_connection(("127.0.0.1", self.port), 1.0).close()
+            socket.create_connection((self.host, self.port), 1.0).close()
         except OSError:
             return False
         return True
@@ -98,12 +113,14 @@ class RayNode:
     cpus: int
     gpus: int
     labels: dict[str, str]
+    address: str = "127.0.0.1"
+    inside: tuple[str, ...] = ()
 
     def start(self) -> None:
         self.node_dir.mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "services.executor.adapters.loopback", "start"]
+        command = [*self.inside, sys.executable, "-m", "services.executor.adapters.loopback", "start"]
         command += [f"--address={self.head.address}"]
-        command += ["--node-ip-address=127.0.0.1", f"--num-cpus={self.cpus}", f"--num-gpus={self.gpus}"]
+        command += [f"--node-ip-address={self.address}", f"--num-cpus={self.cpus}", f"--num-gpus={self.gpus}"]
         command += ["--disable-usage-stats", "--object-store-memory=78643200"]
         if self.labels:
             command += ["--labels", ",".join(f"{key}={value}" for key, value in self.labels.items())]
@@ -152,10 +169,10 @@ def _command_line(pid: int) -> bytes:
 
 
 @contextmanager
-def running_ray() -> Iterator[RayHead]:
+def running_ray(host: str = "127.0.0.1") -> Iterator[RayHead]:
     folder = Path(tempfile.mkdtemp(prefix="nabla-ray-"))
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    head = RayHead(free_port(), folder / "r", _environment() | token)
+    head = RayHead(free_port(), folder / "r", _environment() | token, host)
     before = {name: os.environ.get(name) for name in token}
     os.environ.update(token)
     try:

@@ -198,7 +198,9 @@ class Watcher:
         """The node was away when the folder was to go, or is here again under another id."""
         row = await unit.execution(attempt_id)
         if row and row.visit_us == NEVER_US:
-            visit_us = to_us(unit.now) + int(self._settings.revisit_s * 1_000_000)
+            # A node that drains waits for nothing else.
+            after_s = 0.0 if node_id in await unit.draining() else self._settings.revisit_s
+            visit_us = to_us(unit.now) + int(after_s * 1_000_000)
             await unit.change(row, node_id=node_id, visit_us=visit_us)
 
     async def _stop_stray(self, node_id: str, attempt_id: str) -> None:
