@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -22,6 +23,7 @@ from tests.support.ports import free_port
 
 START_LIMIT_S = 60
 AGENT = b"RayNodeAgent"
+FAKE_HEAD = "f" * 51 + "00000"
 NODE_MARK = "NABLA_TEST_NODE"
 
 
@@ -33,6 +35,9 @@ class RayHead:
     folder: Path
     environment: dict[str, str]
     host: str = "127.0.0.1"
+    cpus: int = 4
+    gpus: int = 2
+    options: tuple[str, ...] = ()
 
     @property
     def address(self) -> str:
@@ -41,8 +46,13 @@ class RayHead:
     def start(self) -> None:
         loopback = "services.executor.adapters.loopback"
         command = [sys.executable, "-m", loopback, "start", "--head", f"--port={self.port}"]
-        command += [f"--node-ip-address={self.host}", "--num-cpus=4", "--num-gpus=2", "--include-dashboard=false"]
-        command += [f"--temp-dir={self.folder}", "--disable-usage-stats"]
+        command += [
+            f"--node-ip-address={self.host}",
+            f"--num-cpus={self.cpus}",
+            f"--num-gpus={self.gpus}",
+            "--include-dashboard=false",
+        ]
+        command += [f"--temp-dir={self.folder}", "--disable-usage-stats", *self.options]
         subprocess.run(command, env=self.environment, check=True, capture_output=True, timeout=START_LIMIT_S, cwd="/")
 
     def join(
@@ -170,16 +180,85 @@ def _command_line(pid: int) -> bytes:
 
 @contextmanager
 def running_ray(host: str = "127.0.0.1") -> Iterator[RayHead]:
+    with ended_afterwards() as (folder, environment):
+        head = RayHead(free_port(), folder / "r", environment, host)
+        head.start()
+        yield head
+
+
+@contextmanager
+def autoscaling_ray(worker: Mapping[str, float], most: int, idle_minutes: float) -> Iterator[RayHead]:
+    """A head without room, whose autoscaler starts nodes of one kind on this machine, as Ray's own tests have it.
+
+    Not by `ray.cluster_utils.AutoscalingCluster`, which begins and ends with all of Ray's processes on the machine.
+
+    Args:
+        most: how many nodes it may start.
+        idle_minutes: after which it takes a node away.
+    """
+    with ended_afterwards() as (folder, environment):
+        port = free_port()
+        types = {
+            "worker": {"resources": dict(worker), "node_config": {}, "min_workers": 0, "max_workers": most},
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        }
+        provider = {
+            # Named as an outsider's: the wheel has the provider, and not the defaults that its own name stands for.
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "gcs_address": f"127.0.0.1:{port}",
+            "launch_multiple": True,
+            "disable_node_updaters": True,
+            "head_node_id": FAKE_HEAD,
+        }
+        config = {
+            "cluster_name": "nabla",
+            "max_workers": most,
+            "idle_timeout_minutes": idle_minutes,
+            "provider": provider,
+            "available_node_types": types,
+            "head_node_type": "ray.head.default",
+            "upscaling_speed": 1.0,
+            **{name: [] for name in ("head_start_ray_commands", "worker_start_ray_commands", "setup_commands")},
+            **{name: [] for name in ("initialization_commands", "head_setup_commands", "worker_setup_commands")},
+            "auth": {},
+            "file_mounts": {},
+            "cluster_synced_files": [],
+            "file_mounts_sync_continuously": False,
+        }
+        file = folder / "autoscaling.json"
+        file.write_text(json.dumps(config))
+        own = {
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            "RAY_FAKE_CLUSTER": "1",
+            "RAY_enable_autoscaler_v2": "1",
+            "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD,
+            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD,
+            "NABLA_NODE_DIR": str(folder / "node-{node_id}"),
+        }
+        options = (f"--autoscaling-config={file}",)
+        head = RayHead(port, folder / "r", environment | own, cpus=0, gpus=0, options=options)
+        try:
+            head.start()
+            yield head
+        finally:
+            head.stop()
+
+
+@contextmanager
+def ended_afterwards() -> Iterator[tuple[Path, dict[str, str]]]:
+    """A folder for one cluster and the environment of its processes, with a token that this process has too.
+
+    Whatever is started from it names the folder, and is ended by that.
+    """
     folder = Path(tempfile.mkdtemp(prefix="nabla-ray-"))
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    head = RayHead(free_port(), folder / "r", _environment() | token, host)
     before = {name: os.environ.get(name) for name in token}
     os.environ.update(token)
     try:
-        head.start()
-        yield head
+        yield folder, _environment() | token
     finally:
-        head.stop()
+        RayHead(0, folder, {}).stop()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
         shutil.rmtree(folder, ignore_errors=True)

@@ -290,7 +290,8 @@ async def test_an_attempt_that_a_restored_database_forgot_is_taken_up_and_can_be
 
 async def test_two_nodes_of_one_machine_have_folders_of_their_own() -> None:
     config = AgentConfig("/shared", "/env", "/client", "/storage", "http://127.0.0.1:1", "nats://127.0.0.1:2", "")
-    own = node_own(config, {"NABLA_NODE_DIR": "/mine", "NABLA_NODE_STORAGE": "", "HOME": "/root"})
+    own = node_own(config, {"NABLA_NODE_DIR": "/mine", "NABLA_NODE_STORAGE": "", "HOME": "/root"}, "n1")
+    assert node_own(config, {"NABLA_NODE_DIR": "/nodes/{node_id}"}, "n1").node_dir == "/nodes/n1"
     assert (own.node_dir, own.storage_root, own.default_environment) == ("/mine", "/storage", "/env")
 
 
