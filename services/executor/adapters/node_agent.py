@@ -17,9 +17,7 @@ import contextlib
 import fcntl
 import logging
 import socket
-import subprocess
-import tempfile
-import threading
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -27,7 +25,7 @@ from typing import IO
 
 from libs.common.contracts.messages import RecordUsage, UsageRecorded
 from libs.common.waiting import end
-from services.executor.adapters import cgroup, isolation, zygote
+from services.executor.adapters import cgroup, isolation
 from services.executor.adapters.agent_bus import AgentBus
 from services.executor.adapters.attempt_folder import AttemptFolder, MalformedSpec
 from services.executor.adapters.attempt_run import AttemptRun, Means, read_order, write_order
@@ -36,6 +34,7 @@ from services.executor.adapters.environments import Environments
 from services.executor.adapters.folder_watch import FolderWatch
 from services.executor.adapters.git_source import GitSource
 from services.executor.adapters.job_spec import NodeFacts
+from services.executor.adapters.keeping import UNKEPT
 from services.executor.adapters.metering import Metered, Metering
 from services.executor.adapters.s3_source import S3Source
 from services.executor.adapters.sandbox import IsolationProbe, find_bwrap
@@ -46,13 +45,15 @@ from services.executor.adapters.sources import GitAndS3
 from services.executor.adapters.staging import Staging
 from services.executor.adapters.toolbox import Toolbox
 from services.executor.adapters.transfer import Threads, remove_tree
+from services.executor.adapters.unkept import bound_unkept
+from services.executor.adapters.zygote_keeper import ZygoteKeeper
 from services.executor.domain.execution import ENDED
 from services.executor.ports import AgentConfig, AgentView, StartOrder
 
 LOCK_PATIENCE_S = 30.0
 RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
 STARTS_AT_ONCE = 4
-LONGEST_SOCKET_PATH = 100
+UPKEEP_S = 3600.0
 
 log = logging.getLogger(__name__)
 HeadHears = Callable[[], Awaitable[bool]]
@@ -75,7 +76,7 @@ class NodeAgent:
         self._runs: dict[str, AttemptRun] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._writing: dict[str, asyncio.Lock] = {}
-        self._zygote: _Zygote | None = None
+        self._zygote: ZygoteKeeper | None = None
         self._lock: IO[str] | None = None
         self._means: Means | None = None
         self._probe = IsolationProbe("process", "", "")
@@ -96,7 +97,7 @@ class NodeAgent:
         self._attempts.chmod(0o711)
         self._lock = await _take_lock(self._node_dir / "agent.lock")
         write_contact(self._contact)
-        self._zygote = _Zygote(self._node_dir)
+        self._zygote = ZygoteKeeper(self._node_dir)
         self._probe = await asyncio.to_thread(isolation.probe, self._config.isolation)
         self._means = self._make_means(self._zygote)
         for path in sorted(self._attempts.iterdir()):
@@ -105,6 +106,7 @@ class NodeAgent:
         self._tasks["contact"] = asyncio.create_task(self._keep_contact())
         metering = Metering(self._metered, self._record_usage)
         self._tasks["metering"] = asyncio.create_task(metering.run())
+        self._tasks["upkeep"] = asyncio.create_task(self._bound_unkept())
         log.info("agent is ready", extra={"attempts": len(self._runs), "isolation": self._probe.isolation})
 
     async def close(self) -> None:
@@ -152,6 +154,11 @@ class NodeAgent:
             return
         self._runs.pop(attempt_id, None)
         await asyncio.to_thread(_remove_attempt, self._attempts / attempt_id)
+
+    async def held_order(self, attempt_id: str) -> StartOrder | None:
+        """For an executor whose database is older than this attempt."""
+        run = self._runs.get(attempt_id)
+        return run.order if run else None
 
     async def look(self, believed: Mapping[str, str]) -> AgentView:
         """What there is, and what differs from what the executor believes. Being asked is being heard."""
@@ -212,7 +219,16 @@ class NodeAgent:
         assert self._means, "open comes first"
         await self._means.bus.ask(message, UsageRecorded, team_id)
 
-    def _make_means(self, zygote_process: _Zygote) -> Means:
+    async def _bound_unkept(self) -> None:
+        config, folder = self._config, self._node_dir / UNKEPT
+        while True:
+            try:
+                await asyncio.to_thread(bound_unkept, folder, config.unkept_bytes, config.unkept_s, time.time())
+            except OSError:
+                log.exception("what was not kept is not looked through; trying again")
+            await asyncio.sleep(UPKEEP_S)
+
+    def _make_means(self, zygote_process: ZygoteKeeper) -> Means:
         config = self._config
         bus = AgentBus(config.nats_url, config.nats_seed)
         cache = self._node_dir / "cache"
@@ -221,7 +237,7 @@ class NodeAgent:
         node, watch, starting = self._node_facts(), FolderWatch(), Threads(STARTS_AT_ONCE, "nabla-start")
 
         async def start(folder: Path) -> None:
-            await starting.run(_ask_zygote, zygote_process, folder)
+            await starting.run(zygote_process.start_attempt, folder)
 
         toolbox = Toolbox(node, watch, start)
         toolbox.sweep()
@@ -244,8 +260,7 @@ class NodeAgent:
             watch=watch,
             node=node,
             starting=starting,
-            zygote_socket=zygote_process.socket_path,
-            revive_zygote=zygote_process.revive,
+            zygote=zygote_process,
         )
 
     def _node_facts(self) -> NodeFacts:
@@ -265,34 +280,6 @@ class NodeAgent:
             log_limit_bytes=config.log_limit_bytes,
             disk_reserve_bytes=config.disk_reserve_bytes,
         )
-
-
-def _ask_zygote(process: _Zygote, folder: Path) -> None:
-    process.revive()
-    zygote.start_attempt(process.socket_path, folder)
-
-
-class _Zygote:
-    """The zygote process of this agent; it ends by itself when the agent does."""
-
-    def __init__(self, folder: Path) -> None:
-        path = folder / "zygote.sock"
-        if len(str(path)) > LONGEST_SOCKET_PATH:
-            path = Path(tempfile.mkdtemp(prefix="nabla-agent-")) / "zygote.sock"
-        self.socket_path = path
-        self._guard = threading.Lock()
-        self._process: subprocess.Popen[bytes] = zygote.start_zygote(path)
-
-    def revive(self) -> None:
-        """Starts another one if it died. Called from threads."""
-        with self._guard:
-            if self._process.poll() is not None:
-                self._process = zygote.start_zygote(self.socket_path)
-
-    def end(self) -> None:
-        self._process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(5)
 
 
 def stop_all(node_dir: Path, grace_s: float, reason: str) -> int:

@@ -15,3 +15,8 @@ def upgrade() -> None:
         batch_op.add_column(column)
     with op.batch_alter_table("executions", schema=None) as batch_op:
         batch_op.alter_column("origin", server_default=None)  # PostgreSQL cannot compare defaults of this type
+
+
+def downgrade() -> None:
+    with op.batch_alter_table("executions", schema=None) as batch_op:
+        batch_op.drop_column("origin")
