@@ -16,7 +16,7 @@ import os
 import signal
 import socket
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -127,20 +127,21 @@ def _tie_to_host(spec: Network, name: str, interface: str, network: int) -> str:
         with contextlib.suppress(OSError):
             run_tool("ip", f"link delete {interface}\n")
         _close_gate(spec, name)
-    run_tool(
-        "ip",
+    commands = (
         f"link add {interface} address {_HOST_END} type veth "
         f"peer name eth0 address {_INNER_END} netns /proc/{os.getpid()}/fd/{network}\n"
-        f"link set {interface} addrgenmode none\nlink set {interface} up\n",
+        f"link set {interface} addrgenmode none up\n"
     )
     for address in candidate_addresses(spec.subnet, name):
+        commands += f"route add {address}/32 dev {interface}\n"
+        commands += f"neighbor add {address} lladdr {_INNER_END} dev {interface} nud permanent\n"
         try:
-            run_tool("ip", f"route add {address}/32 dev {interface}\n")
+            run_tool("ip", commands)
         except OSError as error:
             if _EXISTS not in str(error):
                 raise
+            commands = ""
         else:
-            run_tool("ip", f"neighbor add {address} lladdr {_INNER_END} dev {interface} nud permanent\n")
             return address
     raise OSError(f"no address is free for a sandbox in {spec.subnet}")
 
@@ -189,17 +190,22 @@ class _Builder:
         if answer != "ok":
             raise OSError(f"the sandbox's network cannot be set up: {answer or 'its builder died'}")
 
+    def _refused(self) -> list[str]:
+        peers = set(self._spec.peers)
+        return [address for address in self._own if ":" not in address and address not in peers]
+
     def _run(self, channel: socket.socket, as_root: bool) -> NoReturn:
         try:
             signal.alarm(int(_WAIT_S))
             network = kernel.make_network(as_root)
             _write_kernel_settings(self._spec)
             socket.send_fds(channel, [b"net"], [network])
+            if self._spec.leads_out:  # meanwhile the host makes its end
+                run_tool("nft", network_rules.inner_wall(self._spec, self._refused()))
             address = channel.recv(64).decode().strip("-")
-            if address or self._spec.is_shared or not as_root:
-                run_tool("ip", _inner_links(self._spec, address))
-            if self._spec.leads_out:
-                run_tool("nft", _inner_filters(self._spec, address, self._own))
+            run_tool("ip", _inner_links(self._spec, address))
+            if self._spec.gang and address:
+                run_tool("nft", network_rules.inner_translation(self._spec.gang, address))
             channel.send(b"ok")
         except OSError as error:
             channel.send(str(error).encode()[:4000])
@@ -223,12 +229,6 @@ def _inner_links(spec: Network, address: str) -> str:
     elif spec.gang and not spec.leads_out:
         lines.append(f"address add {inner}/32 dev lo")
     return "\n".join([*lines, ""])
-
-
-def _inner_filters(spec: Network, address: str, own: Iterable[str]) -> str:
-    peers = set(spec.peers)
-    text = network_rules.inner_wall(spec, [each for each in own if ":" not in each and each not in peers])
-    return text + network_rules.inner_translation(spec.gang, address) if spec.gang and address else text
 
 
 def _write_kernel_settings(spec: Network) -> None:
