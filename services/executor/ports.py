@@ -65,6 +65,9 @@ class AgentConfig:
     nats_seed: str = field(repr=False)
     node_fence_s: float = 120.0
     isolation: str = "auto"
+    job_network: str = "internet"
+    job_network_allowed: tuple[str, ...] = ()
+    sandbox_subnet: str = "100.96.0.0/16"
     environments_bytes: int = 20_000_000_000
     traces: bool = False
     version: str = ""
@@ -77,12 +80,14 @@ class AgentView:
     Args:
         held: attempts with a folder on this node.
         news: attempts whose state differs from the one that the executor believes in.
+        network: how far its sandboxes' networks go.
     """
 
     isolation: str
     isolation_detail: str
     held: frozenset[str] = frozenset()
     news: tuple[Execution, ...] = ()
+    network: str = ""
 
 
 @dataclass(frozen=True, slots=True)
