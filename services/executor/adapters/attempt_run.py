@@ -40,12 +40,21 @@ from services.executor.adapters.tries import GivenUp, try_within_reason
 from services.executor.adapters.usage import Subject
 from services.executor.adapters.zygote_keeper import ZygoteKeeper
 from services.executor.domain.execution import ENDED, FINISHING, RUNNING, STARTING, short_reason
+from services.executor.domain.network import MalformedNetwork
 from services.executor.ports import StartOrder
 
 LOOK_S = 1.0
 STARTED_PATIENCE_S = 0.2
 SHIP_AGAIN_S = 1.0
-REFUSALS = (SecretsRefused, StagingFailed, EnvironmentRefused, MalformedSpec, zygote.StartFailed, OSError)
+REFUSALS = (
+    SecretsRefused,
+    StagingFailed,
+    EnvironmentRefused,
+    MalformedSpec,
+    MalformedNetwork,
+    zygote.StartFailed,
+    OSError,
+)
 
 log = logging.getLogger(__name__)
 

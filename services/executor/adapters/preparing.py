@@ -18,7 +18,14 @@ from services.executor.adapters.attempt_folder import AttemptFolder, write_durab
 from services.executor.adapters.attempt_log import AttemptLog
 from services.executor.adapters.building import RECORD, write_new
 from services.executor.adapters.environments import Asker, EnvironmentRefused, Environments, Prepared
-from services.executor.adapters.job_spec import NodeFacts, job_uid, spec_for, told_isolation
+from services.executor.adapters.job_spec import (
+    NodeFacts,
+    job_uid,
+    network_of,
+    spec_for,
+    told_isolation,
+    told_network,
+)
 from services.executor.adapters.sealing import NotKept, Owner, Sealing
 from services.executor.adapters.staging import Staging, StagingFailed
 from services.executor.adapters.toolbox import Tell
@@ -88,7 +95,8 @@ class Preparing:
             if environment.record:
                 origin |= await self._keep_record(environment)
             uid = job_uid(order.team_uid, environment.prefix, node)
-            self._log.say("node", f"node: {node.hostname}, isolation: {told_isolation(uid, node)}")
+            network = told_network(network_of(template.network, node))
+            self._log.say("node", f"node: {node.hostname}, isolation: {told_isolation(uid, node)}, network: {network}")
             if origin:
                 note = json.dumps(origin).encode()
                 await asyncio.to_thread(write_durably, self._folder.path / "origin.json", note)

@@ -141,7 +141,9 @@ def _run(folder: AttemptFolder, afterwards: contextlib.ExitStack, secrets: Mappi
     if cgroup is not None:
         afterwards.callback(cgroup.remove)
     try:
-        return _Attempt(folder, spec, cgroup, launch(spec, folder, cgroup), masker).run()
+        job = launch(spec, folder, cgroup)
+        afterwards.callback(job.leave_network)
+        return _Attempt(folder, spec, cgroup, job, masker).run()
     except LaunchRefused as error:
         return _refused(masker.text(str(error)))
 

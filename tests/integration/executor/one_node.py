@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from services.executor.adapters.node_agent import NodeAgent
 from services.executor.ports import AgentConfig, NodeView, Reservation, StartOrder
@@ -23,7 +23,9 @@ class OneNode:
     async def close(self) -> None:
         await self._agent.close()
 
-    async def look(self, believed: Mapping[str, Mapping[str, str]]) -> tuple[NodeView, ...]:
+    async def look(
+        self, believed: Mapping[str, Mapping[str, str]], resting: Collection[str] = ()
+    ) -> tuple[NodeView, ...]:
         view = await self._agent.look(believed.get(NODE, {}))
         return (NodeView(NODE, "this", cpu_count=4.0, memory_bytes=8_000_000_000, gpu_count=0.0, agent=view),)
 
@@ -45,6 +47,12 @@ class OneNode:
 
     async def drop(self, node_id: str, attempt_id: str) -> None:
         await self._agent.drop(attempt_id)
+
+    async def held_order(self, node_id: str, attempt_id: str) -> StartOrder | None:
+        return await self._agent.held_order(attempt_id)
+
+    async def ask_for(self, bundles: Sequence[Mapping[str, float]]) -> None:
+        """Nothing more can come."""
 
     async def _heard(self) -> bool:
         return True

@@ -26,6 +26,7 @@ from services.executor.adapters.job_spec import NodeFacts
 from services.executor.adapters.sandbox import find_bwrap
 from services.executor.adapters.shim import write_contact
 from services.executor.adapters.toolbox import Toolbox
+from services.executor.domain.network import Network
 from tests.integration.executor.attempts import why_no_bwrap
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -51,6 +52,9 @@ class ToolNode:
             bwrap_path=find_bwrap(isolation.wheel_bwrap()) or "/usr/bin/bwrap",
             contact_file=path / "contact.json",
             fence_s=3600.0,
+            log_limit_bytes=1_000_000_000,
+            disk_reserve_bytes=0,
+            network=Network(),
         )
         self.toolbox = Toolbox(facts, FolderWatch(), self._start)
 

@@ -54,6 +54,7 @@ class Options:
     max_wait: float
     retry_on: tuple[str, ...]
     retry_delay: float
+    network: str | None
     models: tuple[str, ...]
     requirements: str
     python: str
@@ -108,6 +109,11 @@ _OPTIONS = (
         "--retry-delay", type=span, default="0", metavar="TIME", help="Before the first retry; doubled with each more."
     ),
     click.option(
+        "--network",
+        type=click.Choice(["none", "platform", "internet"]),
+        help="How far the job reaches: nowhere; the platform and the job's own other nodes; or public addresses too.",
+    ),
+    click.option(
         "--model",
         "models",
         multiple=True,
@@ -152,6 +158,7 @@ def submit_and_follow(session: Session, options: Options, folder: Path) -> int:
         machine_type=options.machine_type,
         max_wait_s=options.max_wait,
         retry=Retry(on=options.retry_on, delay_s=options.retry_delay),
+        network=options.network or "",
         models=models,
         origin=origin,
     )
