@@ -46,6 +46,7 @@ SENDS = (
     m.GetDeployment,
     m.ListDeployments,
     m.ListNodes,
+    m.OpenDoor,
     m.GetService,
 )
 

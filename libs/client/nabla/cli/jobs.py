@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nabla.cli.entering import exec_, open_port, shell
 from nabla.cli.output import details, note, print_json, table
 from nabla.cli.projects import LIMIT
 from nabla.cli.session import Group, Session, pass_session
@@ -151,6 +152,10 @@ def metrics(session: Session, job: str, name: str, max_points: int | None) -> No
         rows,
         "No metrics. nabla.log({...}) in the job records them.",
     )
+
+
+for command in (exec_, shell, open_port):
+    jobs.add_command(command)
 
 
 def _before_last(client: Client, job: str, count: int) -> int:
