@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 from libs.common.bus import Bus
 from libs.common.inbox import Inbox
 from libs.common.service import Service
 from libs.common.store import Store
 from libs.common.version import VERSION
-from services.executor.adapters.ray_cluster import RayCluster
+from services.executor.adapters.ray_cluster import connect
+from services.executor.adapters.ray_ticket import preparing
 from services.executor.adapters.storage import BusLogs
-from services.executor.loops import Driver, Sweeper, Watcher
+from services.executor.loops import Driver, Scaler, Sweeper, Watcher
 from services.executor.ports import AgentConfig, Cluster
 from services.executor.routes import routes
 from services.executor.settings import ExecutorSettings
@@ -23,10 +26,12 @@ def build(settings: ExecutorSettings | None = None, cluster: Cluster | None = No
     settings = settings or ExecutorSettings()
     store = Store(settings.database_for(NAME), ExecutorUnit, SKELETON, NAME)
     inbox = Inbox(store, NAME)
-    cluster = cluster or RayCluster(settings.find_ray_address, agent_config(settings), settings.ray_namespace)
+    cluster = cluster or connect(settings.find_ray_address, agent_config(settings), settings.ray_namespace)
     driver = Driver(store, cluster, settings)
     watcher = Watcher(store, cluster, settings, driver.wake)
+    scaler = Scaler(store, cluster, settings)
     inbox.after_commit(driver.wake)
+    inbox.after_commit(scaler.wake)
     bus = Bus(NAME, settings.nats_url, settings.nats_seed(NAME))
     sweeper = Sweeper(store, cluster, BusLogs(bus), settings, driver.wake)
     return Service(
@@ -35,8 +40,8 @@ def build(settings: ExecutorSettings | None = None, cluster: Cluster | None = No
         store=store,
         bus=bus,
         inbox=inbox,
-        routes=routes(),
-        loops=(driver.run, watcher.run, sweeper.run),
+        routes=routes(preparing(settings.find_ray_address, os.environ)),
+        loops=(driver.run, watcher.run, sweeper.run, scaler.run),
         describe=lambda: (True, watcher.detail),
     )
 
@@ -49,11 +54,15 @@ def agent_config(settings: ExecutorSettings) -> AgentConfig:
         client_folder=str(settings.client_folder.absolute()),
         storage_root=str(settings.storage_folder),
         front_door=settings.front_door,
-        nats_url=settings.node_nats_url or settings.nats_url,
+        nats_url=settings.nats_url,
+        outer_front_door=settings.node_front_door,
+        outer_nats_url=settings.node_nats_url,
         nats_seed=settings.nats_seed("agent"),
         node_fence_s=settings.node_fence_s,
         isolation=settings.isolation,
         environments_bytes=settings.environments_bytes,
+        unkept_bytes=settings.unkept_bytes,
+        unkept_s=settings.unkept_s,
         traces=settings.traces,
         version=VERSION,
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from libs.common.contracts.messages import Execution, JobTemplate
@@ -54,7 +54,12 @@ class StartOrder:
 
 @dataclass(frozen=True, slots=True)
 class AgentConfig:
-    """What an agent knows of the installation; paths are those of its node."""
+    """What an agent knows of the installation; paths are those of its node, unless that has its own (`node_own`).
+
+    Args:
+        outer_front_door: as other machines than the executor's reach the front door; empty: as this one does.
+        outer_nats_url: the same for NATS.
+    """
 
     node_dir: str
     default_environment: str
@@ -66,8 +71,28 @@ class AgentConfig:
     node_fence_s: float = 120.0
     isolation: str = "auto"
     environments_bytes: int = 20_000_000_000
+    unkept_bytes: int = 10_000_000_000
+    unkept_s: float = 30 * 86_400.0
     traces: bool = False
     version: str = ""
+    outer_front_door: str = ""
+    outer_nats_url: str = ""
+
+    def seen_from(self, *, elsewhere: bool) -> AgentConfig:
+        """The configuration of an agent on the executor's machine, or elsewhere."""
+        door, bus = self.outer_front_door or self.front_door, self.outer_nats_url or self.nats_url
+        inner = replace(self, outer_front_door="", outer_nats_url="")
+        return replace(inner, front_door=door, nats_url=bus) if elsewhere else inner
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """How a new machine gets into the cluster: `address` is `host:port` of its head, or empty while there is none."""
+
+    address: str
+    token: str = field(repr=False)
+    python_version: str
+    ray_version: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +102,23 @@ class AgentView:
     Args:
         held: attempts with a folder on this node.
         news: attempts whose state differs from the one that the executor believes in.
+        runtimes: what it can run besides plain processes.
+        network: how far its sandboxes' networks go.
     """
 
     isolation: str
     isolation_detail: str
     held: frozenset[str] = frozenset()
     news: tuple[Execution, ...] = ()
+    runtimes: tuple[str, ...] = ()
+    network: str = ""
+    gpu_model: str = ""
+    gpu_memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class NodeView:
-    """One node as the cluster sees it; `agent` is None when its agent does not answer."""
+    """One node as the cluster sees it; `agent` is None when its agent does not answer, or none is wanted there."""
 
     id: str
     hostname: str
@@ -95,15 +126,21 @@ class NodeView:
     memory_bytes: int
     gpu_count: float
     gpu_model: str = ""
+    gpu_memory_bytes: int = 0
+    address: str = ""
+    is_head: bool = False
     agent: AgentView | None = None
 
 
 class Nodes(Protocol):
-    async def look(self, believed: Mapping[str, Mapping[str, str]]) -> tuple[NodeView, ...]:
+    async def look(
+        self, believed: Mapping[str, Mapping[str, str]], resting: Collection[str] = ()
+    ) -> tuple[NodeView, ...]:
         """The living nodes, each with an agent that is started where there was none.
 
         Args:
             believed: node id -> attempt id -> the state that the executor has for it.
+            resting: nodes that shall have no agent: one that is there leaves.
 
         Raises:
             ClusterAway: there is no cluster; the text says why, for people.
@@ -135,6 +172,9 @@ class Agents(Protocol):
     async def drop(self, node_id: str, attempt_id: str) -> None:
         """Deletes what is left of an attempt that has ended."""
 
+    async def held_order(self, node_id: str, attempt_id: str) -> StartOrder | None:
+        """The order that an attempt on the node was started with; None when it is not there."""
+
 
 class Logs(Protocol):
     """Questions to storage, for when its events do not come."""
@@ -147,7 +187,15 @@ class Logs(Protocol):
         """
 
 
-class Cluster(Nodes, Reservations, Agents, Protocol):
+class Autoscaler(Protocol):
+    async def ask_for(self, bundles: Sequence[Mapping[str, float]]) -> None:
+        """Asks for room for all of these at once, in place of what was asked before; the autoscaler may have none.
+
+        Raises ClusterAway.
+        """
+
+
+class Cluster(Nodes, Reservations, Agents, Autoscaler, Protocol):
     """One Ray cluster."""
 
     async def close(self) -> None: ...

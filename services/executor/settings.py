@@ -27,8 +27,9 @@ class ExecutorSettings(Settings):
     client_folder: Path = _ROOT / "libs" / "client"
     # Persistent storage: a folder per team below it is /storage in its jobs. Empty: `home/storage`.
     storage_root: Path | None = None
-    # NATS as nodes reach it, when that differs from how the services do.
+    # NATS and the front door as nodes on other machines reach them, where that differs from how this machine does.
     node_nats_url: str = ""
+    node_front_door: str = ""
     # auto takes bwrap where the kernel allows it; process is for an installation with one user.
     isolation: Literal["auto", "bwrap", "process"] = "auto"
     # Where the front door listens: class `process` is for loopback alone.
@@ -43,6 +44,13 @@ class ExecutorSettings(Settings):
     revisit_s: float = 3600.0
     # Environments built from requirements are kept on their node up to this size together; the longest unused go.
     environments_bytes: int = 20_000_000_000
+    # What the platform failed to keep of a job stays on its node so long, and up to this size together.
+    unkept_bytes: int = 10_000_000_000
+    unkept_s: float = 30 * 86_400.0
+    # Most machines' worth of queued jobs that Ray's autoscaler is asked for at once; 0: it is not asked at all.
+    autoscale_limit: int = Field(default=0, ge=0)
+    # With an autoscaler: a node without work for so long loses its agent, so that it can be taken away.
+    autoscale_idle_s: float = 300.0
     # Where the platform is root, team n runs as uid_base + n.
     uid_base: int = 61000
     # Seconds between looks at the nodes.

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import fields
+from typing import Any, NamedTuple
 
-from sqlalchemy import JSON, BigInteger, Column, Index, Integer, String, Text, func, text
+from sqlalchemy import JSON, BigInteger, Column, Index, Integer, String, Text, and_, func, text
 from sqlalchemy.orm import registry
 from sqlmodel import Field, SQLModel, col, delete, select, update
 
 from libs.common.clock import from_us, to_us
-from libs.common.contracts.messages import Execution, JobTemplate
+from libs.common.contracts.messages import Demand, Execution, JobTemplate
+from libs.common.ids import secret_hash
 from libs.common.store import Skeleton, UnitOfWork
-from services.executor.domain.execution import ACCEPTED, ENDED
+from services.executor.domain.demand import HOLDS_S
+from services.executor.domain.execution import ACCEPTED, ENDED, STARTING
 from services.executor.domain.inventory import KnownNode
+from services.executor.ports import StartOrder
 
 PAGE = 200
 NEVER_US = 2**62
@@ -122,7 +126,43 @@ class NodeRow(Base, table=True):
     gpu_model: str = Field(default="", max_length=255)
     isolation: str = Field(default="", max_length=16)
     isolation_detail: str = Field(default="", sa_column=Column(Text, nullable=False))
+    gpu_memory_bytes: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
+    address: str = Field(default="", max_length=255)
+    runtimes: list[str] = Field(default_factory=list, sa_column=Column(JSON, nullable=False))
+    network: str = Field(default="", max_length=16)
+    draining: bool = False
+    is_head: bool = False
     seen_us: int = Field(sa_column=Column(BigInteger, nullable=False))
+
+
+class DrainRow(Base, table=True):
+    """A node that takes no new work, present or not: it may be away for a while."""
+
+    __tablename__ = "drains"
+
+    node_id: str = Field(primary_key=True, max_length=64)
+    since_us: int = Field(sa_column=Column(BigInteger, nullable=False))
+
+
+class NodeTokenRow(Base, table=True):
+    """A machine's ticket into the cluster, of which only the hash is kept: good once, and not for long."""
+
+    __tablename__ = "node_tokens"
+
+    token_hash: str = Field(primary_key=True, max_length=64)
+    expires_us: int = Field(sa_column=Column(BigInteger, nullable=False))
+    used_us: int | None = Field(default=None, sa_column=Column(BigInteger))
+    hostname: str = Field(default="", max_length=255)
+
+
+class DemandRow(Base, table=True):
+    """One row: the shapes of queued work that no present node can take, and when the scheduler last said so."""
+
+    __tablename__ = "demand"
+
+    id: int = Field(primary_key=True)
+    shapes: list[dict[str, Any]] = Field(default_factory=list, sa_column=Column(JSON, nullable=False))
+    told_us: int = Field(sa_column=Column(BigInteger, nullable=False))
 
 
 class ClusterRow(Base, table=True):
@@ -132,6 +172,18 @@ class ClusterRow(Base, table=True):
 
     id: int = Field(primary_key=True)
     detail: str = Field(default="", sa_column=Column(String(500), nullable=False))
+
+
+class Trace(NamedTuple):
+    """As much of an execution as tells whether its node is right to hold it.
+
+    Args:
+        may_go: its log is in object storage, and nobody is about to delete its folder.
+    """
+
+    state: str
+    reason: str
+    may_go: bool
 
 
 SKELETON = Skeleton(Base.metadata)
@@ -146,6 +198,17 @@ class ExecutorUnit(UnitOfWork):
     async def executions(self, attempt_ids: Iterable[str]) -> Sequence[ExecutionRow]:
         query = select(ExecutionRow).where(col(ExecutionRow.id).in_(list(attempt_ids)))
         return (await self.session.exec(query)).all()
+
+    async def traces_of(self, attempt_ids: Collection[str]) -> dict[str, Trace]:
+        """What is known of these attempts, without the templates: agents list all that they have, every two seconds."""
+        may_go = and_(col(ExecutionRow.visit_us) == NEVER_US, col(ExecutionRow.log_sealed))
+        ids, found = sorted(attempt_ids), dict[str, Trace]()
+        for begin in range(0, len(ids), PAGE):
+            chosen = col(ExecutionRow.id).in_(ids[begin : begin + PAGE])
+            columns = select(ExecutionRow.id, ExecutionRow.state, ExecutionRow.reason, may_go)
+            rows = await self.session.exec(columns.where(chosen))
+            found |= {row[0]: Trace(*row[1:]) for row in rows.all()}
+        return found
 
     async def executions_of_job(self, job_id: str) -> Sequence[ExecutionRow]:
         return (await self.session.exec(select(ExecutionRow).where(ExecutionRow.job_id == job_id))).all()
@@ -197,6 +260,29 @@ class ExecutorUnit(UnitOfWork):
             await self.session.exec(delete(ExecutionRow).where(col(ExecutionRow.id).in_(ids)))
         return len(ids)
 
+    async def take_up(self, order: StartOrder, node_id: str) -> None:
+        """The row that an order must have had. Its project's archive, limits and the like are the scheduler's."""
+        if await self.execution(order.attempt_id):
+            return
+        row = ExecutionRow(
+            id=order.attempt_id,
+            job_id=order.job_id,
+            number=order.number,
+            team_id=order.team_id,
+            project_id=order.project_id,
+            experiment_id=order.experiment_id,
+            node_id=node_id,
+            template=order.template.to_wire().decode(),
+            traceparent=order.traceparent,
+            state=STARTING,
+            gpu_indices=list(order.gpu_indices),
+            accepted_us=to_us(self.now),
+            told_us=to_us(self.now),
+            visit_us=NEVER_US,
+        )
+        self.session.add(row)
+        await self.keep_token(secret_hash(order.token), order.attempt_id)
+
     async def keep_token(self, token_hash: str, attempt_id: str) -> None:
         self.session.add(TokenRow(token_hash=token_hash, attempt_id=attempt_id))
 
@@ -218,6 +304,9 @@ class ExecutorUnit(UnitOfWork):
     async def nodes(self) -> Sequence[NodeRow]:
         return (await self.session.exec(select(NodeRow).order_by(col(NodeRow.id)))).all()
 
+    async def node(self, node_id: str) -> NodeRow | None:
+        return await self.session.get(NodeRow, node_id)
+
     async def save_nodes(self, nodes: Iterable[KnownNode], detail: str) -> None:
         """Replaces the inventory; what is no longer in it is forgotten."""
         seen_us = {row.id: row.seen_us for row in await self.nodes()}
@@ -226,6 +315,36 @@ class ExecutorUnit(UnitOfWork):
             at = seen_us.get(node.id, to_us(self.now)) if node.state != "ready" else to_us(self.now)
             self.session.add(node_row(node, at))
         await self.session.merge(ClusterRow(id=1, detail=detail[:500]))
+
+    async def draining(self) -> frozenset[str]:
+        """Nodes that take no new work."""
+        return frozenset((await self.session.exec(select(DrainRow.node_id))).all())
+
+    async def drain(self, node_id: str) -> None:
+        if await self.session.get(DrainRow, node_id) is None:
+            self.session.add(DrainRow(node_id=node_id, since_us=to_us(self.now)))
+
+    async def undrain(self, node_ids: Iterable[str]) -> None:
+        await self.session.exec(delete(DrainRow).where(col(DrainRow.node_id).in_(list(node_ids))))
+
+    async def keep_node_token(self, token_hash: str, expires_us: int) -> None:
+        await self.session.exec(delete(NodeTokenRow).where(col(NodeTokenRow.expires_us) < to_us(self.now)))
+        self.session.add(NodeTokenRow(token_hash=token_hash, expires_us=expires_us))
+
+    async def node_token(self, token_hash: str) -> NodeTokenRow | None:
+        return await self.session.get(NodeTokenRow, token_hash)
+
+    async def keep_demand(self, demands: Iterable[Demand]) -> None:
+        """Replaces what is wanted."""
+        shapes = [demand.model_dump(mode="json") for demand in demands]
+        await self.session.merge(DemandRow(id=1, shapes=shapes, told_us=to_us(self.now)))
+
+    async def demand(self, now_us: int) -> tuple[Demand, ...]:
+        """What is wanted, as long as the scheduler goes on saying so."""
+        row = await self.session.get(DemandRow, 1)
+        if row is None or now_us - row.told_us > HOLDS_S * 1_000_000:
+            return ()
+        return tuple(Demand.model_validate(shape) for shape in row.shapes)
 
     async def cluster_detail(self) -> str:
         row = await self.session.get(ClusterRow, 1)
@@ -236,31 +355,15 @@ class ExecutorUnit(UnitOfWork):
         return (await self.session.exec(query)).all()
 
 
+# What a node's row and its picture in memory share, under the same names.
+_SHARED = frozenset(field.name for field in fields(KnownNode)) & frozenset(NodeRow.model_fields) - {"runtimes"}
+
+
 def node_row(node: KnownNode, seen_us: int) -> NodeRow:
-    return NodeRow(
-        id=node.id,
-        hostname=node.hostname,
-        state=node.state,
-        cpu_count=node.cpu_count,
-        memory_bytes=node.memory_bytes,
-        gpu_count=node.gpu_count,
-        gpu_model=node.gpu_model,
-        isolation=node.isolation,
-        isolation_detail=node.isolation_detail,
-        seen_us=seen_us,
-    )
+    return NodeRow(**{name: getattr(node, name) for name in _SHARED}, runtimes=list(node.runtimes), seen_us=seen_us)
 
 
-def known_node(row: NodeRow, heard_s: float) -> KnownNode:
-    return KnownNode(
-        id=row.id,
-        hostname=row.hostname,
-        state=row.state,
-        cpu_count=row.cpu_count,
-        memory_bytes=row.memory_bytes,
-        gpu_count=row.gpu_count,
-        gpu_model=row.gpu_model,
-        isolation=row.isolation,
-        isolation_detail=row.isolation_detail,
-        heard_s=heard_s,
-    )
+def known_node(row: NodeRow, now_s: float) -> KnownNode:
+    """As heard and at work now, which errs on the safe side."""
+    shared = {name: getattr(row, name) for name in _SHARED}
+    return KnownNode(**shared, runtimes=tuple(row.runtimes), heard_s=now_s, busy_s=now_s)

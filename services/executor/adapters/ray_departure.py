@@ -12,7 +12,7 @@ from typing import Any
 
 from libs.common.ids import is_id
 from services.executor.adapters.loopback import keep_loopback
-from services.executor.adapters.ray_cluster import AGENT_PREFIX
+from services.executor.adapters.ray_nodes import AGENT_PREFIX
 
 LEAVE_S = 5.0
 

@@ -21,6 +21,8 @@ from services.executor.settings import ExecutorSettings
 from services.executor.store import NEVER_US, ExecutionRow, ExecutorUnit
 
 AT_ONCE = 32
+# Stops have places of their own: reservations may take a minute each, and people wait for a stop.
+STOPS_AT_ONCE = 16
 STOP_GRACE_S = 15.0
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ class Driver:
         self._woken = asyncio.Event()
         self._busy: dict[str, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
+        self._stop_slots = asyncio.Semaphore(STOPS_AT_ONCE)
 
     def wake(self) -> None:
         self._woken.set()
@@ -65,7 +68,7 @@ class Driver:
 
     async def _visit(self, row: ExecutionRow) -> None:
         try:
-            async with self._slots:
+            async with self._stop_slots if row.stop_reason and row.state != ENDED else self._slots:
                 with span("drive execution", row.traceparent, object=row.id, state=row.state):
                     await self._step(row)
         except (ClusterAway, TimeoutError) as error:
@@ -96,6 +99,7 @@ class Driver:
             await self._end(row, "refused", forbidden)
             return
         amounts = amounts_for(row.read_template().resources)
+        crash_point("executor.before_reserve")
         try:
             gpus = await self._cluster.reserve(Reservation(row.id, row.node_id, amounts))
         except NodeAway as error:
@@ -105,6 +109,7 @@ class Driver:
         else:
             crash_point("executor.after_reserve")
             reserved, token, uid = await self._store.run(lambda unit: self._note_reserved(unit, row.id, gpus))
+            crash_point("executor.before_tell")
             await self._tell(reserved, token, uid)
 
     async def _refusal(self, row: ExecutionRow) -> str:
@@ -178,7 +183,9 @@ class Driver:
         if row.state == ACCEPTED:
             await self._end(row, "stopped", row.stop_reason)
             return
+        crash_point("executor.before_stop")
         known = await self._cluster.stop(row.node_id, row.id, STOP_GRACE_S, row.stop_reason)
+        crash_point("executor.after_stop")
         if not known and row.state == RESERVED:
             await self._end(row, "stopped", row.stop_reason)
             return
@@ -188,8 +195,10 @@ class Driver:
         await end_execution(self._store, row.id, reason, detail)
 
     async def _clean_up(self, row: ExecutionRow) -> None:
+        crash_point("executor.before_release")
         await self._cluster.release(row.id)
-        keep_until_us = (row.ended_us or 0) + int(self._settings.keep_folder_s * 1_000_000)
+        crash_point("executor.after_release")
+        keep_until_us = (row.ended_us or 0) + int(await self._keep_folder_s(row.node_id) * 1_000_000)
         if not row.log_sealed:
             await self._visit_at(row, NEVER_US)
         elif to_us(utc_now()) < keep_until_us:
@@ -197,12 +206,19 @@ class Driver:
         else:
             await self._drop(row)
 
+    async def _keep_folder_s(self, node_id: str) -> float:
+        """A node that drains shall have nothing left: what is in the object store goes at once."""
+        async with self._store.view() as view:
+            return 0.0 if node_id in await view.draining() else self._settings.keep_folder_s
+
     async def _drop(self, row: ExecutionRow) -> None:
         """A folder that is still there afterwards is listed by its node's agent, and dropped later."""
         async with self._store.view() as view:
             present = {node.id for node in await view.nodes() if node.state != GONE}
         if row.node_id in present:
+            crash_point("executor.before_drop")
             await self._cluster.drop(row.node_id, row.id)
+            crash_point("executor.after_drop")
         await self._visit_at(row, NEVER_US)
 
     async def _look_again(self, row: ExecutionRow, after_s: float | None) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 
-from services.executor.adapters.ray_cluster import RayCluster
+from services.executor.adapters.ray_cluster import RayCluster, connect
 from services.executor.ports import AgentConfig, ClusterAway
 
 TURNS = 8
@@ -15,7 +15,7 @@ LOOKING_S = 0.3
 
 
 async def close_while_looking(address: str, config: AgentConfig) -> None:
-    cluster = RayCluster(lambda: address, config, "nabla")
+    cluster = connect(lambda: address, config, "nabla")
     await cluster.look({})
     looking = [asyncio.create_task(_look_on(cluster)) for _ in range(AT_ONCE)]
     await asyncio.sleep(LOOKING_S)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from libs.common.clock import utc_now
@@ -44,9 +44,14 @@ class FakeCluster:
     stops: list[tuple[str, str]] = field(default_factory=list)
     calls: int = 0
     isolation: str = "bwrap"
+    resting: frozenset[str] = frozenset()
+    asked_for: list[list[dict[str, float]]] = field(default_factory=list)
 
-    async def look(self, believed: Mapping[str, Mapping[str, str]]) -> tuple[NodeView, ...]:
+    async def look(
+        self, believed: Mapping[str, Mapping[str, str]], resting: Collection[str] = ()
+    ) -> tuple[NodeView, ...]:
         self._check()
+        self.resting = frozenset(resting)
         return tuple(self._node(node_id, believed.get(node_id, {})) for node_id in sorted(self.alive))
 
     async def reserve(self, wanted: Reservation) -> tuple[int, ...]:
@@ -91,6 +96,14 @@ class FakeCluster:
         if known and known.state == "ended":
             del self.attempts[node_id, attempt_id]
 
+    async def held_order(self, node_id: str, attempt_id: str) -> StartOrder | None:
+        self._check_agent(node_id)
+        return next((order for order in self.orders if order.attempt_id == attempt_id), None)
+
+    async def ask_for(self, bundles: Sequence[Mapping[str, float]]) -> None:
+        self._check()
+        self.asked_for.append([dict(bundle) for bundle in bundles])
+
     async def close(self) -> None:
         return
 
@@ -121,7 +134,7 @@ class FakeCluster:
             for attempt, seen in here.items()
             if (seen.state != believed[attempt] if attempt in believed else seen.state != "ended")
         )
-        agent = None if node_id in self.deaf else AgentView(self.isolation, "", frozenset(here), news)
+        agent = None if node_id in self.deaf | self.resting else AgentView(self.isolation, "", frozenset(here), news)
         counts = self.amounts
         return NodeView(node_id, "host", counts["CPU"], int(counts["memory"]), counts["GPU"], gpu_model="", agent=agent)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import pytest
 
 from services.executor.adapters.ray_agent import HeadQuestion
-from services.executor.adapters.ray_cluster import STARTING, RayCluster
+from services.executor.adapters.ray_cluster import RayCluster, connect
+from services.executor.adapters.ray_connection import STARTING, RayConnection
+from services.executor.adapters.ray_nodes import RayNodes
+from services.executor.adapters.ray_reservations import RayReservations
 from services.executor.ports import AgentConfig, ClusterAway, NodeView, Reservation
 from tests.unit.executor.cluster_suite import eventually, reservation
 
@@ -18,39 +21,52 @@ pytestmark = pytest.mark.unit
 CONFIG = AgentConfig("", "", "", "", "", "", "")
 
 
-class HangingCluster(RayCluster):
-    """Every reservation and every call to an agent hangs until `answers` is set."""
+class OpenConnection(RayConnection):
+    """To no head at all."""
 
-    def __init__(self) -> None:
-        super().__init__(lambda: "head:1", CONFIG, "nabla")
-        self.answers = threading.Event()
-
-    def _join(self) -> None:
+    def join(self) -> None:
         return
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
         return
 
-    def _look(self, believed: Mapping[str, Mapping[str, str]]) -> tuple[NodeView, ...]:
+
+class HangingNodes(RayNodes):
+    """Can be looked at; calls to agents hang until `answers` is set."""
+
+    def __init__(self, connection: RayConnection, answers: threading.Event) -> None:
+        super().__init__(connection, CONFIG, "nabla")
+        self._answers = answers
+
+    def look(self, believed: Mapping[str, Mapping[str, str]], resting: Collection[str]) -> tuple[NodeView, ...]:
         return (NodeView("node1", "host", 1.0, 1, 0.0),)
 
-    def _reserve(self, wanted: Reservation) -> tuple[int, ...]:
-        self.answers.wait()
-        return ()
+    def call(self, node_id: str, method: str, *args: object) -> None:
+        self._answers.wait()
 
-    def _call_agent(self, node_id: str, method: str, *args: object) -> None:
-        self.answers.wait()
+
+class HangingReservations(RayReservations):
+    def __init__(self, connection: RayConnection, answers: threading.Event) -> None:
+        super().__init__(connection, lambda _: True)
+        self._answers = answers
+
+    def reserve(self, wanted: Reservation) -> tuple[int, ...]:
+        self._answers.wait()
+        return ()
 
 
 async def test_nodes_are_looked_at_while_reservations_and_agents_hang() -> None:
-    cluster = HangingCluster()
-    hanging = [asyncio.create_task(cluster.reserve(reservation("node1"))) for _ in range(40)]
+    answers, connection = threading.Event(), OpenConnection(lambda: "head:1", "nabla")
+    cluster = RayCluster(connection, HangingNodes(connection, answers), HangingReservations(connection, answers))
+    hanging: list[asyncio.Task[object]] = [
+        asyncio.create_task(cluster.reserve(reservation("node1"))) for _ in range(40)
+    ]
     hanging += [asyncio.create_task(cluster.drop("node1", "at1")) for _ in range(40)]
     await asyncio.sleep(0)
     try:
         assert len(await cluster.look({})) == 1
     finally:
-        cluster.answers.set()
+        answers.set()
         for task in hanging:
             task.cancel()
         await asyncio.gather(*hanging, return_exceptions=True)
@@ -77,7 +93,7 @@ async def test_a_head_that_hangs_is_asked_once_and_again_when_it_has_answered() 
     [("", STARTING), ("127.0.0.1:1", "the Ray head at 127.0.0.1:1 does not answer yet")],
 )
 async def test_a_head_that_was_never_there_is_named_where_its_address_is_known(address: str, said: str) -> None:
-    cluster = RayCluster(lambda: address, CONFIG, "nabla")
+    cluster = connect(lambda: address, CONFIG, "nabla")
     with pytest.raises(ClusterAway) as away:
         await cluster.look({})
     assert str(away.value) == said
