@@ -31,7 +31,8 @@ import h11
 
 from services.executor.adapters import entry, forward, kernel, ssh_session
 from services.executor.adapters.attempt_folder import AttemptFolder
-from services.executor.adapters.tickets import HOLDS_S, Ticket, TicketRefused, Tickets
+from services.executor.adapters.door_tickets import HOLDS_S, FernetTickets, TicketRefused
+from services.executor.domain.doors import DoorTicket
 
 PROTOCOL = "nabla-tunnel"
 MOST_AT_ONCE = 256
@@ -132,12 +133,12 @@ def _answer(connection: socket.socket, config: Config) -> None:
         if ticket.kind == "tcp":
             _join(http, connection, _connect(inside, ticket.port))
         else:
-            _serve_ssh(http, connection, inside, ticket, Tickets(config.key))
+            _serve_ssh(http, connection, inside, ticket, FernetTickets(config.key))
     except Refused as refusal:
         _refuse(http, connection, refusal)
 
 
-def _admit(http: h11.Connection, connection: socket.socket, config: Config) -> Ticket:
+def _admit(http: h11.Connection, connection: socket.socket, config: Config) -> DoorTicket:
     """The ticket of a proper request, used up by this. Raises Refused."""
     request = _read_request(http, connection)
     headers = {name.decode(): value.decode("latin-1") for name, value in request.headers}
@@ -147,7 +148,7 @@ def _admit(http: h11.Connection, connection: socket.socket, config: Config) -> T
     if kind.lower() != "ticket":
         raise Refused(401, "This needs a ticket, which `nabla ssh` and `nabla jobs open` ask for.")
     try:
-        ticket = Tickets(config.key).read(text.strip())
+        ticket = FernetTickets(config.key).read(text.strip())
     except TicketRefused as error:
         raise Refused(403, f"The ticket is refused: {error}.") from None
     if not ticket.nonce.isalnum() or "/" in ticket.attempt_id or ticket.attempt_id.startswith("."):
@@ -214,7 +215,7 @@ def _join(http: h11.Connection, connection: socket.socket, target: socket.socket
 
 
 def _serve_ssh(
-    http: h11.Connection, connection: socket.socket, inside: entry.Inside, ticket: Ticket, tickets: Tickets
+    http: h11.Connection, connection: socket.socket, inside: entry.Inside, ticket: DoorTicket, tickets: FernetTickets
 ) -> None:
     job = os.pidfd_open(inside.root)
     session = ssh_session.Session(

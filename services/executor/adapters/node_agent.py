@@ -27,6 +27,7 @@ from services.executor.adapters import cgroup, isolation
 from services.executor.adapters.agent_bus import AgentBus
 from services.executor.adapters.attempt_folder import AttemptFolder, MalformedSpec
 from services.executor.adapters.attempt_run import AttemptRun, Means, read_order, write_order
+from services.executor.adapters.door_keeper import DoorKeeper, address_towards
 from services.executor.adapters.environments import Environments
 from services.executor.adapters.folder_watch import FolderWatch
 from services.executor.adapters.job_spec import NodeFacts
@@ -70,6 +71,7 @@ class NodeAgent:
         self._zygote: ZygoteKeeper | None = None
         self._lock: IO[str] | None = None
         self._means: Means | None = None
+        self._door: DoorKeeper | None = None
         self._probe = IsolationProbe("process", "", "")
 
     async def open(self) -> None:
@@ -94,6 +96,9 @@ class NodeAgent:
         for path in sorted(self._attempts.iterdir()):
             if path.is_dir():
                 self._take_up(AttemptFolder(path))
+        if self._config.door_key:
+            self._door = DoorKeeper(address_towards(self._config.front_door), self._config.door_key, self._node_dir)
+            self._tasks["door"] = asyncio.create_task(self._door.watch())
         self._tasks["contact"] = asyncio.create_task(self._keep_contact())
         self._tasks["upkeep"] = asyncio.create_task(self._bound_unkept())
         log.info("agent is ready", extra={"attempts": len(self._runs), "isolation": self._probe.isolation})
@@ -109,6 +114,9 @@ class NodeAgent:
             self._means.starting.close()
             await self._means.bus.close()
             self._means = None
+        if self._door:
+            self._door.close()
+            self._door = None
         if self._zygote:
             self._zygote.end()
             self._zygote = None
@@ -154,7 +162,8 @@ class NodeAgent:
         write_contact(self._contact)
         news = [run.present() for run in self._runs.values() if _is_news(run, believed)]
         detail = isolation.in_words(self._probe)
-        return AgentView(self._probe.isolation, detail, frozenset(self._runs), tuple(news))
+        door = self._door.address if self._door else ""
+        return AgentView(self._probe.isolation, detail, frozenset(self._runs), tuple(news), door=door)
 
     def _take_up(self, folder: AttemptFolder) -> None:
         """One attempt whose records a crash or another version spoiled must not keep the others from going on.

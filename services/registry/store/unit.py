@@ -89,14 +89,17 @@ class CatalogueUnit(UnitOfWork):
         more = len(rows) > limit
         return Page(rows[:limit], encode_cursor(getattr(rows[limit - 1], id_column.name)) if more else "")
 
-    async def audit(self, call: Envelope, message: Message, object_id: str, team_id: str) -> None:
-        """Keeps who asked for `message`; hashes are left out, and the rest is cut to AUDIT_DETAIL characters."""
+    async def audit(self, call: Envelope, message: Message, object_id: str, team_id: str, actor: str = "") -> None:
+        """Keeps who asked for `message`: the actor, or else its principal.
+
+        Hashes are left out, and the rest is cut to AUDIT_DETAIL characters.
+        """
         given = {key: value for key, value in message.model_dump(mode="json").items() if value}
         detail = {key: value for key, value in given.items() if not key.endswith("_hash")}
         row = {
             "id": new_id("audit"),
             "team_id": team_id,
-            "actor": f"{call.principal.kind}:{call.principal.id}",
+            "actor": actor or f"{call.principal.kind}:{call.principal.id}",
             "action": message.ROUTE.name,
             "object_id": object_id,
             "detail": redact(json.dumps(detail, ensure_ascii=False))[:AUDIT_DETAIL],

@@ -15,10 +15,11 @@ import pytest
 
 from nabla.http import Http, Response
 from nabla.tunnel import Tunnel
-from services.executor.adapters import tickets as tickets_module
+from services.executor.adapters import door_tickets as tickets_module
 from services.executor.adapters.attempt_folder import AttemptFolder, Isolation
 from services.executor.adapters.door import PROTOCOL, Config, start_door
-from services.executor.adapters.tickets import Ticket, Tickets
+from services.executor.adapters.door_tickets import FernetTickets
+from services.executor.domain.doors import DoorTicket
 from tests.integration.executor.attempts import (
     Node,
     eventually,
@@ -53,7 +54,7 @@ class Door:
     def __init__(self, node: Node, folder: Path) -> None:
         self.node = node
         self.folder = folder
-        self.tickets = Tickets(KEY)
+        self.tickets = FernetTickets(KEY)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/n/here"
         self.restart()
@@ -68,9 +69,9 @@ class Door:
         self.process.wait()
         self._listener.close()
 
-    def ticket(self, folder: AttemptFolder, kind: tickets_module.Kind, port: int = 0) -> str:
+    def ticket(self, folder: AttemptFolder, kind: str, port: int = 0) -> str:
         public = self.key.with_suffix(".pub").read_text()
-        return self.tickets.issue(Ticket(folder.path.name, kind, port, public))
+        return self.tickets.issue(DoorTicket(folder.path.name, kind, port, public))
 
     def enter(self, ticket: str) -> Tunnel | Response:
         return Http().upgrade(self.url, {"Authorization": f"Ticket {ticket}"}, PROTOCOL)
@@ -200,7 +201,7 @@ def test_a_port_where_nothing_listens_is_told(door: Door, job: AttemptFolder) ->
 @pytest.mark.parametrize("spoil", ["nothing", "garbage", "changed", "other key", "used"])
 def test_the_door_stays_shut_without_a_good_ticket(door: Door, job: AttemptFolder, spoil: str) -> None:
     good = door.ticket(job, "tcp", 8000)
-    other = Tickets(bytes(32)).issue(Ticket(job.path.name, "tcp", 8000))
+    other = FernetTickets(bytes(32)).issue(DoorTicket(job.path.name, "tcp", 8000))
     if spoil == "used":
         first = door.enter(good)
         first.close()
@@ -214,10 +215,10 @@ def test_the_door_stays_shut_without_a_good_ticket(door: Door, job: AttemptFolde
 
 
 def test_a_ticket_is_too_old_after_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
-    issued = Tickets(KEY).issue(Ticket("at1", "ssh"))
+    issued = FernetTickets(KEY).issue(DoorTicket("at1", "ssh"))
     late = time.time() + tickets_module.HOLDS_S + 2
     with pytest.raises(tickets_module.TicketRefused, match="older than a minute"):
-        Tickets(KEY, clock=lambda: late).read(issued)
+        FernetTickets(KEY, clock=lambda: late).read(issued)
 
 
 def test_no_other_key_signs_in(door: Door, job: AttemptFolder, tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ BODIES: dict[str, tuple[Any, Any]] = {
         {"project_id": "digits", "template": TEMPLATE},
         {"project_id": "pr1", "template": TEMPLATE},
     ),
+    "/api/v1/jobs/{job_id}/doors": ({"kind": "tcp", "port": 80}, {"kind": "tcp", "port": 81}),
     "/api/v1/jobs/{job_id}/metrics": ({"params": {"a": "1"}}, {"params": {"a": "2"}}),
     "/api/v1/jobs/{job_id}/stop": (None, None),
     "/api/v1/models/{model}/versions": (

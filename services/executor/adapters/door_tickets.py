@@ -1,4 +1,4 @@
-"""Tickets: who may enter which running attempt now, and how. The executor issues them, each node's door reads them.
+"""DoorTickets: who may enter which running attempt now, and how. The executor issues them, each node's door reads them.
 
 A ticket is a Fernet token (AES and HMAC under a key that executor and agents share): whoever carries it can neither
 read nor change nor prolong it. It holds for a minute; that it is used once is the door's to see to.
@@ -10,56 +10,38 @@ import base64
 import hashlib
 import hmac
 import json
-import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Literal, get_args
+from dataclasses import asdict
 
 from cryptography.fernet import Fernet, InvalidToken
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from libs.common.errors import NablaError
+from services.executor.domain.doors import DoorTicket
 
 HOLDS_S = 60
-Kind = Literal["ssh", "tcp"]
 
 
 class TicketRefused(NablaError):
     """The door stays shut; the text says why, for people."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ticket:
-    """What its holder may do.
-
-    Args:
-        kind: ssh, a session with the SSH server in the sandbox; tcp, a connection to 127.0.0.1:port in it.
-        public_key: with which the holder signs in to the SSH server, in OpenSSH's form.
-        holder: the user's id, for the log.
-    """
-
-    attempt_id: str
-    kind: Kind
-    port: int = 0
-    public_key: str = ""
-    holder: str = ""
-    nonce: str = field(default_factory=lambda: secrets.token_hex(16))
-
-
-class Tickets:
+class FernetTickets:
     """Issues and reads tickets under one key of 32 bytes."""
+
+    hold_s = HOLDS_S
 
     def __init__(self, key: bytes, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._fernet = Fernet(base64.urlsafe_b64encode(key))
         self._key = key
 
-    def issue(self, ticket: Ticket) -> str:
+    def issue(self, ticket: DoorTicket) -> str:
         return self._fernet.encrypt(json.dumps(asdict(ticket)).encode()).decode()
 
-    def read(self, text: str) -> Ticket:
+    def read(self, text: str) -> DoorTicket:
         """Raises TicketRefused."""
         try:
             said = json.loads(self._fernet.decrypt_at_time(text.encode(), HOLDS_S, int(self._clock())))
@@ -82,8 +64,8 @@ class Tickets:
         return public.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
 
 
-def _ticket(said: Mapping[str, object]) -> Ticket:
-    ticket = Ticket(**said)  # type: ignore[arg-type]
-    if ticket.kind not in get_args(Kind):
+def _ticket(said: Mapping[str, object]) -> DoorTicket:
+    ticket = DoorTicket(**said)  # type: ignore[arg-type]
+    if ticket.kind not in {"ssh", "tcp"}:
         raise TicketRefused(f"the ticket is for {ticket.kind!r}, which this door does not know")
     return ticket
