@@ -6,12 +6,15 @@ import os
 
 from libs.common.bus import Bus
 from libs.common.inbox import Inbox
+from libs.common.keyfiles import key_from
 from libs.common.service import Service
 from libs.common.store import Store
 from libs.common.version import VERSION
+from services.executor.adapters.door_tickets import FernetTickets
 from services.executor.adapters.ray_cluster import connect
 from services.executor.adapters.ray_ticket import preparing
 from services.executor.adapters.storage import BusLogs
+from services.executor.handlers import Doors
 from services.executor.loops import Driver, Scaler, Sweeper, Watcher
 from services.executor.ports import AgentConfig, Cluster
 from services.executor.routes import routes
@@ -40,7 +43,7 @@ def build(settings: ExecutorSettings | None = None, cluster: Cluster | None = No
         store=store,
         bus=bus,
         inbox=inbox,
-        routes=routes(preparing(settings.find_ray_address, os.environ)),
+        routes=routes(preparing(settings.find_ray_address, os.environ), Doors(FernetTickets(door_key(settings)))),
         loops=(driver.run, watcher.run, sweeper.run, scaler.run),
         describe=lambda: (True, watcher.detail),
     )
@@ -74,4 +77,9 @@ def agent_config(settings: ExecutorSettings) -> AgentConfig:
         unkept_s=settings.unkept_s,
         traces=settings.traces,
         version=VERSION,
+        door_key=door_key(settings).hex(),
     )
+
+
+def door_key(settings: ExecutorSettings) -> bytes:
+    return key_from(settings.home / "keys" / "doors.key")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from libs.common.clock import from_us, to_us
@@ -14,6 +14,8 @@ from libs.common.contracts.messages import (
     CheckNodeToken,
     CreateNodeToken,
     DemandChanged,
+    Door,
+    DoorOpened,
     DrainNode,
     Execution,
     ExecutionEnded,
@@ -27,13 +29,15 @@ from libs.common.contracts.messages import (
     NodeGrant,
     NodePage,
     NodeToken,
+    OpenDoor,
     ReportExecution,
     StartExecution,
     StopExecution,
 )
-from libs.common.errors import Conflict, NotFound, Unauthenticated
+from libs.common.errors import Conflict, Invalid, NotFound, Unauthenticated
 from libs.common.telemetry import meter
 from services.executor.domain.admission import TICKET_LIFE, is_good, why_closed
+from services.executor.domain.doors import SSH, DoorTicket, why_not
 from services.executor.domain.execution import (
     ENDED,
     FINISHING,
@@ -43,7 +47,7 @@ from services.executor.domain.execution import (
     facts_of,
     short_reason,
 )
-from services.executor.ports import Ticket
+from services.executor.ports import DoorTickets, Ticket
 from services.executor.store import ExecutionRow, ExecutorUnit, NodeRow, NodeTokenRow
 
 log = logging.getLogger(__name__)
@@ -163,6 +167,48 @@ async def authenticate_attempt(message: AuthenticateAttempt, unit: ExecutorUnit,
     return row.snapshot()
 
 
+class Doors:
+    """Lets people into running jobs."""
+
+    def __init__(self, tickets: DoorTickets) -> None:
+        self._tickets = tickets
+
+    async def open_door(self, message: OpenDoor, unit: ExecutorUnit, call: Envelope) -> Door:
+        field, detail, remedy = why_not(message.kind, message.port, message.public_key)
+        if field:
+            raise Invalid("bad_door", detail, remedy, field=field)
+        row = await _running_execution(unit, message.job_id, call.principal.team_id)
+        node = next((node for node in await unit.nodes() if node.id == row.node_id), None)
+        if node is None or not node.door:
+            detail = f"The node of job {row.job_id} is out of contact, so nobody can enter."
+            raise Conflict("node_away", detail, "`nabla nodes list` shows it; try again when it is back.")
+        public_key = message.public_key.strip() if message.kind == SSH else ""
+        ticket = DoorTicket(row.id, message.kind, message.port, public_key, call.principal.id)
+        opened = DoorOpened(
+            job_id=row.job_id, attempt_id=row.id, kind=message.kind, port=message.port, by=call.principal.id
+        )
+        await unit.emit(opened, team_id=row.team_id, project_id=row.project_id, object_id=row.id, attempt=row.number)
+        return Door(
+            path=f"/n/{row.node_id}/enter",
+            ticket=self._tickets.issue(ticket),
+            expires_at=unit.now + timedelta(seconds=self._tickets.hold_s),
+            host_key=self._tickets.host_key_line(row.id),
+            job_id=row.job_id,
+            attempt_id=row.id,
+        )
+
+
+async def _running_execution(unit: ExecutorUnit, job_id: str, team_id: str) -> ExecutionRow:
+    rows = [row for row in await unit.executions_of_job(job_id) if row.team_id == team_id]
+    if not rows:
+        raise NotFound("job_not_found", f"No job {job_id[:60]} has run yet.", "See `nabla jobs list --state running`.")
+    newest = max(rows, key=lambda row: row.number)
+    if newest.state != RUNNING:
+        detail = f"Job {job_id} is not running now (its attempt {newest.number} is {newest.state})."
+        raise Conflict("job_not_running", detail, "See `nabla jobs get`.")
+    return newest
+
+
 async def list_nodes(message: ListNodes, unit: ExecutorUnit, call: Envelope) -> NodePage:
     nodes = tuple(node_snapshot(row) for row in await unit.nodes())
     return NodePage(items=nodes, detail=await unit.cluster_detail())
@@ -241,6 +287,7 @@ def node_snapshot(row: NodeRow) -> Node:
         address=row.address,
         runtimes=tuple(row.runtimes),
         network=row.network,
+        door=row.door,
         draining=row.draining,
         seen_at=from_us(row.seen_us),
     )

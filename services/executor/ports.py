@@ -8,6 +8,7 @@ from typing import Protocol
 
 from libs.common.contracts.messages import Execution, JobTemplate
 from libs.common.errors import NablaError
+from services.executor.domain.doors import DoorTicket
 
 
 class ClusterAway(NablaError):
@@ -59,6 +60,7 @@ class AgentConfig:
     Args:
         outer_front_door: as other machines than the executor's reach the front door; empty: as this one does.
         outer_nats_url: the same for NATS.
+        door_key: in hex, under which tickets into running jobs are issued; without one the node has no door.
     """
 
     node_dir: str
@@ -86,6 +88,7 @@ class AgentConfig:
     version: str = ""
     outer_front_door: str = ""
     outer_nats_url: str = ""
+    door_key: str = field(default="", repr=False)
 
     def seen_from(self, *, elsewhere: bool) -> AgentConfig:
         """The configuration of an agent on the executor's machine, or elsewhere."""
@@ -113,6 +116,7 @@ class AgentView:
         news: attempts whose state differs from the one that the executor believes in.
         runtimes: what it can run besides plain processes.
         network: how far its sandboxes' networks go.
+        door: "host:port" at which its running jobs are entered.
     """
 
     isolation: str
@@ -123,6 +127,18 @@ class AgentView:
     network: str = ""
     gpu_model: str = ""
     gpu_memory_bytes: int = 0
+    door: str = ""
+
+
+class DoorTickets(Protocol):
+    """Makes tickets that the door of a node believes."""
+
+    hold_s: int
+
+    def issue(self, ticket: DoorTicket) -> str: ...
+
+    def host_key_line(self, attempt_id: str) -> str:
+        """The key of the attempt's SSH server, as known_hosts has it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from libs.common.contracts.message import Message
 from libs.common.contracts.messages import (
     AdmitNode,
@@ -16,6 +18,7 @@ from libs.common.contracts.messages import (
     ListNodes,
     LogFrame,
     LogSealed,
+    OpenDoor,
     OpenFileset,
     RecordUsage,
     RegisterModel,
@@ -43,12 +46,14 @@ AGENT_SENDS: tuple[type[Message], ...] = (
 _FOR_RECONCILING = Rule(role=None, scope="internal", services=frozenset({"scheduler"}))
 # The registry asks whose secrets a node may have.
 _FOR_TOKENS = Rule(role=None, scope="internal", services=frozenset({"gateway", "registry"}))
+_ENTER = Rule(role="member", scope="write")
 _LEAD = Rule(role="admin", scope="write")
 _FOR_VIEWERS = Rule(role="viewer", scope="read", services=frozenset({"gateway", "scheduler"}))
 
 
-def routes(prepare_ticket: Prepare | None = None) -> Routes:
-    """The routes. Without `prepare_ticket`, which needs a built service, no machine can be invited."""
+def routes(prepare_ticket: Prepare | None = None, doors: handlers.Doors | None = None) -> Routes:
+    """The routes. Without the arguments, which need a built service, for whoever only reads subjects and rules."""
+    lets_in: Any = doors or handlers.Doors
     return Routes(
         "executor",
         (
@@ -63,6 +68,7 @@ def routes(prepare_ticket: Prepare | None = None) -> Routes:
             Route(AdmitNode, handlers.admit_node, GATEWAY_ONLY, prepare=prepare_ticket),
             Route(DemandChanged, handlers.learn_demand, INTERNAL),
             Route(DrainNode, handlers.drain_node, _LEAD),
+            Route(OpenDoor, lets_in.open_door, _ENTER),
             Route(ListNodes, handlers.list_nodes, _FOR_VIEWERS),
         ),
         sends=(GetLog,),

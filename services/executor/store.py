@@ -132,6 +132,7 @@ class NodeRow(Base, table=True):
     address: str = Field(default="", max_length=255)
     runtimes: list[str] = Field(default_factory=list, sa_column=Column(JSON, nullable=False))
     network: str = Field(default="", max_length=16)
+    door: str = Field(default="", max_length=255)
     draining: bool = False
     is_head: bool = False
     seen_us: int = Field(sa_column=Column(BigInteger, nullable=False))

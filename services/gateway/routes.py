@@ -54,6 +54,7 @@ SENDS = (
     m.ListDeployments,
     m.ListNodes,
     m.ListMachines,
+    m.OpenDoor,
     m.GetService,
 )
 

@@ -15,6 +15,7 @@ from libs.common.contracts.messages import (
     CreateToken,
     DeleteProject,
     DeleteSecret,
+    DoorOpened,
     GetFileset,
     GetJob,
     GetMetrics,
@@ -50,7 +51,7 @@ from libs.common.contracts.messages import (
 )
 from libs.common.routing import GATEWAY_ONLY, INTERNAL, Handler, Prepare, Route, Routes, Rule
 from services.registry.handlers import accounts, models, projects, runs, secrets
-from services.registry.handlers.audit import audited
+from services.registry.handlers.audit import audited, record_door
 
 RUNS = "runs"
 
@@ -86,6 +87,7 @@ def routes(model_origins: models.Origins | None = None, values: secrets.Secrets 
     return Routes(
         service="registry",
         routes=(
+            Route(DoorOpened, record_door, INTERNAL),
             Route(AuthenticateToken, accounts.authenticate_token, GATEWAY_ONLY),
             _write(CreateToken, accounts.create_token, OWN_TOKENS),
             _write(RevokeToken, accounts.revoke_token, OWN_TOKENS),

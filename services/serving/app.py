@@ -37,6 +37,7 @@ def build(settings: ServingSettings | None = None) -> Service:
     steps = Steps(store, texts, lambda: random.randint(FIRST_PORT, LAST_PORT))
     reconciler = Reconciler(store, steps, front, peers, HttpHealth(), ask_every_s=settings.reconcile_s)
     inbox.after_commit(reconciler.wake.set)
+    inbox.after_commit(front.note_change)
     handlers = Handlers(FileKeyVault(settings.key_file), texts, settings.apps_domain)
     return Service(
         NAME,

@@ -25,13 +25,14 @@ from libs.common.contracts.messages import (
     JobSucceeded,
     JobTimedOut,
     ListDeployments,
+    NodesReported,
     Principal,
 )
 from libs.common.errors import Conflict, Invalid, NotFound
 from libs.common.ids import new_id, new_secret, secret_hash
 from libs.common.pages import decode_cursor, encode_cursor, page_limit
 from libs.common.routing import ROLES
-from services.serving.domain.front import endpoint_host
+from services.serving.domain.front import NodeDoor, endpoint_host
 from services.serving.domain.lifecycles import JOB_OVER
 from services.serving.domain.names import checked_name
 from services.serving.domain.templates import Programs, build_template
@@ -103,6 +104,11 @@ class Handlers:
 
     async def note_job(self, message: JobEvent, unit: ServingUnit, _call: Envelope) -> None:
         await note_snapshot(message.job, unit)
+
+    async def note_nodes(self, message: NodesReported, unit: ServingUnit, call: Envelope) -> None:
+        """Where the running jobs of that executor's nodes are entered now."""
+        doors = [NodeDoor(node.id, node.door) for node in message.nodes if node.door and node.state == "ready"]
+        await unit.keep_doors(call.source, doors)
 
     def _new_deployment(self, message: CreateDeployment, unit: ServingUnit, principal: Principal) -> DeploymentRow:
         deployment_id, token = self.make_id("deployment"), self.make_secret(TOKEN_PREFIX)

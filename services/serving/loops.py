@@ -18,7 +18,7 @@ from libs.common.errors import Unavailable
 from libs.common.store import Store
 from libs.common.telemetry import meter
 from libs.common.waiting import happens
-from services.serving.domain.front import Base, Endpoint, front_config
+from services.serving.domain.front import Base, Endpoint, NodeDoor, front_config
 from services.serving.domain.plan import (
     CheckHealth,
     Clear,
@@ -56,7 +56,13 @@ class Front:
         self._proxy = proxy
         self._base = base
         self._one_at_a_time = asyncio.Lock()
+        self._published: tuple[Base, list[NodeDoor]] | None = None
+        self._moved = True
         self.problem = "Nothing was published yet."
+
+    def note_change(self) -> None:
+        """Something was committed: perhaps a node's door is at another address."""
+        self._moved = True
 
     async def publish(self) -> None:
         """Returns when all routes are live.
@@ -67,27 +73,39 @@ class Front:
         async with self._one_at_a_time:
             async with self._store.view() as view:
                 endpoints = [Endpoint(row.name, row.target) for row in await view.routed()]
+                doors = await view.doors()
+            base = self._base()
             try:
-                await self._proxy.publish(front_config(self._base(), endpoints))
+                await self._proxy.publish(front_config(base, endpoints, doors))
             except Unavailable as error:
                 if self.problem != error.detail:
                     log.warning("routes are not live", extra={"reason": error.detail})
                 self.problem = error.detail
                 raise
             self.problem = ""
+            self._published = (base, doors)
 
     async def run(self, every_s: float) -> None:
-        """Publishes at start, when an address of the platform changes, and now and then in case a file was lost."""
-        published: Base | None = None
+        """Publishes at start, when an address of the platform or of a node's door changes, and now and then in case a
+        file was lost.
+        """
         since_s = 0.0
         while True:
-            base = self._base()
-            if base != published or since_s >= every_s or self.problem:
+            if since_s >= every_s or self.problem or await self._is_behind():
                 with contextlib.suppress(Unavailable):
                     await self.publish()
-                published, since_s = base, 0.0
+                since_s = 0.0
             await asyncio.sleep(BASE_EVERY_S)
             since_s += BASE_EVERY_S
+
+    async def _is_behind(self) -> bool:
+        if self._published is None or self._base() != self._published[0]:
+            return True
+        if not self._moved:
+            return False
+        self._moved = False
+        async with self._store.view() as view:
+            return await view.doors() != self._published[1]
 
 
 class Reconciler:

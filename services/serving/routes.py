@@ -20,6 +20,7 @@ from libs.common.contracts.messages import (
     JobTimedOut,
     ListDeployments,
     ListFiles,
+    NodesReported,
     OrderJob,
 )
 from libs.common.routing import INTERNAL, Route, Routes, Rule
@@ -46,6 +47,7 @@ def routes(handlers: Handlers | None = None) -> Routes:
             Route(JobFailed, do.note_job, INTERNAL),
             Route(JobCancelled, do.note_job, INTERNAL),
             Route(JobTimedOut, do.note_job, INTERNAL),
+            Route(NodesReported, do.note_nodes, INTERNAL),
         ),
         sends=(OrderJob, HaltJob, ListFiles, GetJob, GetLog),
     )

@@ -26,7 +26,7 @@ from libs.common.contracts.messages import (
     Revision,
 )
 from libs.common.store import Skeleton, UnitOfWork
-from services.serving.domain.front import endpoint_path
+from services.serving.domain.front import NodeDoor, endpoint_path
 from services.serving.domain.lifecycles import DEPLOYMENT, REVISION, Trigger
 from services.serving.domain.plan import OrderedJob
 
@@ -103,6 +103,16 @@ class RevisionRow(Base, table=True):
     build_job_id: str = ""
     replica_job_id: str = ""
     created_us: int = Field(sa_type=BigInteger)
+
+
+class NodeDoorRow(Base, table=True):
+    """Where the running jobs of a node are entered, as its executor says."""
+
+    __tablename__ = "node_door"
+
+    id: str = Field(primary_key=True, sa_type=String(64))
+    executor: str = Field(sa_type=String(64))
+    address: str
 
 
 class OrderedJobRow(Base, table=True):
@@ -206,6 +216,21 @@ class ServingUnit(UnitOfWork):
         between = (col(DeploymentRow.state) == "starting") & col(DeploymentRow.served)
         query = select(DeploymentRow).where((col(DeploymentRow.target) != "") | between)
         return (await self.session.exec(query)).all()
+
+    async def doors(self) -> list[NodeDoor]:
+        rows = (await self.session.exec(select(NodeDoorRow).order_by(col(NodeDoorRow.id)))).all()
+        return [NodeDoor(row.id, row.address) for row in rows]
+
+    async def keep_doors(self, executor: str, doors: Sequence[NodeDoor]) -> None:
+        """All doors of this executor's nodes; those that it does not name are no more."""
+        of_executor = select(NodeDoorRow).where(col(NodeDoorRow.executor) == executor)
+        known = {row.id: row for row in (await self.session.exec(of_executor)).all()}
+        for door in doors:
+            row = known.pop(door.node_id, None)
+            if row is None or row.address != door.address:
+                await self.session.merge(NodeDoorRow(id=door.node_id, executor=executor, address=door.address))
+        for row in known.values():
+            await self.session.delete(row)
 
     async def revision_of(self, deployment: DeploymentRow) -> RevisionRow:
         row = await self.session.get(RevisionRow, revision_id(deployment.id, deployment.number))

@@ -17,6 +17,7 @@ import socket
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
+from http import HTTPStatus
 from types import TracebackType
 from typing import TYPE_CHECKING, Union
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -25,6 +26,8 @@ from nabla.address import is_loopback
 
 if TYPE_CHECKING:
     import ssl
+
+    from nabla.tunnel import Tunnel
 
 CONNECT_TIMEOUT_S = 5.0
 CHUNK_BYTES = 1 << 16
@@ -51,10 +54,10 @@ class Response:
     """An answer whose body is read as it comes. The connection is kept once the body was read to its end."""
 
     def __init__(self, http: Http, origin: Origin, connection: http.client.HTTPConnection) -> None:
-        self._http, self._origin, self._connection = http, origin, connection
-        self._raw = connection.getresponse()
-        self.status = self._raw.status
-        self.reason = self._raw.reason
+        self._http, self._origin, self.connection = http, origin, connection
+        self.raw = connection.getresponse()
+        self.status = self.raw.status
+        self.reason = self.raw.reason
 
     @property
     def ok(self) -> bool:
@@ -62,7 +65,7 @@ class Response:
         return 200 <= self.status < 300
 
     def header(self, name: str) -> str:
-        return self._raw.headers.get(name) or ""
+        return self.raw.headers.get(name) or ""
 
     def read(self) -> bytes:
         return b"".join(self.chunks())
@@ -75,20 +78,20 @@ class Response:
     def chunks(self, size_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         """The body in pieces, each as soon as it is there."""
         try:
-            while chunk := self._raw.read1(size_bytes):
+            while chunk := self.raw.read1(size_bytes):
                 yield chunk
         except (OSError, http.client.HTTPException) as error:
             raise BrokenConnection(_reason(error)) from error
-        if self._raw.length:
-            raise BrokenConnection(f"{self._raw.length} bytes of the answer are missing")
+        if self.raw.length:
+            raise BrokenConnection(f"{self.raw.length} bytes of the answer are missing")
 
     def close(self) -> None:
-        if self._raw.length == 0:  # all read, which Python before 3.12 does not notice by itself
-            self._raw.close()
-        if self._raw.isclosed() and not self._raw.will_close:
-            self._http.keep(self._origin, self._connection)
+        if self.raw.length == 0:  # all read, which Python before 3.12 does not notice by itself
+            self.raw.close()
+        if self.raw.isclosed() and not self.raw.will_close:
+            self._http.keep(self._origin, self.connection)
         else:
-            self._http.drop(self._connection)
+            self._http.drop(self.connection)
 
     def __enter__(self) -> Response:
         return self
@@ -128,6 +131,18 @@ class Http:
             if isinstance(error, (OSError, http.client.HTTPException)):
                 raise _broken(error) from error
             raise
+
+    def upgrade(self, url: str, headers: Mapping[str, str], protocol: str) -> Tunnel | Response:
+        """A stream of this protocol, or the answer of a server that refuses one."""
+        from nabla.tunnel import Tunnel
+
+        asked = {**headers, "Connection": "Upgrade", "Upgrade": protocol}
+        response = self.send("GET", url, asked)
+        if response.status != HTTPStatus.SWITCHING_PROTOCOLS:
+            return response
+        with self._lock:
+            self._used.discard(response.connection)
+        return Tunnel(response.connection, response.raw)
 
     def keep(self, origin: Origin, connection: http.client.HTTPConnection) -> None:
         with self._lock:

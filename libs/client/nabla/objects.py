@@ -333,6 +333,17 @@ class MachinePage(Record):
     detail: str = ""
 
 
+class Door(Record):
+    """A ticket for one connection into a running job."""
+
+    path: str = ""
+    ticket: str = ""
+    expires_at: Optional[datetime] = None
+    host_key: str = ""
+    job_id: str = ""
+    attempt_id: str = ""
+
+
 class Experiment(Record):
     id: str = ""
     team_id: str = ""

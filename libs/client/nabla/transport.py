@@ -11,7 +11,7 @@ import email.utils
 import json
 import time
 from collections.abc import Iterator, Mapping
-from typing import Callable
+from typing import TYPE_CHECKING, Callable
 from urllib.parse import urlencode
 from uuid import uuid4
 
@@ -19,6 +19,9 @@ import nabla
 from nabla import tracing
 from nabla.errors import BadConfig, NablaError, Unavailable, Unreachable, from_problem
 from nabla.http import WHAT_TO_TRUST, BrokenConnection, Http, Response, Untrusted, split_address
+
+if TYPE_CHECKING:
+    from nabla.tunnel import Tunnel
 
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.2, 5.0
 PATIENCE_S = 60.0
@@ -97,6 +100,16 @@ class Transport:
         headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
         with self._errors(), self._http.send("POST", f"{self.url}{path}", headers, _encoded(body), 300.0) as response:
             return _decoded(response)
+
+    def upgrade(self, path: str, authorization: str, protocol: str) -> Tunnel:
+        """A stream of another protocol, where a request to this path below the front door is answered with one."""
+        with self._errors():
+            answer = self._http.upgrade(f"{self.url}{path}", {"Authorization": authorization}, protocol)
+            if not isinstance(answer, Response):
+                return answer
+            with answer:
+                said = answer.read().decode("utf-8", "replace").strip()
+        raise NablaError(f"The job cannot be entered: {said[:500] or answer.reason}", "See `nabla jobs get JOB`.")
 
     def installation_id(self) -> str:
         return self._id_in(self.get("/health"))

@@ -649,6 +649,46 @@ class DeploymentDeleted(Message):
     deployment: Deployment = Field(default_factory=Deployment)
 
 
+class OpenDoor(Message):
+    """Asked by people through the gateway, for a job that runs."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "executor", "door.open", reply="Door")
+
+    job_id: str = ""
+    rank: int = 0
+    # ssh: an SSH server in the sandbox; tcp: a port of the sandbox.
+    kind: str = ""
+    port: int = 0
+    # ssh: with which key the client signs in, as authorized_keys has it.
+    public_key: str = ""
+
+
+class Door(Message):
+    # Below the front door; a request with `Upgrade: nabla-tunnel` and `Authorization: Ticket ...` becomes the stream.
+    path: str = ""
+    # For one connection, begun before it expires.
+    ticket: str = ""
+    expires_at: datetime | None = None
+    # ssh: the server's key, as known_hosts has it.
+    host_key: str = ""
+    job_id: str = ""
+    attempt_id: str = ""
+
+
+class DoorOpened(Message):
+    """For the audit: somebody was let into a job."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "executor", "door.opened")
+
+    job_id: str = ""
+    attempt_id: str = ""
+    rank: int = 0
+    kind: str = ""
+    port: int = 0
+    # The user's id.
+    by: str = ""
+
+
 class Execution(Message):
     attempt_id: str = ""
     job_id: str = ""
@@ -1110,6 +1150,8 @@ class Node(Message):
     draining: bool = False
     # How far its sandboxes' networks go: full (own address, peers, internet), loopback, host.
     network: str = ""
+    # "host:port" of its door, as the front door reaches it.
+    door: str = ""
 
 
 class NodesReported(Message):
@@ -1576,6 +1618,9 @@ MESSAGES: tuple[type[Message], ...] = (
     DeploymentReady,
     DeploymentFailed,
     DeploymentDeleted,
+    OpenDoor,
+    Door,
+    DoorOpened,
     Execution,
     Seat,
     StartExecution,

@@ -108,6 +108,13 @@ def relay(routes: Sequence[Route]) -> NoReturn:
     _Relay(routes).run()
 
 
+def join(client: socket.socket, target: socket.socket) -> None:
+    """Copy in both directions between two connected sockets until both have said all, or one is gone."""
+    for end in (client, target):
+        end.setblocking(False)
+    _Relay([]).see_through(client, target)
+
+
 def listen(host: str, port: int, kind: int = socket.SOCK_STREAM, shared: bool = False) -> socket.socket:
     listener = socket.socket(socket.AF_INET, kind)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT if shared else socket.SO_REUSEADDR, 1)
@@ -198,13 +205,21 @@ class _Relay:
 
     def run(self) -> NoReturn:
         while True:
-            for number, events in self._epoll.poll():
-                if number in self._routes:
-                    self._accept(number)
-                elif (end := self._ends.get(number)) is not None:
-                    self._serve(end, events)
-            while self._over:  # not earlier: a number used anew would get the old socket's events
-                self._over.pop().close()
+            self._step()
+
+    def see_through(self, client: socket.socket, target: socket.socket) -> None:
+        self._join(_End(client, connected=True), _End(target, connected=True))
+        while self._ends:
+            self._step()
+
+    def _step(self) -> None:
+        for number, events in self._epoll.poll():
+            if number in self._routes:
+                self._accept(number)
+            elif (end := self._ends.get(number)) is not None:
+                self._serve(end, events)
+        while self._over:  # not earlier: a number used anew would get the old socket's events
+            self._over.pop().close()
 
     def _accept(self, number: int) -> None:
         route = self._routes[number]

@@ -13,6 +13,8 @@ CLONE_NEWNET = 0x40000000
 
 _MS_BIND, _MS_REC, _MS_PRIVATE = 4096, 16384, 1 << 18
 _PR_SET_PDEATHSIG, _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 15, 36, 38
+_PR_SET_DUMPABLE, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 4, 22, 2
+_CAPABILITY_VERSION_3 = 0x20080522
 _NS_GET_USERNS = 0xB701
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -110,6 +112,43 @@ def make_network(as_root: bool) -> int:
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
     return os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def move_into(namespace: int) -> None:
+    """Move this single-threaded process into a namespace of any kind."""
+    _check(_libc.setns(namespace, 0), "setns")
+
+
+def same_namespace(namespace: int, path: str) -> bool:
+    mine, theirs = os.stat(path), os.fstat(namespace)
+    return (mine.st_dev, mine.st_ino) == (theirs.st_dev, theirs.st_ino)
+
+
+def drop_capabilities() -> None:
+    """No capability is left, effective, permitted or to be inherited."""
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    nothing = (ctypes.c_uint32 * 6)()
+    _check(_libc.capset(header, nothing), "capset")
+
+
+def hide_memory() -> None:
+    """Others of the same user cannot read or trace this process; what it executes is open to them again."""
+    _check(_libc.prctl(_PR_SET_DUMPABLE, ctypes.c_ulong(0)), "prctl")
+
+
+def filter_calls(program: bytes) -> None:
+    """Bind this process and its children to a system call filter, as `seccomp.build_filter` makes it."""
+    code = ctypes.create_string_buffer(program, len(program))
+    filter_ = _Filter(len(program) // 8, ctypes.addressof(code))
+    unused = ctypes.c_ulong(0)
+    mode = ctypes.c_ulong(_SECCOMP_MODE_FILTER)
+    _check(_libc.prctl(_PR_SET_SECCOMP, mode, ctypes.byref(filter_), unused, unused), "prctl")
+
+
+class _Filter(ctypes.Structure):
+    """struct sock_fprog."""
+
+    _fields_ = (("count", ctypes.c_ushort), ("code", ctypes.c_void_p))
 
 
 def _check(result: int, what: str) -> None:

@@ -32,6 +32,7 @@ from services.executor.adapters.agent_bus import AgentBus
 from services.executor.adapters.attempt_folder import AttemptFolder, MalformedSpec
 from services.executor.adapters.attempt_run import AttemptRun, Means, read_order, write_order
 from services.executor.adapters.building import InstallerBuilder
+from services.executor.adapters.door_keeper import DoorKeeper, address_towards
 from services.executor.adapters.environments import Environments
 from services.executor.adapters.folder_watch import FolderWatch
 from services.executor.adapters.git_source import GitSource
@@ -84,6 +85,7 @@ class NodeAgent:
         self._zygote: ZygoteKeeper | None = None
         self._lock: IO[str] | None = None
         self._means: Means | None = None
+        self._door: DoorKeeper | None = None
         self._probe = IsolationProbe("process", "", "")
         self._network = Network(
             policy=checked_policy(config.job_network),
@@ -116,6 +118,10 @@ class NodeAgent:
         for path in sorted(self._attempts.iterdir()):
             if path.is_dir():
                 self._take_up(AttemptFolder(path))
+        if self._config.door_key:
+            key = bytes.fromhex(self._config.door_key)
+            self._door = DoorKeeper(address_towards(self._config.front_door), key, self._node_dir)
+            self._tasks["door"] = asyncio.create_task(self._door.watch())
         self._tasks["contact"] = asyncio.create_task(self._keep_contact())
         metering = Metering(self._metered, self._record_usage)
         self._tasks["metering"] = asyncio.create_task(metering.run())
@@ -134,6 +140,9 @@ class NodeAgent:
             self._means.starting.close()
             await self._means.bus.close()
             self._means = None
+        if self._door:
+            self._door.close()
+            self._door = None
         if self._zygote:
             self._zygote.end()
             self._zygote = None
@@ -187,6 +196,7 @@ class NodeAgent:
             held=frozenset(self._runs),
             news=tuple(news),
             network=self._network.reach,
+            door=self._door.address if self._door else "",
         )
 
     def _take_up(self, folder: AttemptFolder) -> None:

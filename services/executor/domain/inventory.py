@@ -41,6 +41,7 @@ class KnownNode:
     address: str = ""
     runtimes: tuple[str, ...] = ()
     network: str = ""
+    door: str = ""
     draining: bool = False
     is_head: bool = False
     heard_s: float = 0.0

@@ -275,6 +275,7 @@ def _known(view: NodeView, plan: _Plan, before: KnownNode | None, now_s: float) 
         address=view.address,
         runtimes=agent.runtimes,
         network=agent.network,
+        door=agent.door,
         draining=view.id in plan.draining,
         is_head=view.is_head,
         heard_s=now_s,

@@ -9,6 +9,7 @@ from services.gateway.http import (
     accounts,
     deployments,
     docs,
+    doors,
     errors,
     experiments,
     filesets,
@@ -23,7 +24,20 @@ from services.gateway.http.middleware import BoundedBodies, GuardedResponses, Kn
 from services.gateway.http.parts import API, Parts
 from services.gateway.web import pages, sessions
 
-RESOURCES = (accounts, projects, secrets, filesets, experiments, jobs, models, deployments, streams, status, docs)
+RESOURCES = (
+    accounts,
+    projects,
+    secrets,
+    filesets,
+    experiments,
+    jobs,
+    doors,
+    models,
+    deployments,
+    streams,
+    status,
+    docs,
+)
 ROUTERS = (*(resource.router for resource in RESOURCES), status.public, docs.page, sessions.router)
 DESCRIPTION = """\
 Errors are `application/problem+json` with `detail` (what and why) and `remedy` (what to do). Lists are pages: give

@@ -6,8 +6,14 @@ from typing import Any, cast
 
 from libs.common.contracts.envelope import Envelope
 from libs.common.contracts.message import Message
+from libs.common.contracts.messages import DoorOpened
 from libs.common.routing import Handler
 from services.registry.store.unit import CatalogueUnit
+
+
+async def record_door(message: DoorOpened, unit: CatalogueUnit, call: Envelope) -> None:
+    """Who was let into which running job; the executor has granted it."""
+    await unit.audit(call, message, message.job_id, call.team_id, actor=f"user:{message.by}")
 
 
 def audited(handler: Handler, *, attempts: bool = True) -> Handler:

@@ -89,15 +89,18 @@ class CatalogueUnit(UnitOfWork):
         more = len(rows) > limit
         return Page(rows[:limit], encode_cursor(getattr(rows[limit - 1], id_column.name)) if more else "")
 
-    async def audit(self, call: Envelope, message: Message, object_id: str, team_id: str) -> None:
-        """Keeps who asked for `message`, cut to AUDIT_DETAIL characters; without hashes and what proto/ redacts."""
+    async def audit(self, call: Envelope, message: Message, object_id: str, team_id: str, actor: str = "") -> None:
+        """Keeps who asked for `message`: the actor, or else its principal.
+
+        The message is cut to AUDIT_DETAIL characters, and without hashes and what proto/ redacts.
+        """
         shown = {name for name, field in type(message).model_fields.items() if field.repr}
         given = {key: value for key, value in message.model_dump(mode="json", include=shown).items() if value}
         detail = {key: value for key, value in given.items() if not key.endswith("_hash")}
         row = {
             "id": new_id("audit"),
             "team_id": team_id,
-            "actor": f"{call.principal.kind}:{call.principal.id}",
+            "actor": actor or f"{call.principal.kind}:{call.principal.id}",
             "action": message.ROUTE.name,
             "object_id": object_id,
             "detail": redact(json.dumps(detail, ensure_ascii=False))[:AUDIT_DETAIL],

@@ -66,7 +66,15 @@ class Endpoint:
     target: str
 
 
-def front_config(base: Base, endpoints: Iterable[Endpoint]) -> Config:
+@dataclass(frozen=True, slots=True)
+class NodeDoor:
+    """Where people enter the running jobs of a node: "host:port"."""
+
+    node_id: str
+    address: str
+
+
+def front_config(base: Base, endpoints: Iterable[Endpoint], doors: Iterable[NodeDoor] = ()) -> Config:
     """The configuration of Traefik's file provider."""
     http: Config = {"routers": {}, "services": {}, "middlewares": _shared(base)}
     if base.gateway:
@@ -74,6 +82,8 @@ def front_config(base: Base, endpoints: Iterable[Endpoint]) -> Config:
     _add_objects(http, base)
     for endpoint in sorted(endpoints, key=lambda each: each.name):
         _add_endpoint(http, base, endpoint)
+    for door in sorted(doors, key=lambda each: each.node_id):
+        _add_door(http, base, door)
     return {"http": http}
 
 
@@ -155,6 +165,15 @@ def _add_endpoint(http: Config, base: Base, endpoint: Endpoint) -> None:
         f"{name}-host": _router(by_host, name, priority=100, middlewares=guards),
         f"{name}-path": _router(by_path, name, priority=100, middlewares=[*guards, f"{name}-strip"]),
     }
+
+
+def _add_door(http: Config, base: Base, door: NodeDoor) -> None:
+    """On every name that programs use: what is behind it answers tickets alone, and never with a page."""
+    name = f"n-{door.node_id}"
+    every_host = _hosts((base.ui_host, "localhost", *base.path_hosts))
+    http["services"][name] = _service(f"http://{door.address}")
+    rule = f"{every_host} && Path(`/n/{door.node_id}/enter`)"
+    http["routers"][name] = _router(rule, name, priority=100, middlewares=["no-cookies"])
 
 
 def _hosts(hosts: Iterable[str]) -> str:

@@ -66,6 +66,7 @@ BODIES: dict[str, tuple[Any, Any]] = {
     ),
     "/api/v1/jobs/{job_id}/clone": ({"name": "a"}, {"name": "b"}),
     "/api/v1/jobs/{job_id}/retry": (None, None),
+    "/api/v1/jobs/{job_id}/doors": ({"kind": "tcp", "port": 80}, {"kind": "tcp", "port": 81}),
     "/api/v1/jobs/{job_id}/metrics": ({"params": {"a": "1"}}, {"params": {"a": "2"}}),
     "/api/v1/jobs/{job_id}/stop": (None, None),
     "/api/v1/models/{model}/versions": (
@@ -105,7 +106,7 @@ class Owner:
         given = {name: f"n{next(self._numbers)}" for name in ("id", "version_id", "name") if name in fields}
         if reply is m.FilesetGrant:
             given = {"fileset": m.Fileset(id=f"fs{next(self._numbers)}")}
-        if reply is m.Run:
+        if reply in {m.Run, m.Door}:
             given = {"job_id": f"js{next(self._numbers)}"}
         assert given or reply is m.SignIn, reply
         return reply(**given)

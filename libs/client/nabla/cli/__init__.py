@@ -18,6 +18,7 @@ COMMANDS = {
     "run": ("run", "run", "Run a command as a job, with this folder as its workspace."),
     "jobs": ("jobs", "jobs", "List, watch, explain, stop and repeat jobs."),
     "experiments": ("experiments", "experiments", "Start and list experiments."),
+    "ssh": ("ssh", "ssh", "Open a terminal in a running job; scp, rsync and editors too."),
     "artifacts": ("artifacts", "artifacts", "List and download what a job left behind."),
     "models": ("models", "models", "The model repository."),
     "deployments": ("deployments", "deployments", "Serve a model behind an endpoint."),

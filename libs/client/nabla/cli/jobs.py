@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nabla.cli.entering import exec_, open_port, shell
 from nabla.cli.output import details, note, print_json, table
 from nabla.cli.projects import LIMIT
 from nabla.cli.queueing import amounts, clone, retry, timeline
@@ -181,7 +182,7 @@ def top(session: Session, job: str) -> None:
     show(session.client(), job, session.as_json)
 
 
-for made in (explain_command, timeline, retry, clone):
+for made in (explain_command, timeline, retry, clone, exec_, shell, open_port):
     jobs.add_command(made)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Callable, Union
 from nabla.decoding import as_json, decode
 from nabla.errors import ApiError, NablaError, Unavailable, Unreachable
 from nabla.objects import (
+    Door,
     File,
     Job,
     JobDetail,
@@ -32,6 +33,7 @@ from nabla.transport import FIRST_DELAY_S, LONGEST_DELAY_S, Params, Transport
 
 if TYPE_CHECKING:
     from nabla.resources.filesets import Filesets
+    from nabla.tunnel import Tunnel
 
 JobEvent = Union[LogLine, Job]
 # How long a stream may stay away before following gives up; jobs outlive a restart of any service.
@@ -104,6 +106,15 @@ class Jobs(Resource):
     def explain(self, job_id: str) -> JobExplanation:
         """Why the job is in its state; of a waiting one, what it waits for."""
         return decode(JobExplanation, self._transport.get(f"/jobs/{segment(job_id)}/explain"))
+
+    def open_door(self, job_id: str, kind: str, *, port: int = 0, public_key: str = "", rank: int = 0) -> Door:
+        """A ticket into the running job: `ssh`, with the key to sign in with, or `tcp`, to a port inside."""
+        body = {"kind": kind, "port": port, "public_key": public_key, "rank": rank}
+        return decode(Door, self._transport.post(f"/jobs/{segment(job_id)}/doors", body))
+
+    def enter(self, door: Door) -> Tunnel:
+        """The stream behind a door. Raises NablaError with the reason when it stays shut."""
+        return self._transport.upgrade(door.path, f"Ticket {door.ticket}", "nabla-tunnel")
 
     def log_page(self, job_id: str, after: int = 0, limit: int = 1000) -> LogPage:
         """Lines after a sequence number; the last -after lines when it is negative."""
