@@ -66,7 +66,7 @@ def demo(args: list[str]) -> int:
 
 def up(args: list[str]) -> int:
     """start Nabla on this machine"""
-    install("platform", "serving")
+    install("platform", "serving", *(["postgres"] if wants_postgres() else []))
     return become(ROOT / ".venv/bin/nabla", "up", *args)
 
 
@@ -153,6 +153,16 @@ COMMANDS = {
 }
 
 
+def wants_postgres() -> bool:
+    """Whether the settings name a PostgreSQL, whose driver the default installation does not need."""
+    home = Path(os.environ.get("NABLA_HOME") or ROOT / ".nabla")
+    try:
+        text = (home / "nabla.toml").read_text()
+    except OSError:
+        text = ""
+    return "postgresql://" in text + os.environ.get("NABLA_DATABASE_URL", "")
+
+
 def ask_running(command: str, args: list[str]) -> int:
     """Asking whether something runs must not download 200 MB first."""
     nabla = ROOT / ".venv/bin/nabla"
@@ -173,7 +183,15 @@ def become(program: Path, *args: str) -> NoReturn:
 # Environments: which lock goes where, and whether it is already there
 # -----------------------------------------------------------------------------
 
-ENVIRONMENT_OF = {"platform": ".venv", "dev": ".venv", "serving": ".venv-serving", "notebook": ".venv-notebook"}
+ENVIRONMENT_OF = {
+    "platform": ".venv",
+    "postgres": ".venv",
+    "dev": ".venv",
+    "serving": ".venv-serving",
+    "notebook": ".venv-notebook",
+}
+# Laid on top of the platform.
+LAYERS = ("postgres", "dev")
 
 
 def venv_of(name: str) -> Path:
@@ -252,8 +270,8 @@ def install_one(name: str, installer: Installer) -> None:
 
 
 def drop_stamps(venv: Path, name: str) -> None:
-    """A new platform also drops what dev laid on top of it."""
-    stamps = [stamp_of(name)] if name == "dev" else sorted(venv.glob("nabla-*.stamp"))
+    """A new platform also drops what was laid on top of it."""
+    stamps = [stamp_of(name)] if name in LAYERS else sorted(venv.glob("nabla-*.stamp"))
     for stamp in stamps:
         stamp.unlink(missing_ok=True)
 
@@ -344,7 +362,7 @@ class Uv(Installer):
 
     def fill(self, venv: Path, lock_file: Path, title: str) -> None:
         # `sync` also removes what a newer lock no longer names; dev lies on another lock, so it only adds
-        verb = ["install", "--no-deps", "-r"] if title == "dev" else ["sync"]
+        verb = ["install", "--no-deps", "-r"] if title in LAYERS else ["sync"]
         self._pip(venv, [*verb, str(lock_file), "--only-binary", ":all:"], title)
 
     def build(self, venv: Path, lock_file: Path, title: str) -> None:
@@ -669,7 +687,7 @@ def run_check(check: Check) -> tuple[int, float, str]:
 # Locks
 # -----------------------------------------------------------------------------
 
-LOCKED = ("platform", "source", "serving", "notebook", "dev")
+LOCKED = ("platform", "source", "serving", "notebook", "postgres", "dev")
 KEPT_FOR_LOCKS = ("UV_CACHE_DIR", "UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_HTTP_TIMEOUT", "UV_NATIVE_TLS")
 
 
@@ -693,7 +711,9 @@ def lock_options(name: str) -> list[str]:
     if name == "platform":
         without = [line for line in (LOCKS / "source.in").read_text().split("\n") if line and line[0] != "#"]
         return [option for package in without for option in ("--no-emit-package", package)]
-    return {"source": ["--no-deps", "-c", "platform.txt"], "dev": ["-c", "platform.txt"]}.get(name, [])
+    if name in LAYERS:
+        return ["-c", "platform.txt"]
+    return ["--no-deps", "-c", "platform.txt"] if name == "source" else []
 
 
 def compile_lock(uv: list[str], source: str, target: Path, options: list[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 
-import asyncpg
 from sqlalchemy.engine import make_url
 
 from infra.local.installation import InstallationError
@@ -30,6 +29,11 @@ async def meet_all(template: str, patience_s: float = 20.0) -> None:
 
 
 async def _meet(url: str, deadline: float) -> None:
+    try:
+        import asyncpg
+    except ImportError:
+        remedy = "`python3 infra/setup.py up` installs it."
+        raise _refused(url, "the driver for PostgreSQL is not installed here", remedy) from None
     while True:
         try:
             connection = await asyncpg.connect(url, timeout=CONNECT_S)
