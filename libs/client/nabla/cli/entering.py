@@ -31,8 +31,9 @@ RANK = click.option("--rank", type=click.IntRange(0), default=0, help="Of a job 
 @pass_session
 def exec_(session: Session, rank: int, tty: bool, job: str, words: tuple[str, ...]) -> int:
     """Run a command in a running job, as the job's own user. The exit code is the command's."""
-    from nabla.cli.ssh import run_ssh
+    from nabla.cli.ssh import run_ssh, without_dashes
 
+    words = without_dashes(words)
     command = words[0] if len(words) == 1 else shlex.join(words)
     return run_ssh(session, job, rank, [command], ["-tt" if tty else "-T"])
 

@@ -49,7 +49,12 @@ def ssh(session: Session, show_config: bool, proxy: bool, rank: int, job: str, w
         raise click.UsageError("Which job? `nabla jobs list --state running` shows them.")
     if proxy:
         return carry_into(session, job.removesuffix(DOMAIN), rank)
-    return run_ssh(session, job, rank, words)
+    return run_ssh(session, job, rank, without_dashes(words))
+
+
+def without_dashes(words: Sequence[str]) -> Sequence[str]:
+    """What follows `--`, which some write between a job and its command."""
+    return words[1:] if words[:1] == ("--",) else words
 
 
 def run_ssh(session: Session, job: str, rank: int, words: Sequence[str], options: Sequence[str] = ()) -> int:
