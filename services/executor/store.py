@@ -218,6 +218,11 @@ class ExecutorUnit(UnitOfWork):
         query = select(ExecutionRow.id, ExecutionRow.node_id, ExecutionRow.state).where(ExecutionRow.state != ENDED)
         return (await self.session.exec(query)).all()
 
+    async def holders(self) -> Sequence[tuple[str, str, str, str]]:
+        """Node, team, job and template of all that holds something on a node."""
+        columns = select(ExecutionRow.node_id, ExecutionRow.team_id, ExecutionRow.job_id, ExecutionRow.template)
+        return (await self.session.exec(columns.where(ExecutionRow.state != ENDED))).all()
+
     async def due(self) -> Sequence[ExecutionRow]:
         """Executions with something to do, longest due first; at most PAGE."""
         query = (

@@ -46,6 +46,10 @@ SENDS = (
     m.GetDeployment,
     m.ListDeployments,
     m.ListNodes,
+    m.DrainNode,
+    m.CreateNodeToken,
+    m.CheckNodeToken,
+    m.AdmitNode,
     m.GetService,
 )
 

@@ -17,6 +17,8 @@ class GatewaySettings(Settings):
     installation_id: str = ""
     # Host names that are answered, besides loopback and the front door's own.
     allowed_hosts: tuple[str, ...] = ()
+    # An address of this machine for nodes on other machines; empty: there are none, or they use the front door's.
+    node_address: str = ""
     # Host on which browsers fetch stored files. Empty: 127.0.0.1 for an interface on localhost, else s3.<apps_domain>.
     content_host: str = ""
     # Proxies whose X-Forwarded-For and X-Forwarded-Proto are believed, separated by commas.
@@ -31,4 +33,10 @@ class GatewaySettings(Settings):
     def origins(self) -> Origins:
         door = urlsplit(self.front_door).hostname or "localhost"
         door = f"[{door}]" if ":" in door else door
-        return origins_of(door, self.allowed_hosts, self.content_host, self.apps_domain)
+        nodes = (self.node_address,) if self.node_address else ()
+        return origins_of(door, (*self.allowed_hosts, *nodes), self.content_host, self.apps_domain)
+
+    @property
+    def door_port(self) -> int:
+        url = urlsplit(self.front_door)
+        return url.port or (443 if url.scheme == "https" else 80)
