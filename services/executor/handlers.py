@@ -204,6 +204,7 @@ async def drain_node(message: DrainNode, unit: ExecutorUnit, call: Envelope) -> 
         await unit.undrain([row.id])
     else:
         await unit.drain(row.id)
+        await unit.hasten(row.id)
     return node_snapshot(row).model_copy(update={"draining": not message.undo})
 
 

@@ -17,8 +17,6 @@ class GatewaySettings(Settings):
     installation_id: str = ""
     # Host names that are answered, besides loopback and the front door's own.
     allowed_hosts: tuple[str, ...] = ()
-    # An address of this machine for nodes on other machines; empty: there are none, or they use the front door's.
-    node_address: str = ""
     # Host on which browsers fetch stored files. Empty: 127.0.0.1 for an interface on localhost, else s3.<apps_domain>.
     content_host: str = ""
     # Proxies whose X-Forwarded-For and X-Forwarded-Proto are believed, separated by commas.

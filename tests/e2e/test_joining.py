@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from infra.local import leftovers
 from nabla.objects import Node
 from tests.support.links import Link, linked_namespace, why_no_links
 from tests.support.platform import Platform, running_platform
@@ -55,7 +56,7 @@ def test_a_machine_joins_by_one_command_works_is_drained_and_leaves(platform: Pl
         made = platform.command("node", "token")
         assert made.returncode == 0, made.stderr
         command = made.stdout.strip()
-        assert f"http://{link.here}:" in command
+        assert f"HTTPConnection('{link.here}:" in command
         options = ["--home", str(home), "--environment", sys.prefix, "--gpus", "4", "--cpus", "1"]
         joining = f"{command} {shlex.join(options)}"
 
@@ -85,6 +86,7 @@ def test_a_machine_joins_by_one_command_works_is_drained_and_leaves(platform: Pl
                 [*link.inside, "sh", "-c", command], capture_output=True, text=True, timeout=60, check=False, cwd="/"
             )
             assert again.returncode != 0
+            assert "nabla node token" in again.stderr
 
             # Only that node has GPUs; the job speaks with the front door from there.
             ran = platform.command(
@@ -98,6 +100,7 @@ def test_a_machine_joins_by_one_command_works_is_drained_and_leaves(platform: Pl
             assert left.returncode == 0, left.stdout + left.stderr
             eventually(lambda: None if far("resting") else node, "the departure")
             assert not (home / "node.json").exists()
+            assert leftovers.processes_of(home) == []
         finally:
             leaving = [sys.executable, str(home / "code/infra/node/node.py"), "leave", str(home), "--now"]
             subprocess.run(leaving, capture_output=True, timeout=90, check=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from datetime import datetime
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import PlainTextResponse, Response
@@ -113,9 +114,17 @@ async def undrain_node(node_id: Id, caller: Caller, once: Knows, parts: Wired) -
 
 
 def joining_command(url: str, ticket: str, python_version: str) -> str:
-    """By Python alone, as that must be there in any case."""
-    asked = f"u.Request('{url}{API}/nodes/join', headers={{'Authorization': 'Bearer {ticket}'}})"
-    return f'python{python_version} -c "import urllib.request as u; exec(u.urlopen({asked}).read())"'
+    """By Python alone, as that must be there in any case; a refusal is printed as it came, with what to do."""
+    door = urlsplit(url)
+    kind = "HTTPSConnection" if door.scheme == "https" else "HTTPConnection"
+    steps = (
+        "import http.client as h",
+        f"c=h.{kind}('{door.netloc}')",
+        f"c.request('GET','{API}/nodes/join',headers={{'Authorization':'Bearer {ticket}'}})",
+        "r=c.getresponse()",
+        "exec(r.read() if r.status==200 else 'raise SystemExit(r.read().decode())')",
+    )
+    return f'python{python_version} -c "{"; ".join(steps)}"'
 
 
 async def _find(node_id: str, caller: Caller, parts: Parts) -> Node:

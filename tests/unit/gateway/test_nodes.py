@@ -67,7 +67,7 @@ async def test_the_command_to_join_names_the_outer_door_and_a_ticket_kept_as_a_h
     command = answer.json()["command"]
     assert answer.status_code == 201
     assert command.startswith("python3.11 -c ")
-    assert "http://10.0.0.1:8080/api/v1/nodes/join" in command
+    assert "HTTPConnection('10.0.0.1:8080')" in command
     ticket = command.split("Bearer ")[1].split("'")[0]
     assert [each.token_hash for each in world.owners.of(CreateNodeToken)] == [secret_hash(ticket)]
 
