@@ -55,6 +55,10 @@ SENDS = (
     m.ListNodes,
     m.ListMachines,
     m.OpenDoor,
+    m.DrainNode,
+    m.CreateNodeToken,
+    m.CheckNodeToken,
+    m.AdmitNode,
     m.GetService,
 )
 

@@ -33,8 +33,8 @@ def exec_(session: Session, rank: int, tty: bool, job: str, words: tuple[str, ..
     """Run a command in a running job, as the job's own user. The exit code is the command's."""
     from nabla.cli.ssh import run_ssh, without_dashes
 
-    words = without_dashes(words)
-    command = words[0] if len(words) == 1 else shlex.join(words)
+    given = without_dashes(words)
+    command = given[0] if len(given) == 1 else shlex.join(given)
     return run_ssh(session, job, rank, [command], ["-tt" if tty else "-T"])
 
 
