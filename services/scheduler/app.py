@@ -8,6 +8,7 @@ from libs.common.service import Service
 from services.scheduler.adapters.executor import BusExecutor
 from services.scheduler.adapters.machine_file import MachineFile
 from services.scheduler.adapters.registry import BusRegistry
+from services.scheduler.loops.demands import DemandTeller
 from services.scheduler.loops.placer import Placer
 from services.scheduler.loops.reconciler import Patience, Reconciler
 from services.scheduler.routes import routes
@@ -18,7 +19,8 @@ from services.scheduler.store import SchedulerStore
 def build(settings: SchedulerSettings | None = None) -> Service:
     settings = settings or SchedulerSettings()
     machines = MachineFile(settings.home / settings.machines_file)
-    store = SchedulerStore(settings.database_for("scheduler"), machine_types=machines)
+    can_grow = settings.autoscale_limit > 0
+    store = SchedulerStore(settings.database_for("scheduler"), machine_types=machines, can_grow=can_grow)
     bus = Bus("scheduler", settings.nats_url, settings.nats_seed("scheduler"))
     placer = Placer(store, silent_s=settings.executor_silent_s, pass_s=settings.reconcile_s)
     patience = Patience(
@@ -35,5 +37,5 @@ def build(settings: SchedulerSettings | None = None) -> Service:
         bus=bus,
         inbox=Inbox(store, "scheduler"),
         routes=routes(),
-        loops=(placer.run, reconciler.run),
+        loops=(placer.run, reconciler.run, *([DemandTeller(store).run] if can_grow else [])),
     )

@@ -12,6 +12,8 @@ class SchedulerSettings(Settings):
 
     # Machine types, a TOML table each, in `home` unless absolute; without the file they are taken from the nodes.
     machines_file: Path = Path("machines.toml")
+    # As the executor has it: above 0, an autoscaler may bring what no present node has, and is told what waits for it.
+    autoscale_limit: int = 0
     # Seconds without a word from an executor until its jobs show as unreachable.
     executor_silent_s: float = 30.0
     # Seconds without news of an attempt until the executor is asked about it.

@@ -348,12 +348,22 @@ class SchedulerStore(Store[SchedulerUnit]):
 
     Attributes:
         policy: the live queue in memory, kept in step by the placing loop; others only look at it.
+
+    Args:
+        can_grow: whether an autoscaler may bring what no present node has.
     """
 
-    def __init__(self, url: str, clock: Clock = utc_now, machine_types: MachineTypeSource | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        clock: Clock = utc_now,
+        machine_types: MachineTypeSource | None = None,
+        *,
+        can_grow: bool = False,
+    ) -> None:
         super().__init__(url, SchedulerUnit, SKELETON, "scheduler", clock)
         self.changes = Changes()
-        self.policy = Policy()
+        self.policy = Policy(lambda _parts: can_grow)
         self._machine_types = machine_types or NoMachineTypes()
 
     @asynccontextmanager

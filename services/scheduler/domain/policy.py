@@ -283,10 +283,10 @@ class Policy:
         return f"needs {parts_text(self._lacking(demand.parts))}, and no node has such a GPU; {there}"
 
     def unmet(self, limit: int = 100) -> dict[Parts, int]:
-        """What is asked for that the present nodes would not have even if nobody used them, and by how many jobs."""
+        """What is asked for that no present node can take now, and by how many jobs."""
         found: dict[Parts, int] = defaultdict(int)
         for kind in sorted(self._blocked, reverse=True):
-            if len(found) < limit and not self.cluster.could_hold(kind.parts):
+            if kind.parts in found or len(found) < limit:
                 found[kind.parts] += sum(self._lines[team, kind].length for team in self._teams_of[kind])
         return dict(found)
 

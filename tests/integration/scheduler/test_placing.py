@@ -10,6 +10,7 @@ from libs.common import waiting
 from libs.common.contracts.messages import ExecutionEnded, Principal, Resources, StopJob, SubmitJob
 from libs.common.errors import StaleRevision
 from services.scheduler.loops import placer
+from services.scheduler.loops.demands import REPEAT_S, DemandTeller
 from tests.unit.scheduler.cases import PROJECT, said, template
 from tests.unit.scheduler.world import World, node
 
@@ -182,3 +183,24 @@ async def test_an_answer_lost_in_a_crash_is_given_again_after_the_restart(world)
     assert await world.request(message, key="k") == first
     assert await world.place() == 0
     assert await world.names() == ["job.queued", "job.starting", "execution.start"]
+
+
+async def test_what_waits_for_machines_is_told_when_it_changes_and_again_while_it_waits(world):
+    teller = DemandTeller(world.store)
+    await world.report_nodes(node(gpu_count=1))
+    jobs = [await world.submit(resources=Resources(cpu_count=1, gpu_count=2)) for _ in range(3)]
+    await world.place()
+
+    async def told(now_s: float) -> list[list[tuple[float, int]]]:
+        await teller.look(now_s)
+        events = [body for name, body in await world.outbox() if name == "demand.changed"]
+        return [[(each["resources"]["gpu_count"], each["count"]) for each in event["demands"]] for event in events]
+
+    assert await told(0.0) == [[(2.0, 3)]]
+    assert await told(1.0) == [[(2.0, 3)]]
+    assert await told(1.0 + REPEAT_S) == [[(2.0, 3)]] * 2
+    for job_id in jobs:
+        await world.request(StopJob(job_id=job_id))
+    await world.place()
+    assert await told(30.0) == [[(2.0, 3)], [(2.0, 3)], []]
+    assert await told(30.0 + REPEAT_S) == [[(2.0, 3)], [(2.0, 3)], []]
