@@ -134,7 +134,7 @@ async def get_job(message: GetJob, view: SchedulerUnit, call: Envelope) -> JobDe
     entries = await view.timeline(message.job_id)
     return JobDetail(
         job=job_message(case),
-        attempts=tuple(attempt_message(attempt) for attempt in await view.attempts(message.job_id)),
+        attempts=tuple(attempt_message(case.job.template, attempt) for attempt in await view.attempts(message.job_id)),
         timeline=tuple(
             TimelineEntry(at=from_us(entry.at_us), state=entry.state, detail=entry.detail, attempt=entry.attempt)
             for entry in entries

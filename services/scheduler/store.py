@@ -16,9 +16,9 @@ from typing import Any
 from sqlalchemy import ColumnElement, Row, Table, insert, select, update
 
 from libs.common.clock import Clock, to_us, utc_now
-from libs.common.contracts.messages import JobTemplate, Node, Principal, StartExecution, StopExecution
+from libs.common.contracts.messages import Execution, JobTemplate, Node, Principal, StartExecution, StopExecution
 from libs.common.store import Store, UnitOfWork
-from services.scheduler.domain.model import Attempt, Case, Experiment, Job
+from services.scheduler.domain.model import Attempt, Case, Experiment, Job, Member
 from services.scheduler.domain.policy import Demand, Shape, shape_of
 from services.scheduler.domain.snapshots import event_of
 from services.scheduler.tables import (
@@ -45,7 +45,10 @@ _CASES = select(
     *(ATTEMPTS.c[name].label(_NEWEST + name) for name in _ATTEMPT_FIELDS),
 ).outerjoin_from(JOBS, ATTEMPTS, JOBS.c.attempt_id == ATTEMPTS.c.id)
 _PLACES = select(
-    JOBS.c.id.label("job_id"), JOBS.c.state, JOBS.c.detail, ATTEMPTS.c.node_id, ATTEMPTS.c.forgotten
+    JOBS.c.id.label("job_id"),
+    JOBS.c.state,
+    JOBS.c.detail,
+    *(ATTEMPTS.c[name] for name in ("node_id", "members", "forgotten")),
 ).join_from(JOBS, ATTEMPTS, JOBS.c.attempt_id == ATTEMPTS.c.id)
 _DEMANDS = select(
     JOBS.c.id,
@@ -78,7 +81,7 @@ class Place:
     job_id: str
     state: str
     detail: str
-    node_id: str
+    node_ids: frozenset[str]
     forgotten: bool
 
 
@@ -110,7 +113,8 @@ class SchedulerUnit(UnitOfWork):
     async def places(self, state: str, limit: int) -> list[Place]:
         """Where the jobs in this state are, those first that were looked at longest ago."""
         query = _PLACES.where(JOBS.c.ended_us.is_(None), JOBS.c.state == state).order_by(JOBS.c.checked_us)
-        return [Place(**row._mapping) for row in (await self.execute(query.limit(limit))).all()]
+        rows = (await self.execute(query.limit(limit))).all()
+        return [Place(row.job_id, row.state, row.detail, _node_ids(row), row.forgotten) for row in rows]
 
     async def add(self, case: Case, first_detail: str) -> Case:
         """Stores a new job, already in the queue. Its timeline begins with the submission."""
@@ -354,7 +358,31 @@ def _changing(job: Job) -> dict[str, Any]:
 
 def _columns(attempt: Attempt) -> dict[str, Any]:
     plain = {name: getattr(attempt, name) for name in _ATTEMPT_FIELDS}
-    return plain | {"addresses": json.dumps(attempt.addresses), "gpu_indices": json.dumps(attempt.gpu_indices)}
+    return plain | {
+        "members": _members_text(attempt.members),
+        "addresses": json.dumps(attempt.addresses),
+        "gpu_indices": json.dumps(attempt.gpu_indices),
+    }
+
+
+def _members_text(members: Sequence[Member]) -> str:
+    """Nothing for one process alone: the attempt's own columns say what is known of it."""
+    if len(members) == 1:
+        return ""
+    return json.dumps([[member.node_id, member.seen.model_dump_json(exclude_defaults=True)] for member in members])
+
+
+def _members(row: Row[Any], prefix: str) -> tuple[Member, ...]:
+    value = {name: row._mapping[prefix + name] for name in ("members", "node_id", "execution_revision", "ended_us")}
+    if not value["members"]:
+        state = "" if value["ended_us"] is None else "ended"
+        return (Member(0, value["node_id"], Execution(state=state, revision=value["execution_revision"])),)
+    found = enumerate(json.loads(value["members"]))
+    return tuple(Member(rank, node_id, Execution.model_validate_json(seen)) for rank, (node_id, seen) in found)
+
+
+def _node_ids(row: Row[Any]) -> frozenset[str]:
+    return frozenset(node_id for node_id, _ in json.loads(row.members)) if row.members else frozenset([row.node_id])
 
 
 def _entry(job: Job, now_us: int) -> dict[str, Any]:
@@ -376,6 +404,7 @@ def _case(row: Row[Any]) -> Case:
 
 def _attempt(row: Row[Any], prefix: str) -> Attempt:
     values = {name: row._mapping[prefix + name] for name in _ATTEMPT_FIELDS}
+    values["members"] = _members(row, prefix)
     values["addresses"] = json.loads(values["addresses"])
     values["gpu_indices"] = tuple(json.loads(values["gpu_indices"]))
     return Attempt(**values)

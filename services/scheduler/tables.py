@@ -58,7 +58,11 @@ class JobRow(Base, table=True):
 
 
 class AttemptRow(Base, table=True):
-    """One try of a job; `checked_us` is when the executor was last heard of it, or asked."""
+    """One try of a job; `checked_us` is when the executor was last heard of it, or asked.
+
+    `members`: where each rank of a gang is and what was heard of it, as JSON; empty for a job of one process, of which
+    the other columns say all.
+    """
 
     __tablename__ = "attempts"
     __table_args__ = (
@@ -70,6 +74,8 @@ class AttemptRow(Base, table=True):
     job_id: str
     number: int
     node_id: str
+    members: str = Field(sa_type=Text)
+    decided_by: int | None
     state: str
     detail: str = Field(sa_type=Text)
     exit_code: int | None

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from libs.common.contracts.messages import JobTemplate, StartExecution, StopExecution
+from libs.common.contracts.messages import Execution, JobTemplate, StartExecution, StopExecution
+
+UNHEARD_OF = Execution(revision=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One process of an attempt, and the newest snapshot of what the executor says of it."""
+
+    rank: int
+    node_id: str
+    seen: Execution = UNHEARD_OF
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,7 +23,10 @@ class Attempt:
     """One try of a job. Its number is the only fence: what an older one reports never changes the job.
 
     Args:
-        execution_revision: the newest snapshot applied of what the executor says; -1 before the first.
+        node_id: where rank 0 is.
+        members: all its processes, by rank: one, or those of a gang.
+        decided_by: the rank whose end decided how the attempt ends, while others may still be ending.
+        execution_revision: the newest snapshot applied of what the executor says of any rank; -1 before the first.
         forgotten: the executor told of it before and says now that it knows of none: its database was restored.
     """
 
@@ -20,7 +34,9 @@ class Attempt:
     number: int
     node_id: str
     created_us: int
+    members: tuple[Member, ...]
     state: str = "created"
+    decided_by: int | None = None
     detail: str = ""
     exit_code: int | None = None
     started_us: int | None = None

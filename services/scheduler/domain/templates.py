@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from libs.common.contracts.messages import JobTemplate, Resources
 from libs.common.errors import Invalid, TooLarge
 from libs.common.ids import is_id
+from services.scheduler.domain.gangs import checked_gang
 
 MAX_COMMAND_BYTES = 128 * 1024
 # Every event of a job carries its template, and a message on the bus holds 256 KB.
@@ -34,6 +35,7 @@ def checked_template(template: JobTemplate, kinds: Collection[str] = PEOPLE) -> 
     Raises:
         Invalid, TooLarge: naming the field, why it cannot be, and what to write.
     """
+    template = checked_gang(template)
     filled = template.model_copy(
         update={
             "kind": template.kind or "command",
@@ -45,6 +47,11 @@ def checked_template(template: JobTemplate, kinds: Collection[str] = PEOPLE) -> 
     _check_command(filled.command)
     _check_env(filled.env)
     _check_resources(filled.resources)
+    for role in filled.gang.roles:
+        if role.command:
+            _check_command(role.command)
+        _check_env(role.env)
+        _check_resources(role.resources)
     _check_limits(filled)
     _check_ports(filled.ports)
     _check_filesets("workspace_id", [filled.workspace_id] if filled.workspace_id else [])

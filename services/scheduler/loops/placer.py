@@ -172,7 +172,7 @@ async def _commit(unit: SchedulerUnit, placements: list[Placement], reasons: dic
 async def _place_one(unit: SchedulerUnit, case: Case, node_id: str) -> None:
     job = case.job
     with span("scheduler place job", job.traceparent, object=job.id, team=job.team_id):
-        await unit.save(case, place(job, new_id("attempt"), node_id, unit.now_us))
+        await unit.save(case, place(job, new_id("attempt"), [node_id], unit.now_us))
     # The wait that the policy could have ended: a retry's delay is not its own.
     since_us = max(job.queued_us or unit.now_us, job.ready_us)
     _placement_seconds.record(max(0, unit.now_us - since_us) / 1_000_000)

@@ -28,7 +28,7 @@ def queued(**fields: Any) -> Case:
 
 
 def placed(**fields: Any) -> Case:
-    return replace(place(queued(**fields).job, "at1", "node1", NOW), commands=())
+    return replace(place(queued(**fields).job, "at1", ["node1"], NOW), commands=())
 
 
 def said(case: Case, state: str, revision: int = 1, **fields: Any) -> Execution:

@@ -80,7 +80,7 @@ def test_the_tables_have_no_other_triggers(table, triggers):
 
 
 def test_a_placed_job_has_an_attempt_and_sends_one_start_command():
-    case = place(queued().job, "at1", "node1", NOW)
+    case = place(queued().job, "at1", ["node1"], NOW)
     assert (case.job.state, case.attempt.state, case.attempt.number) == ("starting", "placed", 1)
     assert [type(command) for command in case.commands] == [StartExecution]
     assert (case.commands[0].attempt_id, case.commands[0].node_id) == ("at1", "node1")
@@ -143,7 +143,7 @@ def test_a_failure_is_tried_again_until_the_retries_are_used():
         assert (case.job.state, case.job.retries_used) == ("queued", tries)
         assert case.job.ready_us == NOW + retry_delay_s(tries) * SECOND
         assert case.job.detail == f"exit code 3; tried again in {retry_delay_s(tries):g} s"
-        case = place(case.job, f"at{tries + 1}", "node1", NOW)
+        case = place(case.job, f"at{tries + 1}", ["node1"], NOW)
     case = follow_execution(case, said(case, "ended", reason="exited", exit_code=3), NOW)
     assert (case.job.state, case.job.attempt_count) == ("failed", 3)
 
@@ -155,7 +155,7 @@ def test_a_lost_machine_costs_no_retry_of_the_user_and_at_most_five_times(reason
         case = follow_execution(case, said(case, "ended", reason=reason), NOW)
         assert (case.job.state, case.attempt.state) == ("queued", end)
         assert (case.job.retries_used, case.job.infra_retries_used) == (0, tries)
-        case = place(case.job, f"at{tries + 1}", "node1", NOW)
+        case = place(case.job, f"at{tries + 1}", ["node1"], NOW)
     case = follow_execution(case, said(case, "ended", reason=reason), NOW)
     assert case.job.state == "failed"
     assert case.job.detail.endswith("given up after 5 new tries")
@@ -167,7 +167,7 @@ def test_a_preemption_has_a_budget_of_its_own():
         case = follow_execution(case, said(case, "ended", reason="stopped"), NOW)
         assert (case.job.state, case.attempt.state) == ("queued", "preempted")
         assert (case.job.retries_used, case.job.infra_retries_used, case.job.preemptions_used) == (0, 0, tries)
-        case = place(case.job, f"at{tries + 1}", "node1", NOW)
+        case = place(case.job, f"at{tries + 1}", ["node1"], NOW)
     lost = follow_execution(case, said(case, "ended", reason="lost"), NOW)
     assert (lost.job.state, lost.job.infra_retries_used) == ("queued", 1)
     assert lost.job.ready_us == NOW + SECOND
@@ -186,7 +186,7 @@ def test_jitter_spreads_what_failed_together(jitter, waited_s):
 def test_a_report_of_an_older_attempt_never_changes_the_job():
     first = placed(max_retries=1)
     again = follow_execution(first, said(first, "ended", reason="exited", exit_code=1), NOW)
-    second = place(again.job, "at2", "node2", NOW)
+    second = place(again.job, "at2", ["node2"], NOW)
     for state in ("accepted", "running", "finishing", "ended"):
         assert follow_execution(second, said(first, state, 99, reason="exited", exit_code=0), NOW) == second
 

@@ -1,0 +1,21 @@
+"""the members of an attempt"""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    with op.batch_alter_table("attempts", schema=None) as batch_op:
+        batch_op.add_column(sa.Column("members", sa.Text(), nullable=False, server_default=""))
+        batch_op.add_column(sa.Column("decided_by", sa.Integer(), nullable=True))
+
+
+def downgrade() -> None:
+    with op.batch_alter_table("attempts", schema=None) as batch_op:
+        batch_op.drop_column("decided_by")
+        batch_op.drop_column("members")
