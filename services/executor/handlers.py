@@ -24,6 +24,7 @@ from libs.common.contracts.messages import (
     StopExecution,
 )
 from libs.common.errors import Conflict, Unauthenticated
+from libs.common.ids import new_secret
 from libs.common.telemetry import meter
 from services.executor.domain.execution import (
     ENDED,
@@ -34,7 +35,8 @@ from services.executor.domain.execution import (
     facts_of,
     short_reason,
 )
-from services.executor.store import ExecutionRow, ExecutorUnit, NodeRow
+from services.executor.domain.gang import execution_ids
+from services.executor.store import NEVER_US, ExecutionRow, ExecutorUnit, NodeRow
 
 log = logging.getLogger(__name__)
 
@@ -47,42 +49,60 @@ _start_latency = meter().create_histogram(
 
 async def accept_execution(message: StartExecution, unit: ExecutorUnit, call: Envelope) -> None:
     """Commits the intent; the driving loop reserves and starts. Known already: nothing happens."""
-    known = await unit.execution(message.attempt_id)
+    known = await unit.of_rank(message.attempt_id, 0)
     if known:
         if known.job_id != message.job_id or known.number != message.number:
             detail = f"attempt {message.attempt_id} is number {known.number} of job {known.job_id}."
             raise Conflict("attempt_differs", detail, "Give each attempt an id of its own.")
         return
-    row = ExecutionRow(
-        id=message.attempt_id,
-        job_id=message.job_id,
-        number=message.number,
-        team_id=call.team_id,
-        project_id=message.project_id,
-        experiment_id=message.experiment_id,
-        node_id=message.node_id,
-        template=message.template.to_wire().decode(),
-        traceparent=call.traceparent,
-        accepted_us=to_us(unit.now),
-    )
-    unit.session.add(row)
+    gang = _gang_facts(message)
+    nodes = gang["node_ids"] if gang else [message.node_id]
+    for id_, (rank, node_id) in zip(
+        execution_ids(message.attempt_id, len(nodes), is_gang=bool(gang)), enumerate(nodes), strict=True
+    ):
+        unit.session.add(
+            ExecutionRow(
+                id=id_,
+                attempt_id=message.attempt_id,
+                rank=rank,
+                gang=gang,
+                job_id=message.job_id,
+                number=message.number,
+                team_id=call.team_id,
+                project_id=message.project_id,
+                experiment_id=message.experiment_id,
+                node_id=node_id,
+                template=message.template.to_wire().decode(),
+                traceparent=call.traceparent,
+                accepted_us=to_us(unit.now),
+                # Rank 0 reserves for all; the others are due when it has.
+                visit_us=NEVER_US if rank else 0,
+            )
+        )
+
+
+def _gang_facts(message: StartExecution) -> dict[str, Any]:
+    """What the ranks of a gang have in common, without ports yet; empty for a job of one process."""
+    if not message.seats:
+        return {}
+    node_ids = [seat.node_id for seat in sorted(message.seats, key=lambda seat: seat.rank)]
+    return {"node_ids": node_ids, "first_port": 0, "key": new_secret("nblg")}
 
 
 async def stop_execution(message: StopExecution, unit: ExecutorUnit, call: Envelope) -> None:
-    """Records the wish; the loop repeats it until the execution has ended.
+    """Records the wish for every rank that has not ended; the loop repeats it until all have.
 
     A stop may overtake its start, so one for an attempt unknown here leaves nothing: the scheduler repeats it.
     """
-    row = await unit.execution(message.attempt_id)
-    if row is None or row.state == ENDED:
-        return
-    reason = row.stop_reason or short_reason(message.reason) or "stopped"
-    await unit.change(row, stop_reason=reason, visit_us=0)
+    for row in await unit.of_attempts([message.attempt_id]):
+        if row.state != ENDED:
+            reason = row.stop_reason or short_reason(message.reason) or "stopped"
+            await unit.change(row, stop_reason=reason, visit_us=0)
 
 
 async def apply_report(message: ReportExecution, unit: ExecutorUnit, call: Envelope) -> None:
     """Moves the execution to what a node agent saw."""
-    row = await unit.execution(message.execution.attempt_id)
+    row = await unit.of_rank(message.execution.attempt_id, message.execution.rank)
     if row is None:
         log.warning("report of an unknown attempt", extra={"attempt_id": message.execution.attempt_id})
         return
@@ -127,7 +147,7 @@ async def _tell_others(unit: ExecutorUnit, row: ExecutionRow) -> None:
         event(execution=row.snapshot()),
         team_id=row.team_id,
         project_id=row.project_id,
-        object_id=row.id,
+        object_id=row.attempt_id,
         revision=row.revision,
         attempt=row.number,
     )
@@ -141,7 +161,7 @@ async def note_sealed_log(message: LogSealed, unit: ExecutorUnit, call: Envelope
 
 
 async def list_executions(message: ListExecutions, unit: ExecutorUnit, call: Envelope) -> ExecutionPage:
-    rows = await unit.executions(message.attempt_ids[:500])
+    rows = await unit.of_attempts(message.attempt_ids[:500])
     return ExecutionPage(items=tuple(row.snapshot() for row in rows if row.team_id == call.principal.team_id))
 
 

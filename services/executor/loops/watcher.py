@@ -104,8 +104,8 @@ class Watcher:
         async with self._store.view() as view:
             unfinished = await view.unfinished()
         believed: dict[str, dict[str, str]] = {}
-        for attempt_id, node_id, state in unfinished:
-            believed.setdefault(node_id, {})[attempt_id] = state
+        for execution_id, _, node_id, state in unfinished:
+            believed.setdefault(node_id, {})[execution_id] = state
         return believed
 
     async def _learn(self, view: NodeView) -> None:
@@ -141,7 +141,7 @@ class Watcher:
             log.warning("a stray is not stopped yet", extra={"attempt_id": row.id, "reason": str(error)})
 
     async def _take(self, unit: ExecutorUnit, report: Execution) -> None:
-        row = await unit.execution(report.attempt_id)
+        row = await unit.of_rank(report.attempt_id, report.rank)
         if row is None:
             return
         try:
