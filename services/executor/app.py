@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 from libs.common.bus import Bus
 from libs.common.inbox import Inbox
 from libs.common.service import Service
 from libs.common.store import Store
 from libs.common.version import VERSION
 from services.executor.adapters.ray_cluster import connect
+from services.executor.adapters.ray_ticket import preparing
 from services.executor.adapters.storage import BusLogs
 from services.executor.loops import Driver, Sweeper, Watcher
 from services.executor.ports import AgentConfig, Cluster
@@ -35,7 +38,7 @@ def build(settings: ExecutorSettings | None = None, cluster: Cluster | None = No
         store=store,
         bus=bus,
         inbox=inbox,
-        routes=routes(),
+        routes=routes(preparing(settings.find_ray_address, os.environ)),
         loops=(driver.run, watcher.run, sweeper.run),
         describe=lambda: (True, watcher.detail),
     )
@@ -49,7 +52,9 @@ def agent_config(settings: ExecutorSettings) -> AgentConfig:
         client_folder=str(settings.client_folder.absolute()),
         storage_root=str(settings.storage_folder),
         front_door=settings.front_door,
-        nats_url=settings.node_nats_url or settings.nats_url,
+        nats_url=settings.nats_url,
+        outer_front_door=settings.node_front_door,
+        outer_nats_url=settings.node_nats_url,
         nats_seed=settings.nats_seed("agent"),
         node_fence_s=settings.node_fence_s,
         isolation=settings.isolation,

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+from datetime import datetime
 from typing import Any
 
 from libs.common.clock import from_us, to_us
 from libs.common.contracts.envelope import Envelope
 from libs.common.contracts.messages import (
+    AdmitNode,
     AuthenticateAttempt,
+    CheckNodeToken,
+    CreateNodeToken,
+    DrainNode,
     Execution,
     ExecutionEnded,
     ExecutionFinishing,
@@ -18,14 +23,17 @@ from libs.common.contracts.messages import (
     ListNodes,
     LogSealed,
     Node,
+    NodeGrant,
     NodePage,
+    NodeToken,
     ReportExecution,
     StartExecution,
     StopExecution,
 )
-from libs.common.errors import Conflict, Unauthenticated
+from libs.common.errors import Conflict, NotFound, Unauthenticated
 from libs.common.ids import new_secret
 from libs.common.telemetry import meter
+from services.executor.domain.admission import TICKET_LIFE, is_good, why_closed
 from services.executor.domain.execution import (
     ENDED,
     FINISHING,
@@ -36,10 +44,12 @@ from services.executor.domain.execution import (
     short_reason,
 )
 from services.executor.domain.gang import execution_ids
-from services.executor.store import NEVER_US, ExecutionRow, ExecutorUnit, NodeRow
+from services.executor.ports import Ticket
+from services.executor.store import NEVER_US, ExecutionRow, ExecutorUnit, NodeRow, NodeTokenRow
 
 log = logging.getLogger(__name__)
 
+OPEN_CLUSTER = "Set node_address in nabla.toml to an address of this machine, or ray_address to a cluster on a network."
 _EVENT_OF_STATE = {RUNNING: ExecutionRunning, FINISHING: ExecutionFinishing, ENDED: ExecutionEnded}
 _ended = meter().create_counter("nabla_executions_ended_total", description="Ended executions, by reason")
 _start_latency = meter().create_histogram(
@@ -177,6 +187,59 @@ async def list_nodes(message: ListNodes, unit: ExecutorUnit, call: Envelope) -> 
     return NodePage(items=nodes, detail=await unit.cluster_detail())
 
 
+async def drain_node(message: DrainNode, unit: ExecutorUnit, call: Envelope) -> Node:
+    """Commits the wish; the watcher tells it to others at its next look, and lets the node rest when it is idle."""
+    row = await unit.node(message.node_id)
+    if row is None:
+        raise NotFound("node_not_found", f"There is no node {message.node_id}.", "`nabla nodes list` shows them.")
+    if message.undo:
+        await unit.undrain([row.id])
+    else:
+        await unit.drain(row.id)
+    return node_snapshot(row).model_copy(update={"draining": not message.undo})
+
+
+async def invite_node(message: CreateNodeToken, unit: ExecutorUnit, call: Envelope) -> NodeToken:
+    """Keeps the hash of a new ticket; those that are over go on the way."""
+    ticket = _ticket(call)
+    if closed := why_closed(ticket.address):
+        raise Conflict("cluster_closed", f"No machine can join: {closed}.", OPEN_CLUSTER)
+    expires_at = unit.now + TICKET_LIFE
+    await unit.keep_node_token(message.token_hash, to_us(expires_at))
+    return _node_token(ticket, expires_at)
+
+
+async def authenticate_node(message: CheckNodeToken, unit: ExecutorUnit, call: Envelope) -> NodeToken:
+    row = await _good_ticket(unit, message.token_hash)
+    return _node_token(_ticket(call), from_us(row.expires_us))
+
+
+async def admit_node(message: AdmitNode, unit: ExecutorUnit, call: Envelope) -> NodeGrant:
+    """Uses the ticket up. A repeat of the same request is answered from the first one's record."""
+    row = await _good_ticket(unit, message.token_hash)
+    row.used_us, row.hostname = to_us(unit.now), message.hostname[:255]
+    unit.session.add(row)
+    ticket = _ticket(call)
+    return NodeGrant(ray_address=ticket.address, ray_token=ticket.token)
+
+
+async def _good_ticket(unit: ExecutorUnit, token_hash: str) -> NodeTokenRow:
+    row = await unit.node_token(token_hash)
+    if row is None or not is_good(row.expires_us, row.used_us, to_us(unit.now)):
+        detail = "This node token is not one, was used already, or is too old."
+        raise Unauthenticated("node_token_invalid", detail, "`nabla node token` makes a new one.")
+    return row
+
+
+def _ticket(call: Envelope) -> Ticket:
+    assert isinstance(call.facts, Ticket)
+    return call.facts
+
+
+def _node_token(ticket: Ticket, expires_at: datetime) -> NodeToken:
+    return NodeToken(expires_at=expires_at, python_version=ticket.python_version, ray_version=ticket.ray_version)
+
+
 def node_snapshot(row: NodeRow) -> Node:
     return Node(
         id=row.id,
@@ -188,5 +251,10 @@ def node_snapshot(row: NodeRow) -> Node:
         gpu_model=row.gpu_model,
         isolation=row.isolation,
         isolation_detail=row.isolation_detail,
+        gpu_memory_bytes=row.gpu_memory_bytes,
+        address=row.address,
+        runtimes=tuple(row.runtimes),
+        network=row.network,
+        draining=row.draining,
         seen_at=from_us(row.seen_us),
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from libs.common.contracts.messages import Execution, JobTemplate
@@ -118,7 +118,12 @@ class StartOrder:
 
 @dataclass(frozen=True, slots=True)
 class AgentConfig:
-    """What an agent knows of the installation; paths are those of its node."""
+    """What an agent knows of the installation; paths are those of its node, unless that has its own (`node_own`).
+
+    Args:
+        outer_front_door: as other machines than the executor's reach the front door; empty: as this one does.
+        outer_nats_url: the same for NATS.
+    """
 
     node_dir: str
     default_environment: str
@@ -132,6 +137,24 @@ class AgentConfig:
     environments_bytes: int = 20_000_000_000
     traces: bool = False
     version: str = ""
+    outer_front_door: str = ""
+    outer_nats_url: str = ""
+
+    def seen_from(self, *, elsewhere: bool) -> AgentConfig:
+        """The configuration of an agent on the executor's machine, or elsewhere."""
+        door, bus = self.outer_front_door or self.front_door, self.outer_nats_url or self.nats_url
+        inner = replace(self, outer_front_door="", outer_nats_url="")
+        return replace(inner, front_door=door, nats_url=bus) if elsewhere else inner
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """How a new machine gets into the cluster: `address` is `host:port` of its head, or empty while there is none."""
+
+    address: str
+    token: str = field(repr=False)
+    python_version: str
+    ray_version: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,17 +164,23 @@ class AgentView:
     Args:
         held: executions with a folder on this node.
         news: executions whose state differs from the one that the executor believes in.
+        runtimes: what it can run besides plain processes.
+        network: how far its sandboxes' networks go.
     """
 
     isolation: str
     isolation_detail: str
     held: frozenset[str] = frozenset()
     news: tuple[Execution, ...] = ()
+    runtimes: tuple[str, ...] = ()
+    network: str = ""
+    gpu_model: str = ""
+    gpu_memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class NodeView:
-    """One node as the cluster sees it; `agent` is None when its agent does not answer."""
+    """One node as the cluster sees it; `agent` is None when its agent does not answer, or none is wanted there."""
 
     id: str
     hostname: str
@@ -159,15 +188,21 @@ class NodeView:
     memory_bytes: int
     gpu_count: float
     gpu_model: str = ""
+    gpu_memory_bytes: int = 0
+    address: str = ""
+    is_head: bool = False
     agent: AgentView | None = None
 
 
 class Nodes(Protocol):
-    async def look(self, believed: Mapping[str, Mapping[str, str]]) -> tuple[NodeView, ...]:
+    async def look(
+        self, believed: Mapping[str, Mapping[str, str]], resting: Collection[str] = ()
+    ) -> tuple[NodeView, ...]:
         """The living nodes, each with an agent that is started where there was none.
 
         Args:
             believed: node id -> execution id -> the state that the executor has for it.
+            resting: nodes that shall have no agent: one that is there leaves.
 
         Raises:
             ClusterAway: there is no cluster; the text says why, for people.

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from libs.common.contracts.message import Message
 from libs.common.contracts.messages import (
+    AdmitNode,
     AuthenticateAttempt,
+    CheckNodeToken,
+    CreateNodeToken,
+    DrainNode,
     GetLog,
     ListExecutions,
     ListFiles,
@@ -18,7 +22,7 @@ from libs.common.contracts.messages import (
     StartExecution,
     StopExecution,
 )
-from libs.common.routing import GATEWAY_ONLY, INTERNAL, Route, Routes, Rule
+from libs.common.routing import GATEWAY_ONLY, INTERNAL, Prepare, Route, Routes, Rule
 from services.executor import handlers
 
 # Node agents have a NATS user of their own, which may send this and nothing else.
@@ -32,10 +36,12 @@ AGENT_SENDS: tuple[type[Message], ...] = (
 )
 
 _FOR_RECONCILING = Rule(role=None, scope="internal", services=frozenset({"scheduler"}))
+_LEAD = Rule(role="admin", scope="write")
 _FOR_VIEWERS = Rule(role="viewer", scope="read", services=frozenset({"gateway", "scheduler"}))
 
 
-def routes() -> Routes:
+def routes(prepare_ticket: Prepare | None = None) -> Routes:
+    """The routes. Without `prepare_ticket`, which needs a built service, no machine can be invited."""
     return Routes(
         "executor",
         (
@@ -45,6 +51,10 @@ def routes() -> Routes:
             Route(LogSealed, handlers.note_sealed_log, INTERNAL),
             Route(ListExecutions, handlers.list_executions, _FOR_RECONCILING),
             Route(AuthenticateAttempt, handlers.authenticate_attempt, GATEWAY_ONLY),
+            Route(CreateNodeToken, handlers.invite_node, _LEAD, prepare=prepare_ticket),
+            Route(CheckNodeToken, handlers.authenticate_node, GATEWAY_ONLY, prepare=prepare_ticket),
+            Route(AdmitNode, handlers.admit_node, GATEWAY_ONLY, prepare=prepare_ticket),
+            Route(DrainNode, handlers.drain_node, _LEAD),
             Route(ListNodes, handlers.list_nodes, _FOR_VIEWERS),
         ),
         sends=(GetLog,),

@@ -27,8 +27,9 @@ class ExecutorSettings(Settings):
     client_folder: Path = _ROOT / "libs" / "client"
     # Persistent storage: a folder per team below it is /storage in its jobs. Empty: `home/storage`.
     storage_root: Path | None = None
-    # NATS as nodes reach it, when that differs from how the services do.
+    # NATS and the front door as nodes on other machines reach them, where that differs from how this machine does.
     node_nats_url: str = ""
+    node_front_door: str = ""
     # auto takes bwrap where the kernel allows it; process is for an installation with one user.
     isolation: Literal["auto", "bwrap", "process"] = "auto"
     # Where the front door listens: class `process` is for loopback alone.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from typing import Any
 
 from sqlalchemy import JSON, BigInteger, Column, Index, Integer, String, Text, func, text
@@ -141,7 +142,43 @@ class NodeRow(Base, table=True):
     gpu_model: str = Field(default="", max_length=255)
     isolation: str = Field(default="", max_length=16)
     isolation_detail: str = Field(default="", sa_column=Column(Text, nullable=False))
+    gpu_memory_bytes: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
+    address: str = Field(default="", max_length=255)
+    runtimes: list[str] = Field(default_factory=list, sa_column=Column(JSON, nullable=False))
+    network: str = Field(default="", max_length=16)
+    draining: bool = False
+    is_head: bool = False
     seen_us: int = Field(sa_column=Column(BigInteger, nullable=False))
+
+
+class DrainRow(Base, table=True):
+    """A node that takes no new work, present or not: it may be away for a while."""
+
+    __tablename__ = "drains"
+
+    node_id: str = Field(primary_key=True, max_length=64)
+    since_us: int = Field(sa_column=Column(BigInteger, nullable=False))
+
+
+class NodeTokenRow(Base, table=True):
+    """A machine's ticket into the cluster, of which only the hash is kept: good once, and not for long."""
+
+    __tablename__ = "node_tokens"
+
+    token_hash: str = Field(primary_key=True, max_length=64)
+    expires_us: int = Field(sa_column=Column(BigInteger, nullable=False))
+    used_us: int | None = Field(default=None, sa_column=Column(BigInteger))
+    hostname: str = Field(default="", max_length=255)
+
+
+class DemandRow(Base, table=True):
+    """One row: the shapes of queued work that no present node can take, and when the scheduler last said so."""
+
+    __tablename__ = "demand"
+
+    id: int = Field(primary_key=True)
+    shapes: list[dict[str, Any]] = Field(default_factory=list, sa_column=Column(JSON, nullable=False))
+    told_us: int = Field(sa_column=Column(BigInteger, nullable=False))
 
 
 class ClusterRow(Base, table=True):
@@ -255,6 +292,9 @@ class ExecutorUnit(UnitOfWork):
     async def nodes(self) -> Sequence[NodeRow]:
         return (await self.session.exec(select(NodeRow).order_by(col(NodeRow.id)))).all()
 
+    async def node(self, node_id: str) -> NodeRow | None:
+        return await self.session.get(NodeRow, node_id)
+
     async def save_nodes(self, nodes: Iterable[KnownNode], detail: str) -> None:
         """Replaces the inventory; what is no longer in it is forgotten."""
         seen_us = {row.id: row.seen_us for row in await self.nodes()}
@@ -263,6 +303,24 @@ class ExecutorUnit(UnitOfWork):
             at = seen_us.get(node.id, to_us(self.now)) if node.state != "ready" else to_us(self.now)
             self.session.add(node_row(node, at))
         await self.session.merge(ClusterRow(id=1, detail=detail[:500]))
+
+    async def draining(self) -> frozenset[str]:
+        """Nodes that take no new work."""
+        return frozenset((await self.session.exec(select(DrainRow.node_id))).all())
+
+    async def drain(self, node_id: str) -> None:
+        if await self.session.get(DrainRow, node_id) is None:
+            self.session.add(DrainRow(node_id=node_id, since_us=to_us(self.now)))
+
+    async def undrain(self, node_ids: Iterable[str]) -> None:
+        await self.session.exec(delete(DrainRow).where(col(DrainRow.node_id).in_(list(node_ids))))
+
+    async def keep_node_token(self, token_hash: str, expires_us: int) -> None:
+        await self.session.exec(delete(NodeTokenRow).where(col(NodeTokenRow.expires_us) < to_us(self.now)))
+        self.session.add(NodeTokenRow(token_hash=token_hash, expires_us=expires_us))
+
+    async def node_token(self, token_hash: str) -> NodeTokenRow | None:
+        return await self.session.get(NodeTokenRow, token_hash)
 
     async def cluster_detail(self) -> str:
         row = await self.session.get(ClusterRow, 1)
@@ -273,31 +331,15 @@ class ExecutorUnit(UnitOfWork):
         return (await self.session.exec(query)).all()
 
 
+# What a node's row and its picture in memory share, under the same names.
+_SHARED = frozenset(field.name for field in fields(KnownNode)) & frozenset(NodeRow.model_fields) - {"runtimes"}
+
+
 def node_row(node: KnownNode, seen_us: int) -> NodeRow:
-    return NodeRow(
-        id=node.id,
-        hostname=node.hostname,
-        state=node.state,
-        cpu_count=node.cpu_count,
-        memory_bytes=node.memory_bytes,
-        gpu_count=node.gpu_count,
-        gpu_model=node.gpu_model,
-        isolation=node.isolation,
-        isolation_detail=node.isolation_detail,
-        seen_us=seen_us,
-    )
+    return NodeRow(**{name: getattr(node, name) for name in _SHARED}, runtimes=list(node.runtimes), seen_us=seen_us)
 
 
-def known_node(row: NodeRow, heard_s: float) -> KnownNode:
-    return KnownNode(
-        id=row.id,
-        hostname=row.hostname,
-        state=row.state,
-        cpu_count=row.cpu_count,
-        memory_bytes=row.memory_bytes,
-        gpu_count=row.gpu_count,
-        gpu_model=row.gpu_model,
-        isolation=row.isolation,
-        isolation_detail=row.isolation_detail,
-        heard_s=heard_s,
-    )
+def known_node(row: NodeRow, now_s: float) -> KnownNode:
+    """As heard and at work now, which errs on the safe side."""
+    shared = {name: getattr(row, name) for name in _SHARED}
+    return KnownNode(**shared, runtimes=tuple(row.runtimes), heard_s=now_s, busy_s=now_s)

@@ -948,7 +948,7 @@ class ModelPage(Message):
 class Node(Message):
     id: str = ""
     hostname: str = ""
-    # ready silent gone
+    # ready silent gone, or resting: it has nothing to do and no agent, so that it may be taken away.
     state: str = ""
     cpu_count: float = 0.0
     memory_bytes: Int64 = 0
@@ -986,6 +986,71 @@ class ListNodes(Message):
 class NodePage(Message):
     items: tuple[Node, ...] = ()
     detail: str = ""
+
+
+class DrainNode(Message):
+    """Takes no new work, and rests when what runs there has ended; or, undone, works again."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "executor", "node.drain", reply="Node")
+
+    node_id: str = ""
+    undo: bool = False
+
+
+class NodeToken(Message):
+    """A ticket with which one machine may join the cluster, once and soon."""
+
+    expires_at: datetime | None = None
+    # What the machine must have.
+    python_version: str = ""
+    ray_version: str = ""
+    # Shown once, by whoever made it.
+    secret: str = ""
+
+
+class CreateNodeToken(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "executor", "node.invite", reply="NodeToken")
+
+    token_hash: str = ""
+
+
+class CheckNodeToken(Message):
+    """Is this ticket still good? It stays so."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.QUERY, "executor", "node.authenticate", reply="NodeToken")
+
+    token_hash: str = ""
+
+
+class AdmitNode(Message):
+    """The ticket is used up, and the answer is what the machine needs to join."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "executor", "node.admit", reply="NodeGrant")
+
+    token_hash: str = ""
+    hostname: str = ""
+
+
+class NodeGrant(Message):
+    # Of the Ray cluster, as the new machine reaches it.
+    ray_address: str = ""
+    ray_token: str = ""
+
+
+class Demand(Message):
+    """So many jobs of one shape wait for a machine that is not there."""
+
+    resources: Resources = Field(default_factory=Resources)
+    count: int = 0
+
+
+class DemandChanged(Message):
+    """All demand that no present node can take, sent on change and every few seconds while there is any: what is not
+    repeated is withdrawn."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.EVENT, "scheduler", "demand.changed")
+
+    demands: tuple[Demand, ...] = ()
 
 
 class Project(Message):
@@ -1302,6 +1367,14 @@ MESSAGES: tuple[type[Message], ...] = (
     NodesReported,
     ListNodes,
     NodePage,
+    DrainNode,
+    NodeToken,
+    CreateNodeToken,
+    CheckNodeToken,
+    AdmitNode,
+    NodeGrant,
+    Demand,
+    DemandChanged,
     Project,
     ProjectCreated,
     ProjectUpdated,

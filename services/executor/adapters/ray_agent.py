@@ -10,10 +10,11 @@ import asyncio
 import hashlib
 import json
 import logging
+import os
 import threading
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,12 @@ from services.executor.ports import AgentConfig, AgentView, StartOrder
 
 RETRY_S = 1.0
 HEAD_ANSWERS_S = 5.0
+NODE_VARIABLES = {
+    "NABLA_NODE_DIR": "node_dir",
+    "NABLA_NODE_ENVIRONMENT": "default_environment",
+    "NABLA_NODE_CLIENT": "client_folder",
+    "NABLA_NODE_STORAGE": "storage_root",
+}
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -33,11 +40,23 @@ def fingerprint(config: AgentConfig) -> str:
     return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()
 
 
+def node_own(config: AgentConfig, environment: Mapping[str, str]) -> AgentConfig:
+    """The configuration with the paths that this node has of its own, by the variables it was started with.
+
+    Nodes of one installation may share a machine, or have nothing where the executor's machine has it.
+    """
+    own: dict[str, Any] = {
+        name: environment[variable] for variable, name in NODE_VARIABLES.items() if environment.get(variable)
+    }
+    return replace(config, **own)
+
+
 class RayNodeAgent:
     """One per node, named, detached, restarted by Ray for ever."""
 
     def __init__(self, node_id: str, config: AgentConfig) -> None:
         self._fingerprint = fingerprint(config)
+        config = node_own(config, os.environ)
         if config.traces:
             set_up_traces("agent", Path(config.node_dir) / "traces")
         self._agent = NodeAgent(node_id, config, HeadQuestion(_ask_head).answered)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
@@ -53,10 +53,12 @@ class RayCluster:
         self._reserving = ThreadPoolExecutor(RESERVING, thread_name_prefix="ray-reserve")
         self._closed = False
 
-    async def look(self, believed: Mapping[str, Mapping[str, str]]) -> tuple[NodeView, ...]:
+    async def look(
+        self, believed: Mapping[str, Mapping[str, str]], resting: Collection[str] = ()
+    ) -> tuple[NodeView, ...]:
         # Apart, so that a head that died is told of long before the patience with a new one is over.
         await self._in_thread(self._looking, CONNECT_LIMIT_S, self._connection.join)
-        return await self._in_thread(self._looking, CALL_LIMIT_S, self._nodes.look, believed)
+        return await self._in_thread(self._looking, CALL_LIMIT_S, self._nodes.look, believed, resting)
 
     async def reserve(self, wanted: Reservation) -> tuple[tuple[int, ...], ...]:
         return await self._in_thread(

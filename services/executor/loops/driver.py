@@ -201,13 +201,18 @@ class Driver:
             is_over = all(each.state == ENDED for each in await view.of_attempts([row.attempt_id]))
         if is_over:
             await self._cluster.release(row.attempt_id)
-        keep_until_us = (row.ended_us or 0) + int(self._settings.keep_folder_s * 1_000_000)
+        keep_until_us = (row.ended_us or 0) + int(await self._keep_folder_s(row.node_id) * 1_000_000)
         if not row.log_sealed:
             await self._visit_at(row, NEVER_US)
         elif to_us(utc_now()) < keep_until_us:
             await self._visit_at(row, keep_until_us)
         else:
             await self._drop(row)
+
+    async def _keep_folder_s(self, node_id: str) -> float:
+        """A node that drains shall have nothing left: what is in the object store goes at once."""
+        async with self._store.view() as view:
+            return 0.0 if node_id in await view.draining() else self._settings.keep_folder_s
 
     async def _drop(self, row: ExecutionRow) -> None:
         """A folder that is still there afterwards is listed by its node's agent, and dropped later."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 from libs.common.clock import to_us, utc_now
@@ -16,15 +17,17 @@ from services.executor.domain.execution import ENDED, FINISHING, RUNNING, STARTI
 from services.executor.domain.inventory import (
     GONE,
     READY,
+    RESTING,
     SILENT,
     KnownNode,
     changed,
     inventory_unasked,
+    may_rest,
     next_inventory,
 )
 from services.executor.handlers import node_snapshot, take_report
 from services.executor.loops.endings import ExecutorStore, end_execution
-from services.executor.ports import Cluster, ClusterAway, NodeView
+from services.executor.ports import AgentView, Cluster, ClusterAway, NodeView
 from services.executor.settings import ExecutorSettings
 from services.executor.store import NEVER_US, ExecutionRow, ExecutorUnit, known_node, node_row
 
@@ -36,6 +39,21 @@ PLATFORM_TEAM = "platform"
 
 log = logging.getLogger(__name__)
 _nodes_gauge = meter().create_gauge("nabla_nodes_ready_count", description="Nodes that can take work")
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a look goes by.
+
+    Args:
+        believed: node -> attempt -> state, of all that has not ended.
+        draining: nodes that take no new work.
+        resting: nodes that shall have no agent.
+    """
+
+    believed: Mapping[str, Mapping[str, str]]
+    draining: frozenset[str]
+    resting: frozenset[str]
 
 
 class Watcher:
@@ -74,12 +92,15 @@ class Watcher:
 
     async def look(self) -> bool:
         """One pass; whether some node is ready."""
-        views = await self._ask_cluster()
+        plan = await self._plan()
+        views = await self._ask_cluster(plan)
         now_s, fence_s = self._clock_s(), self._settings.node_fence_s
         if views is None:
-            after = inventory_unasked(self._nodes, self._looked_s, now_s, fence_s)
+            unseen = inventory_unasked(self._nodes, self._looked_s, now_s, fence_s)
+            after = tuple(replace(node, draining=node.id in plan.draining) for node in unseen)
         else:
-            seen = {view.id: _known(view, now_s) for view in views}
+            before = {node.id: node for node in self._nodes}
+            seen = {view.id: _known(view, plan, before.get(view.id), now_s) for view in views}
             after = next_inventory(self._nodes, seen, now_s, fence_s)
         self._looked_s = now_s
         for view in views or ():
@@ -90,23 +111,29 @@ class Watcher:
         _nodes_gauge.set(ready)
         return ready > 0
 
-    async def _ask_cluster(self) -> tuple[NodeView, ...] | None:
+    async def _ask_cluster(self, plan: _Plan) -> tuple[NodeView, ...] | None:
         """The living nodes; None when the cluster's head does not answer."""
         try:
-            views = await self._cluster.look(await self._believed())
+            views = await self._cluster.look(plan.believed, plan.resting)
         except (ClusterAway, TimeoutError) as error:
             self.detail = str(error) or "the Ray cluster does not answer"
             return None
         self.detail = "" if views else "no node of the Ray cluster is alive"
         return views
 
-    async def _believed(self) -> dict[str, dict[str, str]]:
+    async def _plan(self) -> _Plan:
         async with self._store.view() as view:
-            unfinished = await view.unfinished()
+            unfinished, draining = await view.unfinished(), await view.draining()
         believed: dict[str, dict[str, str]] = {}
         for execution_id, _, node_id, state in unfinished:
             believed.setdefault(node_id, {})[execution_id] = state
-        return believed
+        resting = frozenset(node.id for node in self._nodes if self._rests(node, node.id in draining, believed))
+        return _Plan(believed, draining, resting)
+
+    def _rests(self, node: KnownNode, draining: bool, believed: Mapping[str, object]) -> bool:
+        now_s = self._clock_s()
+        is_busy = node.id in believed or node.busy_s >= self._looked_s
+        return may_rest(replace(node, draining=draining), is_busy=is_busy, now_s=now_s, idle_s=None)
 
     async def _learn(self, view: NodeView) -> None:
         """Applies what the agent knows better, and settles differences about which attempts there are."""
@@ -180,22 +207,47 @@ class Watcher:
     async def _report(self, unit: ExecutorUnit, nodes: Sequence[KnownNode]) -> None:
         detail = "" if any(node.state == READY for node in nodes) else self.detail
         await unit.save_nodes([node for node in nodes if node.state != GONE], detail)
+        # A node that comes back does so under another id.
+        await unit.undrain(node.id for node in nodes if node.state == GONE)
         seen_us = to_us(unit.now)
         snapshots = tuple(node_snapshot(node_row(node, seen_us)) for node in nodes)
         await unit.emit(NodesReported(nodes=snapshots, detail=detail), team_id=PLATFORM_TEAM, object_id="inventory")
 
 
-def _known(view: NodeView, now_s: float) -> KnownNode:
-    agent = view.agent
-    return KnownNode(
+def _known(view: NodeView, plan: _Plan, before: KnownNode | None, now_s: float) -> KnownNode:
+    agent = view.agent or AgentView("", "")
+    # Nobody knows what is on a node whose agent should answer and does not.
+    is_busy = view.id in plan.believed or (bool(agent.held) if view.agent else view.id not in plan.resting)
+    node = KnownNode(
         id=view.id,
         hostname=view.hostname,
-        state=READY if agent else SILENT,
+        state=RESTING if view.id in plan.resting else READY if view.agent else SILENT,
         cpu_count=view.cpu_count,
         memory_bytes=view.memory_bytes,
         gpu_count=view.gpu_count,
-        gpu_model=view.gpu_model,
-        isolation=agent.isolation if agent else "",
-        isolation_detail=agent.isolation_detail if agent else "",
+        gpu_model=view.gpu_model or agent.gpu_model,
+        gpu_memory_bytes=view.gpu_memory_bytes or agent.gpu_memory_bytes,
+        isolation=agent.isolation,
+        isolation_detail=agent.isolation_detail,
+        address=view.address,
+        runtimes=agent.runtimes,
+        network=agent.network,
+        draining=view.id in plan.draining,
+        is_head=view.is_head,
         heard_s=now_s,
+        busy_s=now_s if is_busy or before is None else before.busy_s,
+    )
+    return node if view.agent or before is None else _as_last_told(node, before)
+
+
+def _as_last_told(node: KnownNode, before: KnownNode) -> KnownNode:
+    """What an agent said once holds while there is none: people and machine types see the node as it will be."""
+    return replace(
+        node,
+        gpu_model=node.gpu_model or before.gpu_model,
+        gpu_memory_bytes=node.gpu_memory_bytes or before.gpu_memory_bytes,
+        isolation=before.isolation,
+        isolation_detail=before.isolation_detail,
+        runtimes=before.runtimes,
+        network=before.network,
     )

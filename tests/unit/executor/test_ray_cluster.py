@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import pytest
 
@@ -38,7 +38,7 @@ class HangingNodes(RayNodes):
         super().__init__(connection, CONFIG, "nabla")
         self._answers = answers
 
-    def look(self, believed: Mapping[str, Mapping[str, str]]) -> tuple[NodeView, ...]:
+    def look(self, believed: Mapping[str, Mapping[str, str]], resting: Collection[str]) -> tuple[NodeView, ...]:
         return (NodeView("node1", "host", 1.0, 1, 0.0),)
 
     def call(self, node_id: str, method: str, *args: object) -> None:
