@@ -23,6 +23,7 @@ SCALARS = {
     "TYPE_DOUBLE": ("float", "0.0"),
     "TYPE_INT32": ("int", "0"),
     "TYPE_INT64": ("Int64", "0"),
+    "TYPE_BYTES": ("Bytes", 'b""'),
 }
 TIMESTAMP = ".google.protobuf.Timestamp"
 KINDS = {
@@ -42,7 +43,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from libs.common.contracts.message import Int64, Kind, Message, Route
+from libs.common.contracts.message import Bytes, Int64, Kind, Message, Route
 '''
 
 

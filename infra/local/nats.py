@@ -98,8 +98,9 @@ def gateway_extra() -> Grant:
 
 
 def agent_grant(sends: Iterable[type[Message]]) -> Grant:
-    """Node agents ship logs and reports, and ask storage and registry on behalf of the attempt they run."""
-    subjects = tuple(sorted(filter_for(message) for message in sends))
+    """Node agents ship logs and reports, show live what is not in a log yet, and ask storage and registry on behalf
+    of the attempt they run."""
+    subjects = (*sorted(filter_for(message) for message in sends), "nabla.tail.>")
     return Grant(AGENT, publish=subjects, subscribe=(f"_INBOX_{AGENT}.>",))
 
 

@@ -6,6 +6,7 @@ settings than the code says (both measured).
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,8 @@ EPITAPH_BYTES = 8_192
 
 
 def streams(replicas: int = 1) -> tuple[StreamConfig, ...]:
-    """The four streams. Full means refused, never forgotten, except for logs, whose truth is the node's spool."""
+    """The four streams. Full means refused, never forgotten. Log frames go as soon as storage has them: what is there
+    is what storage has not taken yet, and where that is too much, lines wait in the spools of their nodes."""
     shared: dict[str, Any] = {
         "storage": StorageType.FILE,
         "num_replicas": replicas,
@@ -60,9 +62,9 @@ def streams(replicas: int = 1) -> tuple[StreamConfig, ...]:
         StreamConfig(
             name=LOGS,
             subjects=["nabla.log.*.*"],
-            max_age=DAY_S,
+            retention=RetentionPolicy.WORK_QUEUE,
             max_bytes=4 << 30,
-            **(shared | {"discard": DiscardPolicy.OLD}),
+            **shared,
         ),
         StreamConfig(
             name=DEAD_LETTERS,
@@ -71,6 +73,9 @@ def streams(replicas: int = 1) -> tuple[StreamConfig, ...]:
             **(shared | {"max_msg_size": MAX_MESSAGE_BYTES + EPITAPH_BYTES}),
         ),
     )
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +115,26 @@ async def provision_streams(jetstream: JetStreamContext, replicas: int = 1) -> N
     for config in streams(replicas):
         assert config.name
         try:
-            await jetstream.stream_info(config.name)
+            present = await jetstream.stream_info(config.name)
         except NotFoundError:
             await jetstream.add_stream(config)
+            continue
+        if present.config.retention != config.retention:
+            await _make_anew(jetstream, config)
         else:
             await jetstream.update_stream(config)
+
+
+async def _make_anew(jetstream: JetStreamContext, config: StreamConfig) -> None:
+    """How a stream keeps its messages cannot be changed. One that an older release made stays as it is as long as
+    somebody has not taken all that it holds."""
+    assert config.name
+    waiting = [each for each in await jetstream.consumers_info(config.name) if each.num_pending or each.num_ack_pending]
+    if waiting:
+        log.warning("stream is changed at a later start", extra={"stream": config.name, "waits_for": len(waiting)})
+        return
+    await jetstream.delete_stream(config.name)
+    await jetstream.add_stream(config)
 
 
 async def provision_consumers(jetstream: JetStreamContext, routes: Routes) -> None:

@@ -59,6 +59,8 @@ def agent_config(settings: ExecutorSettings) -> AgentConfig:
         node_fence_s=settings.node_fence_s,
         isolation=settings.isolation,
         environments_bytes=settings.environments_bytes,
+        log_limit_bytes=settings.log_limit_bytes,
+        disk_reserve_bytes=settings.disk_reserve_bytes,
         traces=settings.traces,
         version=VERSION,
     )

@@ -135,6 +135,8 @@ class AgentConfig:
     node_fence_s: float = 120.0
     isolation: str = "auto"
     environments_bytes: int = 20_000_000_000
+    log_limit_bytes: int = 10_000_000_000
+    disk_reserve_bytes: int = 1_000_000_000
     traces: bool = False
     version: str = ""
     outer_front_door: str = ""

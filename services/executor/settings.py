@@ -44,6 +44,10 @@ class ExecutorSettings(Settings):
     revisit_s: float = 3600.0
     # Environments built from requirements are kept on their node up to this size together; the longest unused go.
     environments_bytes: int = 20_000_000_000
+    # The most that the log of one attempt may have; past it the log says so and ends, and the job goes on.
+    log_limit_bytes: int = Field(default=10_000_000_000, ge=0)
+    # So much of a node's disk (at most a tenth of it) logs leave free; below it they pause, and say so.
+    disk_reserve_bytes: int = Field(default=1_000_000_000, ge=0)
     # Where the platform is root, team n runs as uid_base + n.
     uid_base: int = 61000
     # Seconds between looks at the nodes.

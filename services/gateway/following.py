@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
+from libs.common.clock import utc_now
 from libs.common.contracts.messages import (
     GetJob,
     GetLog,
@@ -20,7 +21,7 @@ from libs.common.contracts.messages import (
 )
 from libs.common.contracts.subjects import subject_for, tail_subject, team_events
 from libs.common.errors import MalformedMessage, NotFound, Unavailable
-from services.gateway.domain.log_cursor import Advance, advance_by_history, advance_by_tail
+from services.gateway.domain.log_cursor import Advance, advance_by_history, advance_by_tail, skip_to, skipped_mark
 from services.gateway.ports import Hint, Hints, Listener, Owners
 
 PAGE = 1000
@@ -34,6 +35,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Lines:
+    lines: tuple[LogLine, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """What the job shows just now on lines that it has not ended."""
+
     lines: tuple[LogLine, ...]
 
 
@@ -57,6 +65,7 @@ class _Standing:
     # Negative when the client asked for the last so many lines, until the first page has come.
     tail_first: int = 0
     looks_after_end: int = 0
+    skip_behind: int = 0
 
     @property
     def over(self) -> bool:
@@ -76,6 +85,7 @@ class _Standing:
         return min(ENDING_POLL_S, poll_s) if self.looks_after_end <= ENDING_POLLS else poll_s
 
 
+Step = Lines | Unfinished | State | End
 # Given out every few seconds though nothing happened, so that whoever follows can look after the connection.
 QUIET = Lines(())
 
@@ -91,17 +101,20 @@ class JobFollower:
     async def job(self, principal: Principal, job_id: str) -> Job:
         return (await self._owners.ask(GetJob(job_id=job_id), JobDetail, principal)).job
 
-    async def follow(self, principal: Principal, job: Job, after: int) -> AsyncGenerator[Lines | State | End, None]:
+    async def follow(
+        self, principal: Principal, job: Job, after: int, skip_behind: int = 0
+    ) -> AsyncGenerator[Step, None]:
         """From the line after `after` (negative: the last so many lines) to the job's end.
 
         Args:
             job: as read with `job`, by which its owner has said that this principal may see it.
+            skip_behind: whoever falls so many lines behind goes on near the end, past a line that says so; 0: never.
 
         Raises:
             Closing: the gateway stops.
             NotFound: the job is gone.
         """
-        standing = _Standing(job, max(after, 0), tail_first=min(after, 0))
+        standing = _Standing(job, max(after, 0), tail_first=min(after, 0), skip_behind=skip_behind)
         yield State(job)
         # Listening begins before the first reading: a line is in what is read or in what is heard, or in both.
         async with self._hints.listen(*_subjects(job)) as listener:
@@ -123,6 +136,11 @@ class JobFollower:
             page = await self._read(principal, standing)
             if page is None:
                 return
+            reached = skip_to(standing.last, page.last_sequence, standing.skip_behind)
+            if standing.tail_first == 0 and reached > standing.last:
+                yield Advance((skipped_mark(standing.last, reached, utc_now()),), reached, behind=True)
+                standing.last = reached
+                continue
             advance = advance_by_history(standing.last, page, PAGE)
             # The first page says where the tail begins, but may not hold all of it: an answer has room for so much.
             standing.last, standing.tail_first = advance.last, 0
@@ -134,7 +152,9 @@ class JobFollower:
 
     async def _read(self, principal: Principal, standing: _Standing) -> LogPage | None:
         try:
-            question = GetLog(job_id=standing.job.id, after=standing.tail_first or standing.last, limit=PAGE)
+            question = GetLog(
+                job_id=standing.job.id, after=standing.tail_first or standing.last, limit=PAGE, sliced=True
+            )
             return await self._owners.ask(question, LogPage, principal)
         except (Unavailable, NotFound):
             # Not there yet, or its owner starts again: the client waits, and is told everything later.
@@ -146,7 +166,7 @@ class JobFollower:
         except Unavailable:
             return known
 
-    async def _hear(self, listener: Listener, standing: _Standing) -> AsyncGenerator[Lines | State, None]:
+    async def _hear(self, listener: Listener, standing: _Standing) -> AsyncGenerator[Lines | Unfinished | State, None]:
         """Passes hints on until something must be looked up: a gap, an end, or a while without a look."""
         loop = asyncio.get_running_loop()
         until = loop.time() + standing.pause_s(self._poll_s)
@@ -173,11 +193,13 @@ def _subjects(job: Job) -> tuple[str, ...]:
     )
 
 
-def _understand(hint: Hint, standing: _Standing) -> tuple[Lines | State | None, bool]:
+def _understand(hint: Hint, standing: _Standing) -> tuple[Lines | Unfinished | State | None, bool]:
     """What a hint says, and whether the owners must be asked now."""
     job = standing.job
     if hint.subject == tail_subject(job.team_id, job.id):
         page = LogPage.from_wire(hint.body)
+        if page.unfinished:
+            return Unfinished(page.unfinished), False
         advance = advance_by_tail(standing.last, page)
         standing.last = advance.last
         return (Lines(advance.lines) if advance.lines else None), advance.behind or page.complete

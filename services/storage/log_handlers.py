@@ -16,11 +16,11 @@ from libs.common.contracts.messages import (
     JobSucceeded,
     JobTimedOut,
     LogFrame,
-    LogLine,
     LogPage,
     Principal,
 )
 from libs.common.errors import Invalid, Unavailable
+from libs.common.loglines import Slice
 from libs.common.store import Store
 from libs.common.telemetry import meter
 from services.storage.adapters.tail import Tail
@@ -31,10 +31,9 @@ from services.storage.domain.logs import (
     Intake,
     PageCutter,
     is_early,
+    lines_of,
     lost_mark,
-    new_lines,
     nothing_awaited,
-    numbered,
     packed_chunk,
     start_after,
     unpacked_block,
@@ -112,7 +111,7 @@ class LogHandlers:
             if log is None or not _may_read(log, call.principal):
                 return LogPage()
             whole = await self.is_whole(view, log)
-        page = PageCutter(start_after(message.after, log.last_sequence), message.limit)
+        page = PageCutter(start_after(message.after, log.last_sequence), message.limit, sliced=message.sliced)
         while not page.full and page.position < log.last_sequence:
             before = page.position
             await self._read_some(log.id, page)
@@ -121,6 +120,7 @@ class LogHandlers:
         complete = whole and page.position >= log.last_sequence
         return LogPage(
             lines=tuple(page.lines),
+            slices=tuple(page.slices),
             complete=complete,
             last_sequence=log.last_sequence,
             sealed=log.state == SEALED,
@@ -177,27 +177,28 @@ class LogHandlers:
 
     async def _append(self, unit: StorageUnit, log: LogRow, source: SourceRow, frame: LogFrame) -> None:
         """Writes down the frame's new lines and how far the source has come."""
-        fresh = new_lines(source.next_line, frame)
-        source.next_line = max(source.next_line, frame.first_line + len(frame.lines))
+        lines = lines_of(frame, unit.now)
+        fresh = lines.without(source.next_line - frame.first_line)
+        source.next_line = max(source.next_line, frame.first_line + lines.line_count)
         if frame.last and not source.last:
             source.last = True
-        if fresh:
-            await self._write(unit, log, frame, fresh)
+        if fresh.batches:
+            await self._write(unit, log, fresh)
 
-    async def _write(self, unit: StorageUnit, log: LogRow, frame: LogFrame, fresh: tuple[LogLine, ...]) -> None:
-        lines = numbered(fresh, frame, log.last_sequence, unit.now)
-        last = lines[-1].sequence
-        page = LogPage.model_construct(lines=lines, complete=False, last_sequence=last).to_wire()
-        body = packed_chunk(page)
-        await unit.logs.add_chunk(log.id, lines[0].sequence, last, body)
+    async def _write(self, unit: StorageUnit, log: LogRow, fresh: Slice) -> None:
+        lines = fresh.numbered(log.last_sequence + 1)
+        last = lines.last_sequence
+        body = packed_chunk(lines)
+        await unit.logs.add_chunk(log.id, lines.first_sequence, last, body)
         moved = {
             "last_sequence": last,
-            "size_bytes": log.size_bytes + sum(len(line.text) for line in lines),
+            "size_bytes": log.size_bytes + len(lines.text),
             "live_bytes": log.live_bytes + len(body),
         }
         await unit.save_log(log, moved)
-        self._tail.collect(unit, log.team_id, log.id, page)
-        _lines.add(len(lines))
+        page = LogPage(slices=(lines.to_message(),), last_sequence=last)
+        self._tail.collect(unit, log.team_id, log.id, page.to_wire())
+        _lines.add(lines.line_count)
 
     async def _drain(self, unit: StorageUnit, log: LogRow, source: SourceRow, *, pass_gaps_before_us: int) -> None:
         """Takes early frames whose turn has come, and over a gap those that came before that moment."""
@@ -207,7 +208,7 @@ class LogHandlers:
                 if row.arrived_us >= pass_gaps_before_us:
                     return
                 mark = lost_mark(frame, source.next_line, unit.now)
-                await self._write(unit, log, frame, (mark,))
+                await self._write(unit, log, mark)
                 source.next_line = frame.first_line
             await self._append(unit, log, source, frame)
             await unit.logs.release(row)
@@ -252,7 +253,7 @@ def _held(frame: LogFrame, now_us: int) -> HeldRow:
         attempt_id=frame.attempt_id,
         rank=frame.rank,
         first_line=frame.first_line,
-        line_count=len(frame.lines),
+        line_count=len(frame.lines) + sum(batch.line_count for batch in frame.slice.batches),
         arrived_us=now_us,
         frame=frame.to_wire(),
     )

@@ -59,7 +59,14 @@ def value_for(annotation: Any, depth: int) -> Any:
         return value_for(choices[0], depth)
     if isinstance(annotation, type) and issubclass(annotation, Message):
         return filled(annotation, depth + 1) if depth < 6 else annotation()
-    examples = {str: "text", bool: True, float: 1.5, int: 7, datetime: datetime(2026, 1, 2, 3, 4, 5, 600_000, UTC)}
+    examples = {
+        str: "text",
+        bytes: b"\x00\xffz",
+        bool: True,
+        float: 1.5,
+        int: 7,
+        datetime: datetime(2026, 1, 2, 3, 4, 5, 600_000, UTC),
+    }
     return examples[annotation]
 
 

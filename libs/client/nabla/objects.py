@@ -275,7 +275,8 @@ class Experiment(Record):
 
 
 class LogLine(Record):
-    """`sequence` counts from 1 over all attempts and ranks of the job; `stream` is stdout, stderr or nabla."""
+    """`sequence` counts from 1 over all attempts and ranks of the job; `stream` is stdout, stderr or nabla. A `cut`
+    line goes on in the next one of its stream, attempt and rank."""
 
     sequence: int = 0
     at: Optional[datetime] = None
@@ -283,6 +284,7 @@ class LogLine(Record):
     text: str = ""
     attempt: int = 0
     rank: int = 0
+    cut: bool = False
 
 
 class LogPage(Record):

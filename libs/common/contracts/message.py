@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import enum
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, PlainSerializer, SerializationInfo, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, SerializationInfo, ValidationError
 
 from libs.common.errors import MalformedMessage
 
@@ -20,6 +21,18 @@ def _int64(value: int, info: SerializationInfo) -> int | str:
 
 # proto3 JSON writes 64-bit integers as strings; REST and Python want numbers.
 Int64 = Annotated[int, PlainSerializer(_int64, return_type=Any)]
+
+
+def _bytes_of(value: object) -> object:
+    return base64.b64decode(value, validate=True) if isinstance(value, str) else value
+
+
+def _base64_of(value: bytes) -> str:
+    return base64.b64encode(value).decode()
+
+
+# proto3 JSON writes bytes in base64.
+Bytes = Annotated[bytes, BeforeValidator(_bytes_of), PlainSerializer(_base64_of, return_type=str, when_used="json")]
 
 
 class Kind(enum.Enum):

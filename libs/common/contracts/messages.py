@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from libs.common.contracts.message import Int64, Kind, Message, Route
+from libs.common.contracts.message import Bytes, Int64, Kind, Message, Route
 
 
 class Principal(Message):
@@ -814,6 +814,32 @@ class LogLine(Message):
     text: str = ""
     attempt: int = 0
     rank: int = 0
+    # It was split, or ended without a newline: the next line of the same stream, attempt and rank goes on with it.
+    cut: bool = False
+
+
+class LogBatch(Message):
+    """Consecutive lines of one stream that arrived together."""
+
+    at: datetime | None = None
+    stream: str = ""
+    line_count: int = 0
+    attempt: int = 0
+    rank: int = 0
+    # The last of these lines is cut.
+    cut: bool = False
+
+
+class LogSlice(Message):
+    """Many lines at once, so that nobody on the way of a flood touches each of them."""
+
+    # Of the first line, where storage has given it; 0 before.
+    first_sequence: Int64 = 0
+    batches: tuple[LogBatch, ...] = ()
+    # UTF-8, each line ended by a newline, compressed with zlib.
+    text: Bytes = b""
+    # Of the text before it was compressed.
+    size_bytes: Int64 = 0
 
 
 class LogFrame(Message):
@@ -829,6 +855,8 @@ class LogFrame(Message):
     lines: tuple[LogLine, ...] = ()
     # No line follows in this attempt and rank.
     last: bool = False
+    # After `lines`, and the usual way.
+    slice: LogSlice = Field(default_factory=LogSlice)
 
 
 class LogSealed(Message):
@@ -846,6 +874,8 @@ class GetLog(Message):
     # Lines with a greater sequence; negative: the last -after lines.
     after: Int64 = 0
     limit: int = 0
+    # Answer with slices instead of lines; whole ones, so that there may be more lines than `limit`.
+    sliced: bool = False
 
 
 class LogPage(Message):
@@ -855,6 +885,9 @@ class LogPage(Message):
     last_sequence: Int64 = 0
     # The object store has the whole log, so that nothing of it need be kept elsewhere.
     sealed: bool = False
+    slices: tuple[LogSlice, ...] = ()
+    # What a running job shows just now on lines that it has not ended, such as progress bars. On live tails alone.
+    unfinished: tuple[LogLine, ...] = ()
 
 
 class ModelVersion(Message):
@@ -1350,6 +1383,8 @@ MESSAGES: tuple[type[Message], ...] = (
     ListFiles,
     FilePage,
     LogLine,
+    LogBatch,
+    LogSlice,
     LogFrame,
     LogSealed,
     GetLog,

@@ -6,6 +6,7 @@ It signs in as the user "agent", which may ship frames and reports and ask stora
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TypeVar
 
@@ -51,6 +52,13 @@ class AgentBus:
     async def publish_body(self, kind: type[Message], body: bytes, envelope: Envelope) -> None:
         """The same for a message that is on the wire already."""
         await self._publish(body, kind, envelope)
+
+    async def hint(self, subject: str, body: bytes) -> None:
+        """Says something to whoever listens just now; nothing depends on it, and nothing waits for it."""
+        client = self._client
+        if client is not None and client.is_connected:
+            with contextlib.suppress(nats.errors.Error, OSError):
+                await client.publish(subject, body)
 
     async def _publish(self, body: bytes, kind: type[Message], envelope: Envelope) -> None:
         subject = subject_for(kind, team=envelope.team_id, object_id=envelope.object_id)

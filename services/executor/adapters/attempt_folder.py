@@ -11,6 +11,7 @@ synced): a reader sees the old one or the new one, never half of one, and a powe
     started.json  the command was let go
     stop.json     the agent asks for the end; the soonest deadline of several counts
     exit.json     the end; the last thing that the shim writes
+    unfinished    the lines that the command has not ended, as they look now; a hint, and never synced
     shim.log      what the shim itself had to say (tracebacks); empty in health
     workspace/ artifacts/ tmp/ spool/
 """
@@ -40,7 +41,7 @@ WAKE = signal.SIGURG  # ignored by default: it cannot end a shim that does not l
 
 _ATTEMPT_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")  # also the sandbox's host name
 _RESERVE_BYTES = 64 * 1024
-_LEAST_SPOOL_BYTES = 1024 * 1024  # below it a frame of the log could be larger than its share
+_UNFINISHED_SHOWN = 1000  # characters of a line that is not ended
 _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -93,7 +94,8 @@ class AttemptSpec:
     front_door: list[FrontDoor] = field(default_factory=list)
     expose_ports: list[int] = field(default_factory=list)
     pids_limit: int = 4096
-    max_spool_bytes: int = 256 * 1024 * 1024
+    log_limit_bytes: int = 10_000_000_000
+    disk_reserve_bytes: int = 0
     node_contact_file: str | None = None
     node_fence_s: float = 120.0
     bwrap_path: str = "/usr/bin/bwrap"
@@ -228,6 +230,20 @@ class AttemptFolder:
     def write_exit(self, record: ExitRecord) -> None:
         self._write("exit.json", dataclasses.asdict(record))
 
+    def read_unfinished(self) -> dict[str, str]:
+        """Stream -> what it shows on a line that is not ended. Half of a record reads as nothing."""
+        try:
+            loaded: dict[str, str] = json.loads((self.path / "unfinished").read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return loaded
+
+    def write_unfinished(self, texts: Mapping[str, str]) -> None:
+        """In place, so that a full disk takes nothing but the hint; the last characters of a long line."""
+        content = json.dumps({stream: text[-_UNFINISHED_SHOWN:] for stream, text in texts.items()}).encode()
+        with suppress(OSError):
+            (self.path / "unfinished").write_bytes(content)
+
     def shim_is_alive(self) -> bool:
         """False with no exit.json beside it means that the shim was killed, and its sandbox with it."""
         record = self.read_shim()
@@ -340,8 +356,8 @@ def _number_problems(spec: AttemptSpec) -> Iterator[str]:
         yield "stop_grace_s is not a number from 0"
     if not _is_whole(spec.pids_limit, 1):
         yield "pids_limit is not a whole number above 0"
-    if not _is_whole(spec.max_spool_bytes, _LEAST_SPOOL_BYTES):
-        yield f"max_spool_bytes is not a whole number from {_LEAST_SPOOL_BYTES}"
+    if not _is_whole(spec.log_limit_bytes, 0) or not _is_whole(spec.disk_reserve_bytes, 0):
+        yield "log_limit_bytes or disk_reserve_bytes is not a whole number from 0"
     # Without walls root may be the only user who can reach what the job needs.
     if spec.run_as_uid is not None and not _is_whole(spec.run_as_uid, 0 if spec.isolation == "process" else 1):
         yield "run_as_uid is not the number of an ordinary user"

@@ -1,5 +1,7 @@
 """Ships the log of one attempt to the bus, each line once and in order, whatever dies in between.
 
+The spool is the buffer: as long as the bus, or storage behind it, does not take a frame, lines wait on the node.
+
 A line's number counts the platform's own words and the job's lines together, in the order in which they are sent.
 Before a frame leaves, its composition (so many words, so many lines of the spool) is written down; whoever comes
 after a crash sends exactly that frame again, under the same id, so JetStream stores it once.
@@ -17,27 +19,31 @@ from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
-from libs.common.clock import from_us, to_us, utc_now
-from libs.common.contracts.message import WIRE
-from libs.common.contracts.messages import LogFrame
+from libs.common.clock import to_us, utc_now
+from libs.common.contracts.messages import LogFrame, LogLine, LogPage
+from libs.common.loglines import Batch, Slice
 from libs.common.waiting import happens
 from services.executor.adapters import spool
+from services.executor.adapters.attempt_folder import AttemptFolder
 
 BATCH_S = 0.05
-FRAME_LINES = 800
-FRAME_BYTES = 96 * 1024
+FRAME_LINES = 20_000
+FRAME_BYTES = 512 * 1024
+# As many moments of arrival: each takes room of its own, which no compression makes small.
+FRAME_BATCHES = 600
+# A frame that is half full leaves at once; others wait for company.
+HASTE_BYTES = 64 * 1024
 # Beneath the stream's limit of 256 KB, which counts headers too.
 BODY_BYTES = 230 * 1024
-LINE_BYTES = 30 * 1024
 LOOK_S = 2.0
-# The whole log of an attempt, however it is read, cannot hold these; written as six bytes each they would also
-# make a frame too large.
-_CONTROLS = {code: "\ufffd" for code in range(32) if chr(code) not in "\t\r\x1b"}
-_quoted = json.JSONEncoder(ensure_ascii=False).encode
-_STREAMS = {"o": "stdout", "e": "stderr"}
+# The whole log of an attempt, however it is read, cannot hold these.
+_CONTROLS = {code: "\ufffd" for code in range(32) if chr(code) not in "\t\n\r\x1b"}
+_CONTROL_BYTES = bytes(_CONTROLS)
+_STREAMS = {"o": "stdout", "e": "stderr", "n": "nabla"}
 
 log = logging.getLogger(__name__)
 Send = Callable[[int, bytes], Awaitable[None]]
+Show = Callable[[LogPage], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +92,22 @@ class AttemptLog:
         folder: the attempt's folder; `words.jsonl` and `shipping.json` in it are this class's own.
         send: stores a frame, given the number of its first line and its body; returns when it is stored.
         changed: set from outside when the spool or the attempt's records changed.
+        show: tells whoever follows just now what is on lines that are not ended; nothing depends on it.
     """
 
-    def __init__(self, folder: Path, identity: Identity, send: Send, changed: asyncio.Event) -> None:
+    def __init__(
+        self, folder: Path, identity: Identity, send: Send, changed: asyncio.Event, show: Show | None = None
+    ) -> None:
         self._folder = folder
         self._identity = identity
         self._send = send
+        self._show = show
+        self._shown: dict[str, str] = {}
         self._changed = changed
         self._reader = spool.SpoolReader(folder / "spool")
         self._words = _read_words(folder / "words.jsonl")
         self._place = _read_place(folder / "shipping.json")
-        self._read: list[spool.LogLine] = []
+        self._read: list[spool.SpoolBatch] = []
         self._job_ended = False
         self._closed = False
         self._sent_s = float("-inf")
@@ -126,6 +137,7 @@ class AttemptLog:
             await self._send_frame(self._place)
         while not self._place.whole:
             self._changed.clear()
+            await self._show_unfinished()
             frame = self._next_frame()
             if frame is None:
                 await happens(self._changed, LOOK_S)
@@ -140,36 +152,36 @@ class AttemptLog:
         ended, closed = self._job_ended, self._closed  # before reading: only then is "nothing more" final
         place = self._place
         words = self._words_before_tail()
-        lines = self._read_spool(place.spool)
-        if ended and len(lines) < FRAME_LINES and not self._more_after(place.spool + len(lines)):
+        lines = _count(self._read_spool(place.spool, FRAME_LINES))
+        if ended and not self._more_after(place.spool + lines):
             words = len(self._words) - place.word if not lines else words
             whole = closed and place.word + words == len(self._words)
             if words or lines or whole:
-                return replace(place, words=words, lines=len(lines), last=whole)
+                return replace(place, words=words, lines=lines, last=whole)
             return None
-        return replace(place, words=words, lines=len(lines)) if words or lines else None
+        return replace(place, words=words, lines=lines) if words or lines else None
 
     def _words_before_tail(self) -> int:
         return len(list(takewhile(lambda word: not word.tail, self._words[self._place.word :])))
 
-    def _read_spool(self, start: int, count: int = FRAME_LINES) -> list[spool.LogLine]:
+    def _read_spool(self, start: int, count: int) -> list[spool.SpoolBatch]:
         """A frame is composed from what was just read to see how large it can be."""
         if not self._reader_exists():
             return []
-        if self._read and self._read[0].number == start and len(self._read) == count:
+        if self._read and self._read[0].first_line == start and _count(self._read) == count:
             return self._read
-        self._read = self._reader.read_from(start, max_lines=count, max_bytes=FRAME_BYTES)
+        self._read = self._reader.batches_from(start, count, FRAME_BYTES)[:FRAME_BATCHES]
         return self._read
 
     def _more_after(self, line: int) -> bool:
-        return bool(self._reader_exists() and self._reader.read_from(line, max_lines=1))
+        return bool(self._reader_exists() and self._reader.batches_from(line, 1, 1))
 
     def _reader_exists(self) -> bool:
         return (self._folder / "spool").is_dir()
 
     def _hold_back_s(self, frame: Place) -> float:
         """The job's first line leaves at once; after it, frames that are not full wait for company."""
-        if not frame.lines or frame.last or frame.lines >= FRAME_LINES // 2:
+        if not frame.lines or frame.last or sum(len(batch.payload) for batch in self._read) >= HASTE_BYTES:
             return 0.0
         return self._sent_s + BATCH_S - asyncio.get_running_loop().time()
 
@@ -189,12 +201,12 @@ class AttemptLog:
             self._reader.acknowledge(place.spool)
 
     def _compose(self, place: Place) -> bytes:
-        """A LogFrame on the wire. Written by hand: through the message class a flood takes ten times as long."""
         words = self._words[place.word : place.word + place.words]
-        lines = self._read_spool(place.spool, place.lines) if place.lines else []
-        parts = [self._line(_time(word.at_us), "nabla", word.text) for word in words]
-        moments = {at_us: _time(at_us) for at_us in {line.at_us for line in lines}}
-        parts += [self._line(moments[line.at_us], _STREAMS[line.stream], _fitting(line.text)) for line in lines]
+        batches = self._read_spool(place.spool, place.lines) if place.lines else []
+        pieces = [_clean(batch) for batch in batches]
+        said = [Batch(word.at_us, "nabla", 1) for word in words]
+        printed = [Batch(b.at_us, _STREAMS[b.stream], b.line_count, cut=b.cut) for b in batches]
+        text = "".join(f"{_one_line(word.text)}\n" for word in words).encode("utf-8", "replace") + b"".join(pieces)
         frame = LogFrame(
             job_id=self._identity.job_id,
             attempt_id=self._identity.attempt_id,
@@ -202,25 +214,42 @@ class AttemptLog:
             rank=self._identity.rank,
             first_line=place.line,
             last=place.last,
+            slice=Slice(0, (*said, *printed), text).to_message(),
         )
-        head = frame.model_dump_json(exclude={"lines"}, context=WIRE)
-        return f'{head[:-1]},"lines":[{",".join(parts)}]}}'.encode("utf-8", "replace")
+        return frame.to_wire()
 
-    def _line(self, at: str, stream: str, text: str) -> str:
+    async def _show_unfinished(self) -> None:
+        """A hint, beside the numbered lines: what it shows comes again as a line when it is ended."""
+        unfinished = AttemptFolder(self._folder).read_unfinished() if self._show else {}
+        if not self._show or unfinished == self._shown:
+            return
+        self._shown = unfinished
         number, rank = self._identity.number, self._identity.rank
-        return f'{{"at":"{at}","stream":"{stream}","text":{_quoted(text)},"attempt":{number},"rank":{rank}}}'
+        lines = tuple(
+            LogLine(stream=_STREAMS.get(stream, "stdout"), text=_one_line(text), attempt=number, rank=rank)
+            for stream, text in unfinished.items()
+        )
+        await self._show(LogPage(unfinished=lines or (LogLine(attempt=number, rank=rank),)))
 
 
-def _time(at_us: int) -> str:
-    return from_us(at_us).isoformat().replace("+00:00", "Z")
+def _count(batches: list[spool.SpoolBatch]) -> int:
+    return sum(batch.line_count for batch in batches)
 
 
-def _fitting(text: str) -> str:
-    """Without what would make a frame too large: control characters take six bytes each, and so do escapes."""
-    text = text.translate(_CONTROLS)
-    if len(text) > LINE_BYTES and len(_quoted(text).encode("utf-8", "replace")) > 6 * LINE_BYTES:
-        return text[:LINE_BYTES] + " [nabla: cut]"
-    return text
+def _clean(batch: spool.SpoolBatch) -> bytes:
+    """The batch's lines as UTF-8, each ended by a newline, without control characters."""
+    payload = batch.payload if batch.payload.endswith(b"\n") and not batch.cut else batch.payload + b"\n"
+    if len(payload.translate(None, _CONTROL_BYTES)) == len(payload):
+        try:
+            payload.decode()
+        except UnicodeDecodeError:
+            return payload.decode("utf-8", "replace").encode()
+        return payload
+    return payload.decode("utf-8", "replace").translate(_CONTROLS).encode()
+
+
+def _one_line(text: str) -> str:
+    return text.translate(_CONTROLS).replace("\n", " ")
 
 
 def _read_words(path: Path) -> list[Word]:

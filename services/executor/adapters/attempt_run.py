@@ -19,7 +19,8 @@ from typing import Any
 
 from libs.common.clock import from_us, to_us, utc_now
 from libs.common.contracts.envelope import Envelope
-from libs.common.contracts.messages import Execution, JobTemplate, LogFrame, Principal, ReportExecution
+from libs.common.contracts.messages import Execution, JobTemplate, LogFrame, LogPage, Principal, ReportExecution
+from libs.common.contracts.subjects import tail_subject
 from libs.common.telemetry import span
 from libs.common.waiting import end, happens
 from services.executor.adapters import zygote
@@ -70,7 +71,7 @@ class AttemptRun:
         self._changed = asyncio.Event()
         self._log_changed = asyncio.Event()
         identity = Identity(order.job_id, order.attempt_id, order.number)
-        self._log = AttemptLog(folder.path, identity, self._send_frame, self._log_changed)
+        self._log = AttemptLog(folder.path, identity, self._send_frame, self._log_changed, self._show)
         self._keeping = Keeping(folder, order, self._log, means.sealing, means.node)
         self._reported: dict[str, Any] = read_json(folder.path / "reported.json") or {}
         self.phase = str(self._reported.get("state", STARTING))
@@ -326,6 +327,10 @@ class AttemptRun:
             traceparent=self.order.traceparent,
         )
         await self._means.bus.publish_body(LogFrame, body, envelope)
+
+    async def _show(self, page: LogPage) -> None:
+        subject = tail_subject(self.order.team_id, self.order.job_id)
+        await self._means.bus.hint(subject, page.to_wire())
 
 
 class _Stopped(Exception):

@@ -31,6 +31,8 @@ class NodeFacts:
     bwrap_path: str
     contact_file: Path
     fence_s: float
+    log_limit_bytes: int
+    disk_reserve_bytes: int
 
 
 def spec_for(order: StartOrder, environment_prefix: str, node: NodeFacts) -> AttemptSpec:
@@ -57,6 +59,8 @@ def spec_for(order: StartOrder, environment_prefix: str, node: NodeFacts) -> Att
         environment_prefix=environment_prefix,
         front_door=[FrontDoor(port, host, port)] if walled else [],
         expose_ports=list(template.ports),
+        log_limit_bytes=node.log_limit_bytes,
+        disk_reserve_bytes=node.disk_reserve_bytes,
         node_contact_file=str(node.contact_file),
         node_fence_s=node.fence_s,
         bwrap_path=node.bwrap_path,

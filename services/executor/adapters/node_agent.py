@@ -232,6 +232,8 @@ class NodeAgent:
             bwrap_path=find_bwrap(isolation.wheel_bwrap()) or "/usr/bin/bwrap",
             contact_file=self._contact,
             fence_s=config.node_fence_s,
+            log_limit_bytes=config.log_limit_bytes,
+            disk_reserve_bytes=config.disk_reserve_bytes,
         )
 
 

@@ -37,7 +37,7 @@ from services.executor.adapters.launch import Job, LaunchRefused, launch, shell_
 from services.executor.adapters.spool import SpoolWriter, Stream
 
 _READ_BYTES = 256 * 1024
-_PARTIAL_S = 0.1
+_SHOW_S, _SHOW_AGAIN_S = 0.1, 0.25  # a line that is not ended is shown so soon, and then so often
 _CHECK_S = 1.0
 _SAMPLE_S = 0.25
 _SAMPLE_SHARE = 20  # memory is looked at for at most a twentieth of the time
@@ -147,7 +147,7 @@ class _Attempt:
         self._spec = spec
         self._cgroup = cgroup
         self._job = job
-        self._spool = SpoolWriter(folder.spool, int(spec.max_spool_bytes))
+        self._spool = SpoolWriter(folder.spool, int(spec.log_limit_bytes), int(spec.disk_reserve_bytes))
         self._selector = selectors.DefaultSelector()
         self._streams: set[int] = set()
         self._unserved: list[Way] = []
@@ -156,7 +156,8 @@ class _Attempt:
         self._reason: ExitReason = "exited"
         self._detail = ""
         self._kill_at: float | None = None
-        self._flush_at: float | None = None
+        self._show_at: float | None = None
+        self._shown: dict[str, str] = {}
         self._check_at = 0.0
         self._peak_bytes = 0
         self._begun_at = time.monotonic()
@@ -220,9 +221,8 @@ class _Attempt:
         for key, _ in self._selector.select(self._patience_s()):
             key.data()
         now = time.monotonic()
-        if self._flush_at is not None and now >= self._flush_at:
-            self._spool.flush(_now_us())
-            self._flush_at = None
+        if self._show_at is not None and now >= self._show_at:
+            self._show(now)
         if now >= self._check_at:
             self._check(now)
         if self._kill_at is not None and now >= self._kill_at:
@@ -230,7 +230,7 @@ class _Attempt:
             self._kill_at = now + _KILL_AGAIN_S
 
     def _patience_s(self) -> float:
-        moments = [moment for moment in (self._check_at, self._flush_at, self._kill_at) if moment is not None]
+        moments = [moment for moment in (self._check_at, self._show_at, self._kill_at) if moment is not None]
         return max(0.0, min(moments) - time.monotonic())
 
     def _read(self, descriptor: int, stream: Stream) -> None:
@@ -245,10 +245,20 @@ class _Attempt:
         self._spool.write(stream, data, _now_us())
         if stream == "e":
             self._error_tail = (self._error_tail + data[-_ERROR_TAIL_BYTES:])[-_ERROR_TAIL_BYTES:]
-        if not self._spool.has_partial:
-            self._flush_at = None
-        elif self._flush_at is None:
-            self._flush_at = time.monotonic() + _PARTIAL_S
+        if self._shown or self._spool.settle_at_us is not None:
+            show_at = time.monotonic() + (_SHOW_AGAIN_S if self._shown else _SHOW_S)
+            self._show_at = show_at if self._show_at is None else min(self._show_at, show_at)
+
+    def _show(self, now: float) -> None:
+        """Lets the agent see the lines that are not ended, and keeps those that have stood still."""
+        now_us = _now_us()
+        self._spool.settle(now_us)
+        unfinished = self._spool.unfinished()
+        if unfinished != self._shown:
+            self._shown = unfinished
+            self._folder.write_unfinished(unfinished)
+        settle_at_us = self._spool.settle_at_us
+        self._show_at = None if settle_at_us is None else now + max(_SHOW_AGAIN_S, (settle_at_us - now_us) / 1e6)
 
     def _reap(self) -> None:
         self._status = os.waitpid(self._job.pid, 0)[1]

@@ -5,6 +5,9 @@ A segment file holds frames. A frame is one batch of whole lines of one stream t
 record a line, because a job may print 100 MB in a second and the shim is Python: it counts and cuts lines
 with calls that run in C, and never touches one. Readers cut frames back into lines.
 
+A line that goes back to its beginning (a carriage return: progress bars) is kept as it looked at last. What is not
+ended yet is kept when it stays as it is for a while; until then `unfinished` shows it.
+
 The writer and the reader are two processes that share only the files. Frames carry a checksum, so a torn one
 (kill -9 in the middle of a write) is the end of the log and not garbage in it. Nothing is synced while the
 job runs: the spool survives every process, not a power cut.
@@ -15,7 +18,6 @@ from __future__ import annotations
 import itertools
 import os
 import struct
-import time
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
@@ -23,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-Stream = Literal["o", "e"]
+Stream = Literal["o", "e", "n"]  # the last one for the platform's own words
 
 SEGMENT_BYTES = 8 * 1024 * 1024
 LINE_LIMIT_BYTES = 64 * 1024  # a longer line is split: also the most that a frame holds
@@ -32,8 +34,11 @@ _HEADER = struct.Struct("<HcBIQQII")  # magic, stream, flags, checksum, first li
 _MAGIC = 0x4E4C
 _NO_NEWLINE, _DROPPED = 1, 2
 _READ_BYTES = 256 * 1024
-_LOOK_AGAIN_S = 0.05
+_LOOK_AGAIN_US = 100_000
+_LOOK_AGAIN_BYTES = 16 << 20
 _SUFFIX = ".spool"
+# An unfinished line that waits so long is kept as it is: a prompt soon, a progress bar when it stands still.
+_PROMPT_US, _STANDSTILL_US = 1_000_000, 10_000_000
 
 
 class LogLine(NamedTuple):
@@ -48,42 +53,96 @@ class LogLine(NamedTuple):
     dropped: int = 0
 
 
-class SpoolWriter:
-    """Appends what a job prints. Never blocks and never raises for a full disk: what has no room is
-    counted.
-    """
+class SpoolBatch(NamedTuple):
+    """Consecutive lines of one stream that arrived together; the payload's last newline is missing where it is cut."""
 
-    def __init__(self, directory: Path, max_bytes: int) -> None:
-        self._directory = directory
-        self._max_bytes = max_bytes
-        self._segment_limit = min(SEGMENT_BYTES, max_bytes // 4)
-        self._partial: dict[Stream, bytes] = {"o": b"", "e": b""}
-        self._segment = -1
-        self._segment_bytes = 0
-        self._sealed_bytes = 0  # in complete segments, as last seen: the reader may have freed some since
-        self._next_line = 0
-        self._dropped = 0
-        self._look_after = 0.0
+    first_line: int
+    at_us: int
+    stream: Stream
+    line_count: int
+    payload: bytes
+    cut: bool
+
+
+@dataclass(slots=True)
+class _Unfinished:
+    """What a stream has printed since its last newline."""
+
+    text: bytes = b""
+    # It went back to its beginning: a progress bar.
+    rewritten: bool = False
+    since_us: int = 0
+    touched_us: int = 0
 
     @property
-    def has_partial(self) -> bool:
-        """Text waits for the end of its line; `flush` before a person would notice."""
-        return bool(self._partial["o"] or self._partial["e"])
+    def due_us(self) -> int:
+        return self.touched_us + _STANDSTILL_US if self.rewritten else self.since_us + _PROMPT_US
+
+
+class SpoolWriter:
+    """Appends what a job prints. Never blocks and never raises: what has no room is counted, and the log says so.
+
+    Args:
+        log_limit_bytes: of the whole log; past it the log ends.
+        reserve_bytes: so much of the disk stays free for others (a tenth of a small disk); below it the log pauses.
+    """
+
+    def __init__(
+        self, directory: Path, log_limit_bytes: int, reserve_bytes: int = 0, segment_bytes: int = SEGMENT_BYTES
+    ) -> None:
+        self._directory = directory
+        self._log_limit_bytes = log_limit_bytes
+        self._reserve_bytes = reserve_bytes
+        self._segment_limit = segment_bytes
+        self._unfinished: dict[Stream, _Unfinished] = {"o": _Unfinished(), "e": _Unfinished()}
+        self._segment = -1
+        self._segment_bytes = 0
+        self._kept_bytes = 0
+        self._next_line = 0
+        self._dropped = 0
+        self._over = False
+        self._paused = False
+        self._look_at_us = 0
+        self._look_at_bytes = 0
+
+    @property
+    def settle_at_us(self) -> int | None:
+        """When `settle` has something to do; None as long as every line is ended."""
+        due = [each.due_us for each in self._unfinished.values() if each.text]
+        return min(due, default=None)
+
+    def unfinished(self) -> dict[str, str]:
+        """What is on lines that are not ended yet, as it looks now."""
+        waiting = ((stream, each.text) for stream, each in self._unfinished.items())
+        return {stream: text.rstrip(b"\r").decode("utf-8", "replace") for stream, text in waiting if text}
 
     def write(self, stream: Stream, data: bytes, at_us: int) -> None:
-        text = self._partial[stream] + data
+        line = self._unfinished[stream]
+        text = line.text + data if line.text else data
+        if b"\r" in text:
+            text, rewritten = _as_it_looks(text)
+        else:
+            rewritten = False
         start = 0
         while (end := _end_of_lines(text, start)) > start:
             self._append(stream, text[start:end], at_us)
             start = end
-        self._partial[stream] = text[start:]
+        if start or not line.text:
+            line.since_us, line.rewritten = at_us, False
+        line.text, line.touched_us = text[start:], at_us
+        line.rewritten = line.rewritten or rewritten
+
+    def settle(self, at_us: int) -> None:
+        """Keep unfinished lines that have stood still for long enough, so that prompts are seen."""
+        for stream, line in self._unfinished.items():
+            if line.text and line.due_us <= at_us:
+                self._keep_unfinished(stream, line, at_us)
 
     def flush(self, at_us: int) -> None:
-        """Write unfinished lines as they are, so that prompts and progress bars are seen."""
-        for stream, text in self._partial.items():
-            if text:
-                self._append(stream, text, at_us)
-                self._partial[stream] = b""
+        """Keep all unfinished lines as they are."""
+        for stream, line in self._unfinished.items():
+            if line.text:
+                self._keep_unfinished(stream, line, at_us)
 
     def close(self, at_us: int) -> None:
         """Flush, say what is missing even where the bound is reached, and sync what was written last."""
@@ -96,11 +155,15 @@ class SpoolWriter:
             os.close(self._segment)
             self._segment = -1
 
+    def _keep_unfinished(self, stream: Stream, line: _Unfinished, at_us: int) -> None:
+        self._append(stream, line.text.rstrip(b"\r") or b" ", at_us)
+        line.text, line.rewritten = b"", False
+
     def _append(self, stream: Stream, payload: bytes, at_us: int) -> None:
         lines = payload.count(b"\n")
         unfinished = not payload.endswith(b"\n")
         lines += unfinished
-        if not self._has_room(_HEADER.size + len(payload)):
+        if not self._has_room(_HEADER.size + len(payload), at_us):
             self._dropped += lines
             return
         if self._dropped:
@@ -109,7 +172,7 @@ class SpoolWriter:
             self._dropped += lines
 
     def _write_mark(self, at_us: int) -> None:
-        if self._write_frame("e", _DROPPED, at_us, 1, b"%d" % self._dropped):
+        if self._write_frame("n", _DROPPED, at_us, 1, b"%d" % self._dropped):
             self._dropped = 0
 
     def _write_frame(self, stream: Stream, flags: int, at_us: int, lines: int, payload: bytes) -> bool:
@@ -125,6 +188,7 @@ class SpoolWriter:
                 os.ftruncate(self._segment, self._segment_bytes)
             return False
         self._segment_bytes += size
+        self._kept_bytes += size
         self._next_line += lines
         return True
 
@@ -134,28 +198,35 @@ class SpoolWriter:
                 return
             os.close(self._segment)
             self._segment = -1
-            self._sealed_bytes += self._segment_bytes
             self._segment_bytes = 0
         path = self._directory / f"{self._next_line:020d}{_SUFFIX}"
         self._segment = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
-    def _has_room(self, size: int) -> bool:
-        if self._dropped:
-            size += self._segment_limit  # one long gap is better than many short ones
-        if self._held_bytes + size <= self._max_bytes:
-            return True
-        now = time.monotonic()
-        if now < self._look_after:
+    def _has_room(self, size: int, at_us: int) -> bool:
+        if self._over:
             return False
-        self._sealed_bytes = sum(map(_size, _segments(self._directory))) - self._segment_bytes
-        if self._held_bytes + size <= self._max_bytes:
-            return True
-        self._look_after = now + _LOOK_AGAIN_S  # a flood must not turn into a flood of directory listings
-        return False
+        if self._kept_bytes + size > self._log_limit_bytes:
+            self._over = True
+            self._say(f"the log's limit of {self._log_limit_bytes:,} bytes is reached; what follows is not kept", at_us)
+            return False
+        if at_us >= self._look_at_us or self._kept_bytes >= self._look_at_bytes:
+            self._look_at_us, self._look_at_bytes = at_us + _LOOK_AGAIN_US, self._kept_bytes + _LOOK_AGAIN_BYTES
+            self._look_at_disk(at_us)
+        return not self._paused
 
-    @property
-    def _held_bytes(self) -> int:
-        return self._sealed_bytes + self._segment_bytes
+    def _look_at_disk(self, at_us: int) -> None:
+        """Pauses where the disk is nearly full, and goes on when clearly more than the reserve is free again."""
+        disk = os.statvfs(self._directory)
+        reserve = min(self._reserve_bytes, disk.f_blocks * disk.f_frsize // 10)
+        free = disk.f_bavail * disk.f_frsize
+        if self._paused:
+            self._paused = free < reserve * 5 // 4
+        elif free < reserve:
+            self._paused = True
+            self._say("the node's disk is nearly full; until there is room again nothing more is kept", at_us)
+
+    def _say(self, text: str, at_us: int) -> None:
+        self._write_frame("n", 0, at_us, 1, f"[nabla] {text}\n".encode())
 
 
 class SpoolReader:
@@ -180,6 +251,22 @@ class SpoolReader:
                     return found
                 found.append(line)
                 room -= size
+        return found
+
+    def batches_from(self, line_number: int, max_lines: int, max_bytes: int) -> list[SpoolBatch]:
+        """The same as batches, for whoever passes lines on without a look at each."""
+        found: list[SpoolBatch] = []
+        room_lines, room_bytes = max_lines, max_bytes
+        for place, frame in self._frames_from(line_number):
+            self._place = place
+            if found and (room_lines <= 0 or len(frame.payload) > room_bytes):
+                break
+            batch = frame.batch_from(line_number, room_lines)
+            found.append(batch)
+            room_lines -= batch.line_count
+            room_bytes -= len(batch.payload)
+            if room_lines <= 0:
+                break
         return found
 
     def acknowledge(self, line_number: int) -> None:
@@ -253,10 +340,47 @@ class _Frame:
             text = piece.decode("utf-8", "replace")
             yield LogLine(number, self.at_us, self.stream, text, newline=number != cut), len(piece)
 
+    def batch_from(self, line_number: int, max_lines: int) -> SpoolBatch:
+        """The lines at and behind a number, at most so many."""
+        if self.flags & _DROPPED:
+            text = self._mark().text.encode()
+            return SpoolBatch(self.first_line, self.at_us, self.stream, 1, text + b"\n", cut=False)
+        payload, first = self.payload, max(line_number, self.first_line)
+        count = self.end_line - first
+        cut = bool(self.flags & _NO_NEWLINE)
+        if first > self.first_line:
+            payload = payload.split(b"\n", first - self.first_line)[-1]
+        if count > max_lines:
+            payload = b"\n".join(payload.split(b"\n", max_lines)[:max_lines]) + b"\n"
+            count, cut = max_lines, False
+        return SpoolBatch(first, self.at_us, self.stream, count, payload, cut)
+
     def _mark(self) -> LogLine:
         missing = int(self.payload)
-        text = f"[nabla] {missing} lines are missing here: the log was written faster than it could be kept"
+        text = (
+            f"[nabla] {missing:,} {'line is' if missing == 1 else 'lines are'} missing here: there was no room for more"
+        )
         return LogLine(self.first_line, self.at_us, self.stream, text, dropped=missing)
+
+
+def _as_it_looks(text: bytes) -> tuple[bytes, bool]:
+    """The text with each line as it looks once its carriage returns are heeded; whether the last one, which is not
+    ended, has any.
+
+    What was printed last counts, also where it is shorter: whoever draws a bar covers the old one.
+    """
+    *lines, last = text.split(b"\n")
+    rewritten = b"\r" in last
+    lines = [_last_state(line) if b"\r" in line else line for line in lines]
+    if rewritten:
+        # Its own end is kept: what comes next begins at the line's beginning.
+        bare = last.rstrip(b"\r")
+        last = bare.rpartition(b"\r")[2] + (b"\r" if len(bare) < len(last) else b"")
+    return b"\n".join([*lines, last]), rewritten
+
+
+def _last_state(line: bytes) -> bytes:
+    return line.rstrip(b"\r").rpartition(b"\r")[2]
 
 
 def _end_of_lines(text: bytes, start: int) -> int:
@@ -302,20 +426,13 @@ def _parse(batch: bytes, start: int) -> _Frame | None:
         return None
     _, kind, flags, _, first_line, at_us, lines, size = _HEADER.unpack(header)
     payload = batch[start + _HEADER.size : start + _HEADER.size + size]
-    stream: Stream = "o" if kind == b"o" else "e"
+    stream: Stream = "o" if kind == b"o" else "n" if kind == b"n" else "e"
     frame = _Frame(stream, flags, first_line, at_us, lines, payload)
     return frame if frame.header() == header else None
 
 
 def _segments(directory: Path) -> list[Path]:
     return [directory / name for name in sorted(os.listdir(directory)) if name.endswith(_SUFFIX)]
-
-
-def _size(segment: Path) -> int:
-    try:
-        return segment.stat().st_size
-    except FileNotFoundError:  # acknowledged meanwhile
-        return 0
 
 
 def _first_line(segment: Path) -> int:

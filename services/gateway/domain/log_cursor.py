@@ -7,8 +7,10 @@ or doubled. The cursor passes on what follows the last line given out and says w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 
 from libs.common.contracts.messages import LogLine, LogPage
+from libs.common.loglines import Slice
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +28,39 @@ class Advance:
     behind: bool
 
 
+def lines_of(page: LogPage) -> tuple[LogLine, ...]:
+    """The page's lines, whichever way it says them.
+
+    Raises:
+        MalformedMessage: a slice's text is not the lines that it says.
+    """
+    return (*page.lines, *(line for each in page.slices for line in Slice.from_message(each).lines()))
+
+
+def skip_to(last: int, last_sequence: int, skip_behind: int) -> int:
+    """Where a follower goes on who would rather miss lines than the present; `last` where it need not miss any.
+
+    Args:
+        skip_behind: so many lines behind the end are too many; 0 for whoever wants every line.
+    """
+    return last_sequence - skip_behind // 2 if 0 < skip_behind < last_sequence - last else last
+
+
+def skipped_mark(last: int, reached: int, now: datetime) -> LogLine:
+    """The line that stands for those that were skipped; under the number of the last one, so that resuming works."""
+    text = f"[{reached - last:,} lines were skipped to keep up; the stored log has them]"
+    return LogLine(sequence=reached, at=now, stream="nabla", text=text)
+
+
 def advance_by_history(last: int, page: LogPage, limit: int) -> Advance:
     """Takes a page of the stored log, asked for as "after `last`, at most `limit` lines".
 
     A hole in stored sequences is real (those lines are lost with their node), so it is passed over.
     """
-    fresh = tuple(line for line in page.lines if line.sequence > last)
+    lines = lines_of(page)
+    fresh = tuple(line for line in lines if line.sequence > last)
     reached = fresh[-1].sequence if fresh else last
-    more = bool(fresh) and (page.last_sequence > reached or len(page.lines) >= limit)
+    more = bool(fresh) and (page.last_sequence > reached or len(lines) >= limit)
     return Advance(fresh, reached, behind=more)
 
 
@@ -41,9 +68,10 @@ def advance_by_tail(last: int, page: LogPage) -> Advance:
     """Takes live lines: only those that follow without a hole; anything after a hole must come from the log."""
     ready: list[LogLine] = []
     reached = last
-    for line in sorted(page.lines, key=lambda each: each.sequence):
+    lines = lines_of(page)
+    for line in sorted(lines, key=lambda each: each.sequence):
         if line.sequence == reached + 1:
             ready.append(line)
             reached = line.sequence
-    newest = max((line.sequence for line in page.lines), default=page.last_sequence)
+    newest = max((line.sequence for line in lines), default=page.last_sequence)
     return Advance(tuple(ready), reached, behind=max(newest, page.last_sequence) > reached)

@@ -112,7 +112,7 @@ async def stop_job(job_id: Id, caller: Caller, once: Knows, parts: Wired) -> Job
     return await parts.owners.ask(StopJob(job_id=job_id), Job, caller, once=once)
 
 
-@router.get("/jobs/{job_id}/logs", summary="A page of the job's log")
+@router.get("/jobs/{job_id}/logs", summary="A page of the job's log", response_model_exclude={"slices", "unfinished"})
 async def get_log(
     job_id: Id,
     caller: Caller,

@@ -9,12 +9,15 @@
 from __future__ import annotations
 
 import gzip
+import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from libs.common.contracts.messages import LogFrame, LogLine, LogPage
+from libs.common.clock import to_us
+from libs.common.contracts.messages import LogFrame, LogLine, LogSlice
+from libs.common.loglines import Batch, Slice, joined
 from libs.common.transitions import TransitionTable
 
 LIVE, ENDED, SEALED = "live", "ended", "sealed"
@@ -22,18 +25,23 @@ LOG = TransitionTable("log", {(LIVE, "end"): ENDED, (ENDED, "seal"): SEALED}, te
 
 # The states of a job after which nothing more happens to it.
 OVER = frozenset({"succeeded", "failed", "cancelled", "timed_out"})
-MAX_LINE_BYTES = 64 * 1024
 BLOCK_BYTES = 256 * 1024
 PAGE_BYTES = 900_000
+# What a line and a batch take in an answer beside their text.
+LINE_ROOM_BYTES, BATCH_ROOM_BYTES = 180, 130
+# Six compresses a log by a tenth more, and takes three times as long.
+GZIP_LEVEL = 3
 DEFAULT_LIMIT = 1_000
 MAX_LIMIT = 10_000
 # The platform's own words among a job's lines.
 PLATFORM_STREAM = "nabla"
+_quoted = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Lines first..last of a job as one gzip member of JSON lines, at these bytes of an object."""
+    """Lines first..last of a job as one gzip member, at these bytes of an object: a line of JSON that says when each
+    came and from where, then the lines."""
 
     first_sequence: int
     last_sequence: int
@@ -41,58 +49,37 @@ class Block:
     length: int
 
 
+def lines_of(frame: LogFrame, now: datetime) -> Slice:
+    """All of the frame's lines, as its attempt's and rank's.
+
+    Raises:
+        MalformedMessage: the frame's text is not the lines that it says.
+    """
+    parts = [Slice.from_lines(frame.lines, now)] if frame.lines else []
+    if frame.slice.batches:
+        parts.append(Slice.from_message(frame.slice, now))
+    return joined(parts).of(frame.attempt, frame.rank) if parts else Slice(0, (), b"")
+
+
 def is_early(next_line: int, frame: LogFrame) -> bool:
     """Whether lines before this frame have not come yet."""
     return frame.first_line > next_line
 
 
-def new_lines(next_line: int, frame: LogFrame) -> tuple[LogLine, ...]:
-    """The lines of the frame that did not come before, when it is not early."""
-    return frame.lines[next_line - frame.first_line :]
-
-
-def numbered(lines: Iterable[LogLine], frame: LogFrame, last_sequence: int, now: datetime) -> tuple[LogLine, ...]:
-    """The lines with their place in the job's log, after `last_sequence`."""
-    return tuple(
-        LogLine.model_construct(
-            sequence=sequence,
-            at=line.at or now,
-            stream=line.stream,
-            text=clipped(line.text),
-            attempt=frame.attempt,
-            rank=frame.rank,
-        )
-        for sequence, line in enumerate(lines, last_sequence + 1)
-    )
-
-
-def clipped(text: str) -> str:
-    """The text, or as much as a line may have and how much was cut off."""
-    if len(text) * 4 <= MAX_LINE_BYTES:
-        return text
-    data = text.encode()
-    if len(data) <= MAX_LINE_BYTES:
-        return text
-    kept = data[: MAX_LINE_BYTES - 64].decode(errors="ignore")
-    return f"{kept} [{len(data) - len(kept.encode())} bytes cut]"
-
-
-def lost_mark(frame: LogFrame, next_line: int, now: datetime) -> LogLine:
+def lost_mark(frame: LogFrame, next_line: int, now: datetime) -> Slice:
     """The line that stands where lines are missing before `frame`."""
     count = frame.first_line - next_line
     words = "1 line was" if count == 1 else f"{count} lines were"
-    return LogLine(at=now, stream=PLATFORM_STREAM, text=f"[{words} lost on the way to storage]")
+    mark = LogLine(at=now, stream=PLATFORM_STREAM, text=f"[{words} lost on the way to storage]")
+    return Slice.from_lines([mark], now).of(frame.attempt, frame.rank)
 
 
-def lost_lines(first_sequence: int, last_sequence: int, now: datetime) -> list[LogLine]:
+def lost_lines(first_sequence: int, last_sequence: int, now: datetime) -> Slice:
     """What stands in the place of lines that the object store has lost: as many, so that all others keep theirs."""
     count = last_sequence - first_sequence + 1
     words = f"[{'1 line was' if count == 1 else f'{count} lines were'} lost by the object store]"
-    numbers = range(first_sequence, last_sequence + 1)
-    return [
-        LogLine(sequence=number, at=now, stream=PLATFORM_STREAM, text=words if number == first_sequence else "")
-        for number in numbers
-    ]
+    text = f"{words}\n".encode() + b"\n" * (count - 1)
+    return Slice(first_sequence, (Batch(to_us(now), PLATFORM_STREAM, count),), text)
 
 
 def nothing_awaited(attempts: Iterable[str], closed_by_source: Iterable[tuple[str, bool]]) -> bool:
@@ -149,21 +136,45 @@ def start_after(after: int, last_sequence: int) -> int:
 
 
 class PageCutter:
-    """Collects consecutive lines up to a limit and to what fits an answer."""
+    """Collects consecutive lines up to a limit and to what fits an answer.
 
-    def __init__(self, after: int, limit: int) -> None:
+    Args:
+        sliced: as slices, of which the last may go past the limit.
+    """
+
+    def __init__(self, after: int, limit: int, *, sliced: bool = False) -> None:
         self.lines: list[LogLine] = []
+        self.slices: list[LogSlice] = []
         self.position = after
         self.full = False
+        self._sliced = sliced
         self._room_lines = min(limit, MAX_LIMIT) if limit > 0 else DEFAULT_LIMIT
         self._room_bytes = PAGE_BYTES
 
-    def add(self, lines: Iterable[LogLine]) -> None:
-        """Takes the lines that follow `position`, as far as there is room; at least one always fits."""
-        for line in lines:
-            if line.sequence != self.position + 1:
-                continue
-            self._room_bytes -= len(line.to_wire()) + 1
+    def add(self, stored: Slice) -> None:
+        """Takes the lines that follow `position`, as far as there is room; something always fits."""
+        fresh = stored.without(self.position + 1 - stored.first_sequence)
+        if not fresh.batches or fresh.first_sequence != self.position + 1:
+            return
+        if self._sliced:
+            self._add_slice(fresh)
+        else:
+            self._add_lines(fresh)
+
+    def _add_slice(self, fresh: Slice) -> None:
+        message = fresh.to_message()
+        self._room_bytes -= len(message.text) * 4 // 3 + BATCH_ROOM_BYTES * len(message.batches)
+        if self.slices and self._room_bytes < 0:
+            self.full = True
+            return
+        self.slices.append(message)
+        self.position = fresh.last_sequence
+        self._room_lines -= fresh.line_count
+        self.full = self._room_lines <= 0
+
+    def _add_lines(self, fresh: Slice) -> None:
+        for line in fresh.lines():
+            self._room_bytes -= len(_quoted(line.text).encode()) + LINE_ROOM_BYTES
             if self.lines and self._room_bytes < 0:
                 self.full = True
                 return
@@ -174,41 +185,41 @@ class PageCutter:
                 return
 
 
-def packed_chunk(page: bytes) -> bytes:
-    """A page as it waits in the database until the log is compacted."""
-    return zlib.compress(page, 1)
+def packed_chunk(lines: Slice) -> bytes:
+    """Lines as they wait in the database until the log is compacted."""
+    return zlib.compress(lines.to_bytes(), 1)
 
 
-def unpacked_chunk(body: bytes) -> tuple[LogLine, ...]:
-    return LogPage.from_wire(zlib.decompress(body)).lines
+def unpacked_chunk(body: bytes) -> Slice:
+    return Slice.from_bytes(zlib.decompress(body))
 
 
-def packed_blocks(lines: Sequence[LogLine]) -> tuple[bytes, tuple[Block, ...]]:
+def packed_blocks(chunks: Iterable[Slice]) -> tuple[bytes, tuple[Block, ...]]:
     """The lines as consecutive gzip members, together one valid gzip file, and where each begins.
 
-    The same lines give the same bytes, so writing them again after a crash changes nothing.
+    The same chunks give the same bytes, so writing them again after a crash changes nothing.
     """
     body = bytearray()
     blocks = []
-    for group in _groups(lines):
-        member = gzip.compress(b"".join(line.to_wire() + b"\n" for line in group), 6, mtime=0)
-        blocks.append(Block(group[0].sequence, group[-1].sequence, len(body), len(member)))
+    for lines in _groups(chunks):
+        member = gzip.compress(lines.to_bytes(), GZIP_LEVEL, mtime=0)
+        blocks.append(Block(lines.first_sequence, lines.last_sequence, len(body), len(member)))
         body += member
     return bytes(body), tuple(blocks)
 
 
-def _groups(lines: Sequence[LogLine]) -> Iterator[list[LogLine]]:
-    group: list[LogLine] = []
+def _groups(chunks: Iterable[Slice]) -> Iterator[Slice]:
+    group: list[Slice] = []
     size = 0
-    for line in lines:
-        group.append(line)
-        size += len(line.text) + 100
+    for chunk in chunks:
+        group.append(chunk)
+        size += len(chunk.text) + LINE_ROOM_BYTES * len(chunk.batches)
         if size >= BLOCK_BYTES:
-            yield group
+            yield joined(group)
             group, size = [], 0
     if group:
-        yield group
+        yield joined(group)
 
 
-def unpacked_block(body: bytes) -> tuple[LogLine, ...]:
-    return tuple(LogLine.from_wire(line) for line in gzip.decompress(body).splitlines())
+def unpacked_block(body: bytes) -> Slice:
+    return Slice.from_bytes(gzip.decompress(body))

@@ -9,11 +9,12 @@ from functools import partial
 
 from libs.common.clock import Clock, to_us, utc_now
 from libs.common.contracts.envelope import Envelope
-from libs.common.contracts.messages import Job, JobSucceeded, LogFrame, LogLine, LogSealed
+from libs.common.contracts.messages import Job, JobSucceeded, LogFrame, LogSealed
 from libs.common.errors import Unavailable
 from libs.common.faults import crash_point
 from libs.common.ids import new_id
 from libs.common.inbox import Inbox
+from libs.common.loglines import Slice
 from libs.common.routing import INTERNAL, Route
 from libs.common.store import Store
 from libs.common.telemetry import meter
@@ -225,14 +226,16 @@ class LogScrub:
                 return
             found = None
         if found is None or len(found) != part.size_bytes:
-            await self._mend(part, [line for chunk in chunks for line in unpacked_chunk(chunk.body)])
+            await self._mend(part, [unpacked_chunk(chunk.body) for chunk in chunks])
 
-    async def _mend(self, part: Part, lines: list[LogLine]) -> None:
+    async def _mend(self, part: Part, chunks: list[Slice]) -> None:
         """Writes the object again, with words in the place of lines that nobody has any more."""
-        whole = [line.sequence for line in lines] == list(range(part.first_sequence, part.last_sequence + 1))
+        ends = [part.first_sequence - 1, *(chunk.last_sequence for chunk in chunks)]
+        begins = [*(chunk.first_sequence for chunk in chunks), part.last_sequence + 1]
+        whole = all(begin == end + 1 for end, begin in zip(ends, begins, strict=True))
         if not whole:
-            lines = lost_lines(part.first_sequence, part.last_sequence, self._clock())
-        body, blocks = await asyncio.to_thread(packed_blocks, lines)
+            chunks = [lost_lines(part.first_sequence, part.last_sequence, self._clock())]
+        body, blocks = await asyncio.to_thread(packed_blocks, chunks)
         await self._blocks.write(part.key, body)
         await self._store.run(lambda unit: unit.logs.replace_blocks(part.job_id, part.key, blocks, to_us(unit.now)))
         log.error("the object store had lost part of a log", extra={"key": part.key, "mended": whole})
@@ -316,12 +319,11 @@ async def _record(unit: StorageUnit, job_id: str, key: str, blocks: tuple[Block,
 
 def _part_of(chunks: Sequence[ChunkRow]) -> tuple[bytes, tuple[Block, ...]]:
     """As many of the chunks as make a part, whole ones only."""
-    lines: list[LogLine] = []
+    taken: list[Slice] = []
     size = 0
     for chunk in chunks:
-        fresh = unpacked_chunk(chunk.body)
-        size += sum(len(line.text) for line in fresh)
-        lines += fresh
+        taken.append(unpacked_chunk(chunk.body))
+        size += len(taken[-1].text)
         if size > PART_BYTES:
             break
-    return packed_blocks(lines)
+    return packed_blocks(taken)

@@ -8,7 +8,7 @@ from pathlib import Path
 import nats
 import pytest
 from nats.js import JetStreamContext
-from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType
+from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
 from nats.js.errors import APIError
 
 from infra.local.nats import PROVISIONER, Grant, grant_for
@@ -26,7 +26,7 @@ ROUTES = routes_of("registry")
 
 @pytest.fixture
 async def jetstream(tmp_path: Path) -> AsyncIterator[JetStreamContext]:
-    speaks = Grant(PROVISIONER, publish=("nabla.cmd.>", "nabla.dlq.>"))
+    speaks = Grant(PROVISIONER, publish=("nabla.cmd.>", "nabla.dlq.>", "nabla.log.>", "$JS.ACK.>"))
     with running_nats(tmp_path / "nats", [grant_for(ROUTES), speaks]) as server:
         await server.provision()
         connection = await nats.connect(server.url, nkeys_seed_str=server.seed(PROVISIONER))
@@ -34,7 +34,7 @@ async def jetstream(tmp_path: Path) -> AsyncIterator[JetStreamContext]:
         await connection.close()
 
 
-async def test_a_full_stream_refuses_and_only_logs_forget(jetstream: JetStreamContext) -> None:
+async def test_a_full_stream_refuses_and_never_forgets(jetstream: JetStreamContext) -> None:
     found = {}
     for config in streams():
         assert config.name
@@ -43,9 +43,10 @@ async def test_a_full_stream_refuses_and_only_logs_forget(jetstream: JetStreamCo
         "EVT": DiscardPolicy.NEW,
         "CMD": DiscardPolicy.NEW,
         "DEADLETTER": DiscardPolicy.NEW,
-        "LOG": DiscardPolicy.OLD,
+        "LOG": DiscardPolicy.NEW,
     }
-    assert found["CMD"].retention == RetentionPolicy.WORK_QUEUE
+    assert found["CMD"].retention == found["LOG"].retention == RetentionPolicy.WORK_QUEUE
+    assert found["LOG"].max_age in (0, None)
     assert all(config.storage == StorageType.FILE for config in found.values())
     assert all(config.duplicate_window == 600 for config in found.values())
     assert all(config.max_bytes and config.max_bytes > 0 for config in found.values())
@@ -61,6 +62,25 @@ async def test_a_stream_that_was_changed_is_put_right_and_keeps_its_messages(jet
     right = next(each for each in streams() if each.name == "EVT")
     found = (await jetstream.stream_info("EVT")).config
     assert (found.max_bytes, found.max_age, found.discard) == (right.max_bytes, right.max_age, right.discard)
+
+
+async def test_the_log_stream_of_an_older_release_is_made_anew_once_storage_has_all_of_it(
+    jetstream: JetStreamContext,
+) -> None:
+    await jetstream.delete_stream("LOG")
+    old = StreamConfig(name="LOG", subjects=["nabla.log.*.*"], max_age=86_400.0, discard=DiscardPolicy.OLD)
+    await jetstream.add_stream(old)
+    await provision_consumers(jetstream, routes_of("storage"))
+    await jetstream.publish("nabla.log.t1.js1", b"{}")
+    await provision_streams(jetstream)
+    assert (await jetstream.stream_info("LOG")).state.messages == 1
+    reading = await jetstream.pull_subscribe("nabla.log.*.*", durable="test", stream="LOG")
+    for message in await reading.fetch(1):
+        await message.ack_sync()
+    await jetstream.delete_consumer("LOG", "storage")
+    await provision_streams(jetstream)
+    found = (await jetstream.stream_info("LOG")).config
+    assert (found.retention, found.discard) == (RetentionPolicy.WORK_QUEUE, DiscardPolicy.NEW)
 
 
 async def test_a_consumer_that_drifted_is_put_right(jetstream: JetStreamContext) -> None:

@@ -306,7 +306,7 @@ def test_contact_made_now_keeps_the_job(node: Node, isolation: Isolation, tmp_pa
 
 def test_flood_of_output_is_bounded_and_does_not_block(node: Node, isolation: Isolation) -> None:
     limit = 4 * MIB
-    ended = node.run("yes 0123456789 | head -c 60000000; echo end", isolation=isolation, max_spool_bytes=limit)
+    ended = node.run("yes 0123456789 | head -c 60000000; echo end", isolation=isolation, log_limit_bytes=limit)
     assert ended.code == 0
     assert sum(path.stat().st_size for path in ended.folder.spool.iterdir()) <= limit + 1000
     lines = log_of(ended.folder)

@@ -41,6 +41,7 @@ from libs.common.contracts.problem import problem_of
 from libs.common.contracts.subjects import LOGS, stream_of, subject_for
 from libs.common.errors import NotFound, Refusal
 from libs.common.ids import new_id
+from libs.common.loglines import Slice
 from services.executor.routes import AGENT_SENDS, routes
 from tests.support.nats import NatsServer
 
@@ -164,7 +165,7 @@ class Neighbours:
         lines: list[LogLine] = []
         for frame in sorted(await self.frames(job_id), key=lambda frame: frame.first_line):
             assert frame.first_line == len(lines), "the frames do not follow each other"
-            lines += frame.lines
+            lines += Slice.from_message(frame.slice).of(frame.attempt, frame.rank).lines()
         return lines
 
     async def send(self, message: Message, object_id: str, team_id: str = TEAM, message_id: str = "") -> None:

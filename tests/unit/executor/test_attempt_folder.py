@@ -145,7 +145,7 @@ def test_field_of_a_newer_agent_is_ignored(tmp_path: Path) -> None:
         ("timeout_s", "soon"),
         ("stop_grace_s", -1),
         ("pids_limit", True),
-        ("max_spool_bytes", 10),
+        ("log_limit_bytes", -1),
         ("isolation", "none"),
         ("binds_ro", [["/a"]]),
         ("binds_ro", [["relative", "/a"]]),

@@ -18,7 +18,7 @@ from libs.common.contracts.messages import (
 )
 from libs.common.contracts.subjects import subject_for, tail_subject
 from libs.common.errors import Unavailable
-from services.gateway.following import End, JobFollower, Lines, State
+from services.gateway.following import End, JobFollower, Lines, State, Step
 from services.gateway.ports import Hint
 from tests.unit.gateway.fakes import MEMBER, TEAM, FakeHints, FakeOwners
 
@@ -72,16 +72,16 @@ class Cluster:
             self.hints.give(Hint(subject_for(JobSucceeded, team=TEAM), "js1", JobSucceeded(job=self.job).to_wire()))
             self.hints.give(Hint(subject_for(LogSealed, team=TEAM), "js1", LogSealed(job_id="js1").to_wire()))
 
-    async def follow(self, after: int = 0) -> list[Lines | State | End]:
+    async def follow(self, after: int = 0) -> list[Step]:
         job = await self.follower.job(MEMBER, "js1")
         return [step async for step in self.follower.follow(MEMBER, job, after) if step != Lines(())]
 
 
-def sequences(steps: list[Lines | State | End]) -> list[int]:
+def sequences(steps: list[Step]) -> list[int]:
     return [line.sequence for step in steps if isinstance(step, Lines) for line in step.lines]
 
 
-def states(steps: list[Lines | State | End]) -> list[str]:
+def states(steps: list[Step]) -> list[str]:
     return [step.job.state for step in steps if isinstance(step, State)]
 
 
@@ -91,7 +91,7 @@ async def settled() -> None:
         await asyncio.sleep(0)
 
 
-async def ended(following: asyncio.Task[list[Lines | State | End]]) -> list[Lines | State | End]:
+async def ended(following: asyncio.Task[list[Step]]) -> list[Step]:
     async with asyncio.timeout(60):
         return await following
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import random
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +17,8 @@ from sqlmodel import col
 from libs.common.clock import to_us
 from libs.common.contracts.messages import JobCancelled, JobFailed, JobStarting, JobSucceeded, LogFrame, LogPage
 from libs.common.errors import Invalid, Unavailable
-from services.storage.domain.logs import LOG, MAX_LINE_BYTES, clipped, nothing_awaited, packed_blocks, unpacked_block
+from libs.common.loglines import Slice
+from services.storage.domain.logs import LOG, nothing_awaited, packed_blocks, unpacked_block
 from services.storage.loops.passes import calmly
 from services.storage.store import ChunkRow, HeldRow, LogRow, StorageUnit
 from tests.unit.storage.world import ATTEMPT, STRANGER, World, frame, job, running_world
@@ -29,13 +32,6 @@ pytestmark = pytest.mark.unit
 )
 def test_each_trigger_in_each_state(state: str, trigger: str, after: str) -> None:
     assert LOG.next_state("js1", state, trigger) == after
-
-
-def test_a_long_line_is_cut_and_says_so() -> None:
-    assert clipped("a" * MAX_LINE_BYTES) == "a" * MAX_LINE_BYTES
-    cut = clipped("ü" * MAX_LINE_BYTES)
-    assert len(cut.encode()) <= MAX_LINE_BYTES
-    assert cut.endswith("bytes cut]")
 
 
 def test_a_log_is_awaited_until_each_started_attempt_has_said_its_last_line() -> None:
@@ -59,7 +55,7 @@ async def test_lines_are_numbered_over_attempts_and_ranks_as_they_come(world: Wo
     assert await texts(world) == ["a", "b", "x", "c", "again"]
     page = await world.page(after=3)
     assert [(line.attempt, line.rank, line.at) for line in page.lines] == [(1, 0, world.now), (2, 0, world.now)]
-    assert [line.sequence for heard in await world.heard() for line in heard.lines] == [1, 2, 3, 4, 5]
+    assert [line.sequence for line in await world.heard_lines()] == [1, 2, 3, 4, 5]
 
 
 async def test_a_frame_delivered_twice_counts_once(world: World) -> None:
@@ -460,10 +456,12 @@ async def test_lines_that_nobody_has_any_more_are_marked_and_the_rest_can_be_rea
 
 
 def test_blocks_are_one_gzip_file_and_the_same_each_time() -> None:
-    lines = [frame(0, f"t{n}").lines[0].model_copy(update={"sequence": n}) for n in range(1, 6)]
-    body, blocks = packed_blocks(lines)
-    assert packed_blocks(lines) == (body, blocks)
-    assert unpacked_block(body) == tuple(lines)
+    now = datetime(2030, 1, 1, tzinfo=UTC)
+    chunks = [Slice.from_lines(frame(0, f"t{n}", "x").lines, now).numbered(2 * n) for n in range(1, 6)]
+    body, blocks = packed_blocks(chunks)
+    assert packed_blocks(chunks) == (body, blocks)
+    assert list(unpacked_block(body).lines()) == [line for chunk in chunks for line in chunk.lines()]
+    assert gzip.decompress(body).endswith(b"t1\nx\nt2\nx\nt3\nx\nt4\nx\nt5\nx\n")
 
 
 @st.composite
@@ -504,7 +502,7 @@ def test_every_line_comes_once_and_in_the_order_of_its_source(frames: list[LogFr
                     every = max(one.first_line + len(one.lines) for one in frames if one.rank == rank)
                     assert mine == [f"{rank}:{n}" for n in range(every)]
                 assert not any("lost" in text for text in got)
-                heard = [line.text for page in await world.heard() for line in page.lines]
+                heard = [line.text for line in await world.heard_lines()]
                 assert heard == got
                 await world.keeper.keep_logs()
                 assert await texts(world) == got

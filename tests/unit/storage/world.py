@@ -31,6 +31,7 @@ from libs.common.contracts.messages import (
 )
 from libs.common.ids import new_id
 from libs.common.inbox import Inbox
+from libs.common.loglines import Slice
 from libs.common.migrations import migrate
 from libs.common.store import Store
 from libs.common.waiting import end
@@ -171,6 +172,10 @@ class World:
         for _ in range(200):
             await asyncio.sleep(0)
         return self.tailed
+
+    async def heard_lines(self) -> list[LogLine]:
+        pages = await self.heard()
+        return [line for page in pages for each in page.slices for line in Slice.from_message(each).lines()]
 
 
 @asynccontextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -33,9 +34,11 @@ def follow(session: Session, client: Client, job_id: str, after: int = 0) -> int
     """
     lines: deque[LogLine] = deque(maxlen=LAST_LINES)
     job, state = Job(), ""
+    bar = _Bar(sys.stdout.isatty() and sys.stderr.isatty() and not session.as_json)
     try:
-        for event in client.jobs.watch(job_id, after):
+        for event in client.jobs.watch(job_id, after, bar.show):
             if isinstance(event, LogLine):
+                bar.clear()
                 show_line(event, sys.stderr.isatty() and not session.as_json, to_stderr=session.as_json)
                 lines.append(event)
             else:
@@ -112,10 +115,30 @@ def exit_code(job: Job) -> int:
     return TIMED_OUT if job.state == "timed_out" else 1
 
 
+class _Bar:
+    """What a job shows on a line that it has not ended, on a terminal's last line, until the next line is shown."""
+
+    def __init__(self, on_terminal: bool) -> None:
+        self._on_terminal = on_terminal
+        self._shown = False
+
+    def show(self, line: LogLine) -> None:
+        self.clear()
+        if self._on_terminal and line.text:
+            width = shutil.get_terminal_size().columns - 1
+            click.echo(f"{line.text[-width:]}\r", nl=False, err=True)
+            self._shown = True
+
+    def clear(self) -> None:
+        if self._shown:
+            click.echo("\x1b[K", nl=False, err=True)
+            self._shown = False
+
+
 def show_line(line: LogLine, dim: bool = False, to_stderr: bool = False) -> None:
     """The job's output on the same stream it was written to; the platform's own words on standard error."""
     text = click.style(line.text, dim=True) if line.stream == "nabla" and dim else line.text
-    click.echo(text, err=to_stderr or _to_stderr(line))
+    click.echo(text, nl=not line.cut, err=to_stderr or _to_stderr(line))
 
 
 def _to_stderr(line: LogLine) -> bool:

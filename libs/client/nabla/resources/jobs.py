@@ -98,8 +98,12 @@ class Jobs(Resource):
         """Every line after `after` until the job has ended and its log is whole; see `watch`."""
         return (event for event in self.watch(job_id, after) if isinstance(event, LogLine))
 
-    def watch(self, job_id: str, after: int = 0) -> Iterator[JobEvent]:
+    def watch(self, job_id: str, after: int = 0, unfinished: Callable[[LogLine], object] = bool) -> Iterator[JobEvent]:
         """Log lines as they come and the job at each change of its state; the last item is the ended job.
+
+        Args:
+            unfinished: told what the job shows on a line that it has not ended, such as a progress bar, while it moves;
+                empty when that is over.
 
         A broken stream is opened again after the last line seen, so no line is lost or comes twice. Gives up, with
         the error, when ten minutes of trying brought no answer; a job may be silent for as long as it likes.
@@ -111,6 +115,8 @@ class Jobs(Resource):
                 for events in self._stream(job_id, last):
                     delay_s, silent_since, heard = FIRST_DELAY_S, 0.0, True
                     for event in events:
+                        if event.event == "unfinished":
+                            unfinished(decode(LogLine, json.loads(event.data)))
                         item = _job_event(event)
                         if isinstance(item, LogLine):
                             if item.sequence <= last:

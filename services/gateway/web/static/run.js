@@ -57,7 +57,7 @@ function draw() {
 const later = soon(refresh, 150);
 let state = document.body.dataset.state;
 
-const log = followStream((last) => `/api/v1/jobs/${job}/logs/stream?after=${last || -FIRST}`, {
+const log = followStream((last) => `/api/v1/jobs/${job}/logs/stream?after=${last || -FIRST}&skip_behind=${4 * KEPT}`, {
   line: (event) => { waiting.push(JSON.parse(event.data)); draw(); },
   state: (event) => {
     const now = JSON.parse(event.data).state;
