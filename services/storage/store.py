@@ -82,12 +82,13 @@ class LogRow(Base, table=True):
 
 
 class AttemptRow(Base, table=True):
-    """An attempt that the scheduler started, whose last frame is awaited."""
+    """An attempt that the scheduler started; the last frame of each of its ranks is awaited."""
 
     __tablename__ = "log_attempt"
     job_id: str = Field(primary_key=True, max_length=40)
     attempt_id: str = Field(primary_key=True, max_length=40)
     number: int
+    rank_count: int = 1
 
 
 class SourceRow(Base, table=True):
@@ -291,12 +292,12 @@ class Logs:
             self._session.add(row)
         return row
 
-    async def attempts_and_sources(self, job_id: str) -> tuple[list[str], list[tuple[str, bool]]]:
-        attempts = select(AttemptRow.attempt_id).where(col(AttemptRow.job_id) == job_id)
+    async def attempts_and_sources(self, job_id: str) -> tuple[dict[str, int], list[tuple[str, bool]]]:
+        attempts = select(AttemptRow.attempt_id, AttemptRow.rank_count).where(col(AttemptRow.job_id) == job_id)
         sources = select(SourceRow.attempt_id, SourceRow.last).where(col(SourceRow.job_id) == job_id)
         started = (await self._session.exec(attempts)).all()
         heard = (await self._session.exec(sources)).all()
-        return list(started), list(heard)
+        return dict(started), list(heard)
 
     async def hold(self, row: HeldRow) -> None:
         """Keeps an early frame; of two that begin at the same line the one with more lines."""

@@ -1,0 +1,19 @@
+"""how many ranks an attempt's log has"""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    with op.batch_alter_table("log_attempt", schema=None) as attempts:
+        attempts.add_column(sa.Column("rank_count", sa.Integer(), nullable=False, server_default="1"))
+
+
+def downgrade() -> None:
+    with op.batch_alter_table("log_attempt", schema=None) as attempts:
+        attempts.drop_column("rank_count")
