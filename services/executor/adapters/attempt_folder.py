@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 from services.executor.adapters import processes
+from services.executor.domain.network import Gang, MalformedNetwork, Network
 
 Isolation = Literal["bwrap", "process"]
 ExitReason = Literal["exited", "stopped", "timed_out", "out_of_memory", "fenced", "refused"]
@@ -99,6 +100,7 @@ class AttemptSpec:
     node_contact_file: str | None = None
     node_fence_s: float = 120.0
     bwrap_path: str = "/usr/bin/bwrap"
+    network: Network = field(default_factory=Network)
 
     def __post_init__(self) -> None:
         for problem in _problems(self):
@@ -114,9 +116,14 @@ class AttemptSpec:
             for name in ("binds_ro", "binds_rw"):
                 values[name] = [Bind(*pair) for pair in values.get(name, [])]
             values["front_door"] = [FrontDoor(**door) for door in values.get("front_door", [])]
+            if "network" in values:
+                gang = values["network"].get("gang")
+                values["network"] = Network(**values["network"] | {"gang": Gang(**gang) if gang else None})
             return cls(**values)
         except MalformedSpec:
             raise
+        except MalformedNetwork as error:
+            raise MalformedSpec(str(error)) from None
         except (ValueError, TypeError, AttributeError) as error:
             raise MalformedSpec(f"the spec is not readable: {error}") from None
 

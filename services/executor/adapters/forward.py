@@ -17,7 +17,8 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, NoReturn
 
 from services.executor.adapters import kernel
@@ -37,19 +38,39 @@ class Route(NamedTuple):
 
 
 class Way:
-    """One direction through the wall, and the relay that serves it, a child of this process.
+    """One way through the wall, and the process that serves it, a child of this one.
 
     Args:
-        network: the namespace that the relay serves from; None for this process's own. Kept open.
+        work: what the process does; when it returns, the way is served anew.
+        kept: the descriptors that it needs for it.
+        network: the namespace that it works in; None for this process's own. Kept open.
     """
 
-    def __init__(self, routes: Sequence[Route], network: int | None, uid: int | None) -> None:
-        self._routes, self._network, self._uid = routes, network, uid
+    def __init__(
+        self, work: Callable[[], object], kept: Sequence[int], network: int | None = None, uid: int | None = None
+    ) -> None:
+        self._work, self._kept, self._network, self._uid = work, tuple(kept), network, uid
         self.pid = 0
 
     def serve(self) -> None:
-        """Start the relay, the first one or another one; raises OSError."""
-        self.pid = _fork_relay(self._routes, self._network, self._uid)
+        """Start the process, the first one or another one; raises OSError."""
+        shim = os.getpid()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(shim)
+
+    def _run(self, shim: int) -> NoReturn:
+        try:
+            signal.set_wakeup_fd(-1)  # of a shim that is at work already
+            os.setsid()
+            _enter(self._network, self._uid)
+            kernel.end_with_parent(signal.SIGKILL, shim)
+            keep_only(self._kept)
+            self._work()
+        except BaseException:
+            traceback.print_exc()  # stderr is the shim's log
+        finally:
+            os._exit(1)
 
 
 def open_front_door(network: int, doors: Sequence[FrontDoor], uid: int | None) -> Way:
@@ -58,8 +79,8 @@ def open_front_door(network: int, doors: Sequence[FrontDoor], uid: int | None) -
     Connections wait in the listeners from now on, so the command can be let go.
     """
     targets = [_resolve(door.target_host, door.target_port) for door in doors]
-    listeners = _listen_inside(network, [door.listen_port for door in doors], uid)
-    way = Way([Route(s, *target) for s, target in zip(listeners, targets, strict=True)], None, uid)
+    listeners = listen_inside(network, [(socket.SOCK_STREAM, door.listen_port) for door in doors], uid)
+    way = _way([Route(s, *target) for s, target in zip(listeners, targets, strict=True)], None, uid)
     way.serve()
     return way
 
@@ -68,9 +89,13 @@ def expose(network: int, ports: Sequence[int], uid: int | None) -> tuple[Way, di
     """Serve free ports of the host's loopback from inside the namespace: (the way, inside -> host)."""
     routes = [Route(_listen("127.0.0.1", 0), socket.AF_INET, ("127.0.0.1", port)) for port in ports]
     host_ports = {route.address[1]: int(route.listener.getsockname()[1]) for route in routes}
-    way = Way(routes, network, uid)
+    way = _way(routes, network, uid)
     way.serve()
     return way, host_ports
+
+
+def _way(routes: Sequence[Route], network: int | None, uid: int | None) -> Way:
+    return Way(partial(relay, routes), [route.listener.fileno() for route in routes], network, uid)
 
 
 def relay(routes: Sequence[Route]) -> NoReturn:
@@ -78,18 +103,25 @@ def relay(routes: Sequence[Route]) -> NoReturn:
     _Relay(routes).run()
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def _listen(host: str, port: int, kind: int = socket.SOCK_STREAM, shared: bool = False) -> socket.socket:
+    listener = socket.socket(socket.AF_INET, kind)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT if shared else socket.SO_REUSEADDR, 1)
     listener.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
     listener.bind((host, port))
-    listener.listen(1024)
+    if kind == socket.SOCK_STREAM:
+        listener.listen(1024)
     listener.setblocking(False)
     return listener
 
 
-def _listen_inside(network: int, ports: Sequence[int], uid: int | None) -> list[socket.socket]:
-    """Have a forked helper enter the namespace, make the sockets there and pass them back."""
+def listen_inside(network: int, ports: Sequence[tuple[int, int]], uid: int | None) -> list[socket.socket]:
+    """Have a forked helper enter the namespace, make the sockets there and pass them back. Raises OSError.
+
+    The ranks of a gang share a namespace, and each has its own relays: the kernel spreads what comes over them.
+
+    Args:
+        ports: of loopback, each with the kind of its socket.
+    """
     ours, theirs = socket.socketpair()
     with ours, theirs:
         helper = os.fork()
@@ -102,15 +134,15 @@ def _listen_inside(network: int, ports: Sequence[int], uid: int | None) -> list[
         finally:
             os.waitpid(helper, 0)
     if len(descriptors) != len(ports):
-        raise OSError(f"the front door cannot be opened: {message.decode() or 'its helper died'}")
+        raise OSError(f"the sandbox's own ports cannot be opened: {message.decode() or 'its helper died'}")
     return [socket.socket(fileno=descriptor) for descriptor in descriptors]
 
 
-def _run_helper(channel: socket.socket, network: int, ports: Sequence[int], uid: int | None) -> NoReturn:
+def _run_helper(channel: socket.socket, network: int, ports: Sequence[tuple[int, int]], uid: int | None) -> NoReturn:
     try:
         signal.alarm(int(_WAIT_S))
         _enter(network, uid)
-        listeners = [_listen("127.0.0.1", port) for port in ports]
+        listeners = [_listen("127.0.0.1", port, kind, shared=True) for kind, port in ports]
         socket.send_fds(channel, [b"ok"], [listener.fileno() for listener in listeners])
     except OSError as error:
         channel.send(str(error).encode())
@@ -118,33 +150,11 @@ def _run_helper(channel: socket.socket, network: int, ports: Sequence[int], uid:
         os._exit(0)
 
 
-def _fork_relay(routes: Sequence[Route], network: int | None, uid: int | None) -> int:
-    shim = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        _run_relay(routes, network, uid, shim)
-    return pid
-
-
-def _run_relay(routes: Sequence[Route], network: int | None, uid: int | None, shim: int) -> NoReturn:
-    try:
-        signal.set_wakeup_fd(-1)  # of a shim that is at work already
-        os.setsid()
-        _enter(network, uid)
-        kernel.end_with_parent(signal.SIGKILL, shim)
-        keep_only([route.listener.fileno() for route in routes])
-        relay(routes)
-    except BaseException:
-        traceback.print_exc()  # stderr is the shim's log
-    finally:
-        os._exit(1)
-
-
 def _enter(network: int | None, uid: int | None) -> None:
-    if uid is not None:
-        kernel.become(uid)
     if network is not None:
-        kernel.enter_network(network)
+        kernel.enter_network(network, uid)
+    elif uid is not None:
+        kernel.become(uid)
 
 
 def keep_only(descriptors: Sequence[int]) -> None:

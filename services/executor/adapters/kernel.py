@@ -71,18 +71,45 @@ def open_network(pid: int) -> int:
     return os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
 
-def enter_network(network: int) -> None:
-    """Move this single-threaded process into a network namespace, without being root.
+def owner_of(network: int) -> int:
+    """A descriptor of the user namespace whose root rules over this network namespace."""
+    return fcntl.ioctl(network, _NS_GET_USERNS)
 
-    Its owner is asked of the namespace, not of the process: bwrap moves on into a second user namespace,
-    which has no rights over the network that the first one made.
+
+def enter_network(network: int, uid: int | None = None) -> None:
+    """Move this single-threaded process into a network namespace, and become `uid` on the way.
+
+    A namespace that root made is entered as root, one that an ordinary user made as that user. Its owner is asked of
+    the namespace, not of the process: bwrap moves on into a second user namespace, which has no rights over the
+    network that the first one made.
     """
-    owner = fcntl.ioctl(network, _NS_GET_USERNS)
+    owner = owner_of(network)
     try:
-        _check(_libc.setns(owner, CLONE_NEWUSER), "setns user")
-        _check(_libc.setns(network, CLONE_NEWNET), "setns net")
+        present = os.stat("/proc/self/ns/user")
+        is_ours = os.path.samestat(os.fstat(owner), present)
+        if is_ours:
+            _check(_libc.setns(network, CLONE_NEWNET), "setns net")
+        if uid is not None:
+            become(uid)
+        if not is_ours:
+            _check(_libc.setns(owner, CLONE_NEWUSER), "setns user")
+            _check(_libc.setns(network, CLONE_NEWNET), "setns net")
     finally:
         os.close(owner)
+
+
+def make_network(as_root: bool) -> int:
+    """Move this single-threaded process into a new network namespace, its own; a descriptor of it.
+
+    An ordinary user gets a user namespace with it, in which that user is root and may set the network up.
+    """
+    uid, gid = os.geteuid(), os.getegid()
+    _check(_libc.unshare(CLONE_NEWNET if as_root else CLONE_NEWNET | CLONE_NEWUSER), "unshare")
+    if not as_root:
+        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+    return os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _check(result: int, what: str) -> None:

@@ -18,9 +18,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, NoReturn
 
-from services.executor.adapters import forward, kernel, processes, sandbox
+from services.executor.adapters import forward, kernel, network, processes, sandbox
 from services.executor.adapters.attempt_folder import AttemptFolder, AttemptSpec
 from services.executor.adapters.cgroup import Cgroup
+from services.executor.adapters.network import OpenNetwork
 
 _PIPE_BYTES = 256 * 1024
 _F_SETPIPE_SZ = 1031
@@ -61,6 +62,12 @@ class Job:
     _block: int
     ports: dict[int, int] = field(default_factory=dict)
     ways: list[forward.Way] = field(default_factory=list)
+    network: OpenNetwork | None = None
+
+    def leave_network(self) -> None:
+        """When all of it has ended."""
+        if self.network is not None:
+            self.network.close()
 
     def release(self) -> None:
         """Let the command go. Raises LaunchRefused when it cannot be executed at all."""
@@ -94,7 +101,17 @@ def launch(spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None) -> J
         raise LaunchRefused("the platform runs as root here, and the spec names no other uid to run the job as")
     with _told_as_refusal():
         sandbox.prepare_folders(spec, folder)
-    job = _fork_job(spec, folder, cgroup)
+        joined = network.open_network(spec.network, spec.attempt_id, folder.path.parent.parent)
+    try:
+        return _launch_in(spec, folder, cgroup, joined)
+    except LaunchRefused:
+        if joined is not None:
+            joined.close()
+        raise
+
+
+def _launch_in(spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None, joined: OpenNetwork | None) -> Job:
+    job = _fork_job(spec, folder, cgroup, joined)
     if not job.walled:
         job.ports.update({port: port for port in spec.expose_ports})
         return job
@@ -105,7 +122,7 @@ def launch(spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None) -> J
     return job
 
 
-def _fork_job(spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None) -> Job:
+def _fork_job(spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None, joined: OpenNetwork | None) -> Job:
     out, err, error, status, block = (os.pipe() for _ in range(5))
     ends = _Ends(out[1], err[1], error[1], status[1], block[0])
     for pipe in (out, err):
@@ -113,7 +130,7 @@ def _fork_job(spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None) -
     shim = os.getpid()
     pid = os.fork()
     if pid == 0:
-        _run_child(spec, folder, ends, shim)
+        _run_child(spec, folder, ends, shim, joined)
     for descriptor in ends:
         os.close(descriptor)
     walled = spec.isolation == "bwrap"
@@ -122,7 +139,7 @@ def _fork_job(spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None) -
     root = _sandbox_root(status[0], error[0], err[0]) if walled else pid
     if cgroup is not None and walled:
         cgroup.add(root)  # bwrap may have made it before it was moved itself
-    return Job(pid, root, walled, out[0], err[0], error[0], status[0], block[1])
+    return Job(pid, root, walled, out[0], err[0], error[0], status[0], block[1], network=joined)
 
 
 def _prepare_stream(pipe: tuple[int, int], uid: int | None) -> None:
@@ -138,7 +155,9 @@ def _set_pipe_size(descriptor: int) -> None:
     fcntl.fcntl(descriptor, _F_SETPIPE_SZ, _PIPE_BYTES)
 
 
-def _run_child(spec: AttemptSpec, folder: AttemptFolder, ends: _Ends, shim: int) -> NoReturn:
+def _run_child(
+    spec: AttemptSpec, folder: AttemptFolder, ends: _Ends, shim: int, joined: OpenNetwork | None
+) -> NoReturn:
     """In the fork: become bwrap or the guardian; what goes wrong before is told through the error pipe."""
     try:
         os.dup2(ends.out, 1)
@@ -147,7 +166,8 @@ def _run_child(spec: AttemptSpec, folder: AttemptFolder, ends: _Ends, shim: int)
         if spec.isolation == "bwrap":
             _offer_to_oom_killer()
             os.umask(0o022)
-            sandbox.exec_in_bwrap(spec, folder, ends.status, ends.block, shim)
+            descriptor = None if joined is None else joined.descriptor
+            sandbox.exec_in_bwrap(spec, folder, ends.status, ends.block, shim, joined=descriptor)
         _guard(spec, folder, ends, shim)
     except Exception as exception:
         os.write(ends.error, str(exception).encode()[:_MESSAGE_BYTES])
@@ -239,14 +259,15 @@ def _read_line(descriptor: int) -> bytes:
 
 
 def _open_ways(job: Job, spec: AttemptSpec) -> None:
-    if not spec.front_door and not spec.expose_ports:
-        return
     uid = spec.run_as_uid if os.geteuid() == 0 else None
-    network = kernel.open_network(job.root)
+    inside = job.network.descriptor if job.network else kernel.open_network(job.root)
+    if job.network:
+        job.ways.extend(job.network.ways)
+    job.ways.extend(network.open_services(spec.network, inside, uid))
     if spec.front_door:
-        job.ways.append(forward.open_front_door(network, spec.front_door, uid))
+        job.ways.append(forward.open_front_door(inside, spec.front_door, uid))
     if spec.expose_ports:
-        way, ports = forward.expose(network, spec.expose_ports, uid)
+        way, ports = forward.expose(inside, spec.expose_ports, uid)
         job.ways.append(way)
         job.ports.update(ports)
 

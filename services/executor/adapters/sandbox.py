@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from services.executor.adapters import kernel, processes, seccomp
+from services.executor.adapters import kernel, network, network_names, processes, seccomp
 from services.executor.adapters.attempt_folder import AttemptFolder, AttemptSpec, Isolation
 
 SYSTEM_BWRAP = "/usr/bin/bwrap"
@@ -101,7 +101,7 @@ def job_environment(spec: AttemptSpec, folder: AttemptFolder) -> dict[str, str]:
     for bind in spec.binds_rw:
         if bind.inside == "/storage":
             promised["NABLA_STORAGE"] = "/storage" if walled else bind.host
-    environment = defaults | spec.env | promised
+    environment = defaults | network.variables(spec.network) | spec.env | promised
     if spec.environment_prefix is not None:
         environment["PATH"] = f"{spec.environment_prefix}/bin:{environment['PATH']}"
         environment["VIRTUAL_ENV"] = spec.environment_prefix
@@ -150,8 +150,12 @@ def environment_mounts(prefix: str) -> list[Mount]:
     return [Mount(path, path) for path in shown]
 
 
-def exec_in_bwrap(spec: AttemptSpec, folder: AttemptFolder, status: int, block: int, shim: int) -> NoReturn:
+def exec_in_bwrap(
+    spec: AttemptSpec, folder: AttemptFolder, status: int, block: int, shim: int, *, joined: int | None
+) -> NoReturn:
     """Turn this process into bwrap. It reports on `status` and holds the command until `block` is written to.
+
+    It joins the network namespace `joined`, or makes one with loopback alone.
 
     A dead shim closes `block`, and bwrap takes that for a write: without a death signal of its own until bwrap has
     set one, a shim killed in between would leave a job that nobody watches.
@@ -165,8 +169,14 @@ def exec_in_bwrap(spec: AttemptSpec, folder: AttemptFolder, status: int, block: 
         root = _installation(bwrap)
         staged = _stage([*mounts, Mount(root, root)])
         mounts, bwrap = staged[:-1], staged[-1].source + bwrap.removeprefix(root)
-        kernel.become(_uid(spec))
+        if joined is None:
+            kernel.become(_uid(spec))
+        else:
+            kernel.enter_network(joined, _uid(spec))
+    elif joined is not None:
+        kernel.enter_network(joined)
     options = _options(spec, mounts, job_environment(spec, folder))
+    options += [] if joined is None else ["--share-net"]
     options += ["--json-status-fd", str(status), "--block-fd", str(block)]
     for descriptor in (status, block):
         os.set_inheritable(descriptor, True)
@@ -253,7 +263,7 @@ def remedy_for(reason: str, settings: Mapping[str, str]) -> str:
 def _options(spec: AttemptSpec, mounts: Iterable[Mount], environment: Mapping[str, str]) -> list[str]:
     options = ["--unshare-user", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv"]
     options += ["--cap-drop", "ALL", "--uid", _USER_ID, "--gid", _USER_ID, "--hostname", spec.attempt_id]
-    options += [*_system(), *_etc(spec.attempt_id), *_devices(spec.gpu_indices)]
+    options += [*_system(), *_etc(spec), *_devices(spec.gpu_indices)]
     for mount in mounts:
         options += ["--bind" if mount.writable else "--ro-bind", mount.source, mount.inside]
     options += ["--remount-ro", "/", "--chdir", "/workspace"]
@@ -275,17 +285,19 @@ def _system() -> list[str]:
     return options
 
 
-def _etc(host_name: str) -> list[str]:
+def _etc(spec: AttemptSpec) -> list[str]:
     """Folders are bound, files copied: each bind costs bwrap another pass over all mounts, half a
     millisecond.
     """
     files = {
         "passwd": f"root:x:0:0::/:/bin/false\nnabla:x:{_USER_ID}:{_USER_ID}:Nabla job:/tmp/home:/bin/sh\n",
         "group": f"root:x:0:\nnabla:x:{_USER_ID}:\n",
-        "hosts": f"127.0.0.1 localhost {host_name}\n::1 localhost\n",
+        "hosts": _hosts(spec),
     }
+    if spec.network.leads_out:
+        files["resolv.conf"] = network_names.resolver_file()
     contents = {name: text.encode() for name, text in files.items()}
-    for name in _ETC_FILES:
+    for name in set(_ETC_FILES) - set(files):
         with suppress(OSError):
             contents[name] = Path("/etc", name).read_bytes()
     options = ["--perms", "0755", "--dir", "/etc"]
@@ -293,6 +305,17 @@ def _etc(host_name: str) -> list[str]:
     for name, content in contents.items():
         options += ["--perms", "0644", "--file", str(_handed_over(content)), f"/etc/{name}"]
     return options
+
+
+def _hosts(spec: AttemptSpec) -> str:
+    """A gang's ranks find their own name at the node's address: what they tell their peers must be true there."""
+    gang = spec.network.gang
+    own = (
+        f"127.0.0.1 localhost\n{gang.node_address} {spec.attempt_id}"
+        if gang
+        else f"127.0.0.1 localhost {spec.attempt_id}"
+    )
+    return f"{own}\n::1 localhost\n"
 
 
 def _devices(gpu_indices: Sequence[int]) -> list[str]:

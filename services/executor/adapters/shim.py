@@ -134,7 +134,9 @@ def _run(folder: AttemptFolder, afterwards: contextlib.ExitStack) -> ExitRecord:
     if cgroup is not None:
         afterwards.callback(cgroup.remove)
     try:
-        return _Attempt(folder, spec, cgroup, launch(spec, folder, cgroup)).run()
+        job = launch(spec, folder, cgroup)
+        afterwards.callback(job.leave_network)
+        return _Attempt(folder, spec, cgroup, job).run()
     except LaunchRefused as error:
         return _refused(str(error))
 

@@ -1,0 +1,89 @@
+"""A way out of a sandbox's network without root: `pasta`, from Debian's passt.
+
+It makes each connection of the sandbox anew, as a connection of its own user on the node. So the sandbox has the node's
+address and may use it, and what must not be reached is refused inside (network_rules), before pasta sees it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import time
+from functools import partial
+from pathlib import Path
+
+from services.executor.adapters import kernel
+from services.executor.adapters.forward import Way
+from services.executor.adapters.network_host import find_tool
+from services.executor.domain.network import Gang
+
+_WAIT_S = 20.0
+_LOOK_S = 0.002
+_ROUND_S = 0.5
+# IPv4 alone; nothing of the node's loopback or behind the name of its router; no port, either way, unless told.
+_OPTIONS = (
+    *("--foreground", "--quiet", "--config-net", "--ipv4-only", "--no-map-gw", "--no-ra", "--no-ndp", "--no-dhcp"),
+    *("--no-dhcpv6", "--tcp-ns", "none", "--udp-ns", "none"),
+)
+
+
+def carry(network: int, gang: Gang | None, folder: Path) -> Way:
+    """Have pasta carry what leaves the network, and wait until it does. Raises OSError.
+
+    Args:
+        gang: its ranks on this node share the network, and pasta: when the one that runs it leaves, another does.
+    """
+    way = Way(partial(_stand_by, network, gang, folder), [network])
+    way.serve()
+    deadline = time.monotonic() + _WAIT_S
+    while not _has_way_out(network):
+        if os.waitpid(way.pid, os.WNOHANG)[0]:
+            raise OSError("pasta ended before the sandbox had its network")
+        if time.monotonic() > deadline:
+            os.kill(way.pid, signal.SIGKILL)
+            os.waitpid(way.pid, 0)
+            raise OSError(f"pasta did not give the sandbox its network within {_WAIT_S:.0f} s")
+    return way
+
+
+def _stand_by(network: int, gang: Gang | None, folder: Path) -> None:
+    """In a process of its own: returns when pasta has ended."""
+    if gang:
+        lock = os.open(folder / f"{gang.name}.pasta", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    owner, me = kernel.owner_of(network), os.getpid()
+    program = find_tool("pasta")
+    if program is None:
+        raise FileNotFoundError("pasta is not installed")
+    ports = f"{gang.first_port}-{gang.last_port}" if gang and gang.peer_addresses else "none"
+    command = [program, *_OPTIONS, "--tcp-ports", ports, "--udp-ports", ports]
+    command += ["--userns", f"/proc/{me}/fd/{owner}", "--netns", f"/proc/{me}/fd/{network}"]
+    subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        check=False,
+        preexec_fn=partial(kernel.end_with_parent, signal.SIGKILL, me),
+    )
+
+
+def _has_way_out(network: int) -> bool:
+    """Whether the network has its default route now, or within a moment: looked at from inside, in a fork."""
+    looker = os.fork()
+    if looker == 0:
+        try:
+            kernel.enter_network(network)
+            deadline = time.monotonic() + _ROUND_S
+            while not (found := _default_route()) and time.monotonic() < deadline:
+                time.sleep(_LOOK_S)
+            os._exit(0 if found else 1)
+        finally:
+            os._exit(1)
+    return os.waitpid(looker, 0)[1] == 0
+
+
+def _default_route() -> bool:
+    lines = Path("/proc/self/net/route").read_text().splitlines()[1:]
+    return any(line.split()[1] == "00000000" for line in lines)
