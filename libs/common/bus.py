@@ -192,6 +192,8 @@ class Bus:
                 nats.errors.TimeoutError,
                 nats.errors.NoRespondersError,
                 nats.errors.ConnectionClosedError,
+                # We are leaving ourselves, and a loop asks once more.
+                nats.errors.ConnectionDrainingError,
             ):
                 raise _silent(service or route.owner, route.name) from None
         if (answer.headers or {}).get(STATUS_HEADER) == ANSWER_REFUSED:

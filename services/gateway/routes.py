@@ -32,6 +32,9 @@ SENDS = (
     m.ListExperiments,
     m.SubmitJob,
     m.StopJob,
+    m.RetryJob,
+    m.CloneJob,
+    m.ExplainJob,
     m.GetJob,
     m.ListJobs,
     m.LogRun,
@@ -46,6 +49,7 @@ SENDS = (
     m.GetDeployment,
     m.ListDeployments,
     m.ListNodes,
+    m.ListMachines,
     m.GetService,
 )
 

@@ -6,6 +6,7 @@ from libs.common.bus import Bus
 from libs.common.inbox import Inbox
 from libs.common.service import Service
 from services.scheduler.adapters.executor import BusExecutor
+from services.scheduler.adapters.machine_file import MachineFile
 from services.scheduler.adapters.registry import BusRegistry
 from services.scheduler.loops.placer import Placer
 from services.scheduler.loops.reconciler import Patience, Reconciler
@@ -16,7 +17,8 @@ from services.scheduler.store import SchedulerStore
 
 def build(settings: SchedulerSettings | None = None) -> Service:
     settings = settings or SchedulerSettings()
-    store = SchedulerStore(settings.database_for("scheduler"))
+    machines = MachineFile(settings.home / settings.machines_file)
+    store = SchedulerStore(settings.database_for("scheduler"), machine_types=machines)
     bus = Bus("scheduler", settings.nats_url, settings.nats_seed("scheduler"))
     placer = Placer(store, silent_s=settings.executor_silent_s, pass_s=settings.reconcile_s)
     patience = Patience(

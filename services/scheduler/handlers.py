@@ -12,21 +12,28 @@ from sqlalchemy import ColumnElement
 from libs.common.clock import from_us, to_us
 from libs.common.contracts.envelope import Envelope
 from libs.common.contracts.messages import (
+    CloneJob,
     Execution,
     ExperimentCreated,
     ExperimentPage,
+    ExplainJob,
     GetExperiment,
     GetJob,
     HaltJob,
     JobDetail,
+    JobExplanation,
     JobPage,
     JobTemplate,
     ListExperiments,
     ListJobs,
+    ListMachines,
+    MachinePage,
+    MachineType,
     NodesReported,
     OrderJob,
     Principal,
     Project,
+    RetryJob,
     StartExperiment,
     StopJob,
     SubmitJob,
@@ -38,8 +45,17 @@ from libs.common.errors import Conflict, Invalid, NotFound
 from libs.common.ids import is_id, new_id
 from libs.common.pages import decode_cursor, encode_cursor, page_limit
 from libs.common.telemetry import current_traceparent, meter
+from services.scheduler.domain.copies import cloned, retried
+from services.scheduler.domain.explanations import explanation
 from services.scheduler.domain.lifecycles import JOBS as JOB_STATES
-from services.scheduler.domain.lifecycles import admit, ask_to_stop, follow_execution, is_open
+from services.scheduler.domain.lifecycles import LIVE, admit, ask_to_stop, follow_execution, is_open
+from services.scheduler.domain.machine_types import (
+    MachineTypes,
+    detected_types,
+    nodes_that_have,
+    resources_of,
+    startable,
+)
 from services.scheduler.domain.model import Case, Experiment, Job
 from services.scheduler.domain.snapshots import attempt_message, experiment_message, job_message
 from services.scheduler.domain.templates import MAX_NAME_LENGTH, SERVICES, checked_template
@@ -49,6 +65,8 @@ from services.scheduler.tables import EXPERIMENTS, JOBS
 # Answers stay well under NATS's 1 MB; what a job weighs beside its template is less than this.
 PAGE_BYTES = 700_000
 JOB_BYTES = 2_000
+# Of those that hold machines, as many as an explanation names.
+HOLDERS = 100
 
 T = TypeVar("T")
 
@@ -67,7 +85,7 @@ class _ExecutionEvent(Protocol):
 
 async def submit_job(message: SubmitJob, unit: SchedulerUnit, call: Envelope) -> JobMessage:
     principal = call.principal
-    template = checked_template(message.template)
+    template = checked_template(message.template, types=machine_types(unit))
     await _check_project(unit, message.project_id, principal.team_id)
     if message.experiment_id:
         experiment = await _experiment(unit, message.experiment_id, principal.team_id)
@@ -79,7 +97,7 @@ async def submit_job(message: SubmitJob, unit: SchedulerUnit, call: Envelope) ->
 
 async def start_experiment(message: StartExperiment, unit: SchedulerUnit, call: Envelope) -> ExperimentMessage:
     principal = call.principal
-    template = checked_template(message.template)
+    template = checked_template(message.template, types=machine_types(unit))
     _check_experiment(message)
     await _check_project(unit, message.project_id, principal.team_id)
     experiment = Experiment(
@@ -105,6 +123,17 @@ async def start_experiment(message: StartExperiment, unit: SchedulerUnit, call: 
     return snapshot
 
 
+async def retry_job(message: RetryJob, unit: SchedulerUnit, call: Envelope) -> JobMessage:
+    """Another job like one that has ended, in its place."""
+    job = (await _job(unit, message.job_id, call.principal)).job
+    return await _copy(unit, job, retried(job), call.principal)
+
+
+async def clone_job(message: CloneJob, unit: SchedulerUnit, call: Envelope) -> JobMessage:
+    job = (await _job(unit, message.job_id, call.principal)).job
+    return await _copy(unit, job, cloned(job, message), call.principal)
+
+
 async def order_job(message: OrderJob, unit: SchedulerUnit, call: Envelope) -> None:
     """The sender chose the id: ordering it again changes nothing."""
     if not is_id("job", message.job_id):
@@ -120,13 +149,13 @@ async def order_job(message: OrderJob, unit: SchedulerUnit, call: Envelope) -> N
 async def stop_job(message: StopJob, unit: SchedulerUnit, call: Envelope) -> JobMessage:
     """The wish is committed first; what runs is told, and told again until it has ended."""
     case = await _job(unit, message.job_id, call.principal)
-    return job_message(await unit.save(case, ask_to_stop(case, unit.now_us)))
+    return job_message(await unit.save(case, ask_to_stop(case, unit.now_us, _name(call.principal))))
 
 
 async def halt_job(message: HaltJob, unit: SchedulerUnit, call: Envelope) -> None:
     case = await unit.find(message.job_id, call.team_id)
     if case:
-        await unit.save(case, ask_to_stop(case, unit.now_us))
+        await unit.save(case, ask_to_stop(case, unit.now_us, call.source))
 
 
 async def get_job(message: GetJob, view: SchedulerUnit, call: Envelope) -> JobDetail:
@@ -136,10 +165,51 @@ async def get_job(message: GetJob, view: SchedulerUnit, call: Envelope) -> JobDe
         job=job_message(case),
         attempts=tuple(attempt_message(case.job.template, attempt) for attempt in await view.attempts(message.job_id)),
         timeline=tuple(
-            TimelineEntry(at=from_us(entry.at_us), state=entry.state, detail=entry.detail, attempt=entry.attempt)
+            TimelineEntry(
+                at=from_us(entry.at_us),
+                state=entry.state,
+                detail=entry.detail,
+                attempt=entry.attempt,
+                actor=entry.actor,
+                cause=entry.cause,
+                trace_id=entry.trace_id,
+            )
             for entry in entries
         ),
     )
+
+
+async def explain_job(message: ExplainJob, view: SchedulerUnit, call: Envelope) -> JobExplanation:
+    """Why the job is in its state. The queue is looked at as it is in memory, a moment behind the database at most."""
+    principal = call.principal
+    case = await _job(view, message.job_id, principal)
+    nodes = {node.id: node.hostname for inventory in await view.inventories() for node in inventory.nodes}
+    holding = (JOBS.c.team_id == principal.team_id, JOBS.c.ended_us.is_(None), JOBS.c.state.in_(LIVE))
+    holders = await view.cases(*holding, limit=HOLDERS) if case.job.state == "queued" else []
+    return explanation(case, await view.newest_cause(case.job.id), view.policy, nodes, holders)
+
+
+async def list_machines(_message: ListMachines, view: SchedulerUnit, _call: Envelope) -> MachinePage:
+    cluster = view.policy.cluster
+    hostnames = {node.id: node.hostname or node.id for each in await view.inventories() for node in each.nodes}
+    types = machine_types(view)
+    items = (
+        MachineType(
+            name=name,
+            resources=resources_of(shape),
+            startable=startable(shape, cluster.open_rooms()),
+            hostnames=tuple(hostnames.get(node, node) for node in nodes_that_have(shape, cluster.machines)),
+        )
+        for name, shape in types.items()
+    )
+    source = "nodes" if view.machine_types.types() is None else "file"
+    return MachinePage(items=tuple(items), source=source, detail="" if types else "no node has reported yet")
+
+
+def machine_types(unit: SchedulerUnit) -> MachineTypes:
+    """Those that the installation names, else those of its nodes."""
+    named = unit.machine_types.types()
+    return detected_types(unit.policy.cluster.machines) if named is None else named
 
 
 async def list_jobs(message: ListJobs, view: SchedulerUnit, call: Envelope) -> JobPage:
@@ -204,6 +274,13 @@ async def learn_project(message: _ProjectEvent, unit: SchedulerUnit, _call: Enve
     await unit.keep_project(project.id, project.team_id, project.state, project.revision)
 
 
+async def _copy(unit: SchedulerUnit, job: Job, template: JobTemplate, principal: Principal) -> JobMessage:
+    checked = checked_template(template, types=machine_types(unit))
+    await _check_project(unit, job.project_id, principal.team_id)
+    place = {"project_id": job.project_id, "experiment_id": job.experiment_id}
+    return job_message(await _queue(unit, new_id("job"), checked, principal, **place))
+
+
 async def _queue(
     unit: SchedulerUnit,
     job_id: str,
@@ -224,7 +301,11 @@ async def _queue(
         created_by=principal.id,
         traceparent=current_traceparent(),
     )
-    return await unit.add(Case(admit(job, unit.now_us)), f"by {principal.name or principal.id}")
+    return await unit.add(admit(job, unit.now_us, _name(principal)), f"by {_name(principal)}")
+
+
+def _name(principal: Principal) -> str:
+    return principal.name or principal.id
 
 
 async def _check_project(unit: SchedulerUnit, project_id: str, team_id: str) -> None:

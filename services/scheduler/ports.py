@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from libs.common.contracts.messages import Execution, NodePage, Project
+from services.scheduler.domain.machine_types import MachineTypes
 
 
 class Executor(Protocol):
@@ -24,6 +25,18 @@ class Executor(Protocol):
 
         Raises:
             Refusal: it does not answer, or not to us.
+        """
+        ...
+
+
+class MachineTypeSource(Protocol):
+    """The installation's own machine types."""
+
+    def types(self) -> MachineTypes | None:
+        """None when it names none, so that those of the nodes there are count.
+
+        Raises:
+            Conflict: they cannot be read.
         """
         ...
 

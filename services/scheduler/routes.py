@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from libs.common.contracts.messages import (
+    CloneJob,
     ExecutionEnded,
     ExecutionFinishing,
     ExecutionRunning,
+    ExplainJob,
     GetExperiment,
     GetJob,
     GetProject,
@@ -13,6 +15,7 @@ from libs.common.contracts.messages import (
     ListExecutions,
     ListExperiments,
     ListJobs,
+    ListMachines,
     ListNodes,
     NodesReported,
     OrderJob,
@@ -22,6 +25,7 @@ from libs.common.contracts.messages import (
     ProjectMoved,
     ProjectRestored,
     ProjectUpdated,
+    RetryJob,
     StartExecution,
     StartExperiment,
     StopExecution,
@@ -48,9 +52,13 @@ def routes() -> Routes:
         (
             Route(SubmitJob, handlers.submit_job, WRITE),
             Route(StopJob, handlers.stop_job, WRITE),
+            Route(RetryJob, handlers.retry_job, WRITE),
+            Route(CloneJob, handlers.clone_job, WRITE),
             Route(StartExperiment, handlers.start_experiment, WRITE),
             Route(GetJob, handlers.get_job, READ_JOB),
             Route(ListJobs, handlers.list_jobs, READ),
+            Route(ExplainJob, handlers.explain_job, READ),
+            Route(ListMachines, handlers.list_machines, READ),
             Route(GetExperiment, handlers.get_experiment, READ),
             Route(ListExperiments, handlers.list_experiments, READ),
             Route(OrderJob, handlers.order_job, INTERNAL),

@@ -16,11 +16,27 @@ from typing import Any
 from sqlalchemy import ColumnElement, Row, Table, insert, select, update
 
 from libs.common.clock import Clock, to_us, utc_now
-from libs.common.contracts.messages import Execution, JobTemplate, Node, Principal, StartExecution, StopExecution
+from libs.common.contracts.messages import Node, Principal, StartExecution, StopExecution
 from libs.common.store import Store, UnitOfWork
-from services.scheduler.domain.model import Attempt, Case, Experiment, Job, Member
-from services.scheduler.domain.policy import Demand, Shape, shape_of
+from services.scheduler.domain.machine_types import MachineTypes
+from services.scheduler.domain.model import Attempt, Case, Experiment, Job
+from services.scheduler.domain.policy import Demand, Policy
 from services.scheduler.domain.snapshots import event_of
+from services.scheduler.ports import MachineTypeSource
+from services.scheduler.rows import (
+    CASES,
+    CLOSED,
+    DEMANDS,
+    PLACES,
+    attempt_columns,
+    changing_columns,
+    identity_columns,
+    read_attempt,
+    read_case,
+    read_demand,
+    step_of,
+    timeline_entry,
+)
 from services.scheduler.tables import (
     ATTEMPTS,
     EXPERIMENTS,
@@ -35,33 +51,10 @@ from services.scheduler.tables import (
 
 __all__ = ["GONE", "UNHEARD", "Base", "Changes", "Inventory", "Place", "SchedulerStore", "SchedulerUnit"]
 
-_JOB_FIELDS = tuple(item.name for item in fields(Job))
-_ATTEMPT_FIELDS = tuple(item.name for item in fields(Attempt))
-_NEWEST = "newest_"
 # States of a project that the registry does not have: nobody has told of it yet; its team has none of that id.
 UNHEARD, GONE = "unheard", "gone"
-_CASES = select(
-    *(JOBS.c[name] for name in _JOB_FIELDS),
-    *(ATTEMPTS.c[name].label(_NEWEST + name) for name in _ATTEMPT_FIELDS),
-).outerjoin_from(JOBS, ATTEMPTS, JOBS.c.attempt_id == ATTEMPTS.c.id)
-_PLACES = select(
-    JOBS.c.id.label("job_id"),
-    JOBS.c.state,
-    JOBS.c.detail,
-    *(ATTEMPTS.c[name] for name in ("node_id", "members", "forgotten")),
-).join_from(JOBS, ATTEMPTS, JOBS.c.attempt_id == ATTEMPTS.c.id)
-_DEMANDS = select(
-    JOBS.c.id,
-    JOBS.c.team_id,
-    JOBS.c.milli_gpus,
-    JOBS.c.milli_cpus,
-    JOBS.c.memory_bytes,
-    JOBS.c.state,
-    JOBS.c.created_us,
-    JOBS.c.ready_us,
-    ATTEMPTS.c.node_id,
-    ATTEMPTS.c.ended_us.label("attempt_ended_us"),
-).outerjoin_from(JOBS, ATTEMPTS, JOBS.c.attempt_id == ATTEMPTS.c.id)
+# Who moves jobs unless somebody else is named.
+ACTOR = "scheduler"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +74,25 @@ class Place:
     job_id: str
     state: str
     detail: str
-    node_ids: frozenset[str]
+    node_ids: tuple[str, ...]
     forgotten: bool
 
 
 class SchedulerUnit(UnitOfWork):
-    """One transaction. Jobs written in it are in `touched_jobs`, for whoever keeps a picture of the queue."""
+    """One transaction. Jobs written in it are in `touched_jobs`, for whoever keeps a picture of the queue.
+
+    Attributes:
+        policy: that picture, to look at; it may be a moment behind.
+    """
+
+    policy: Policy
+    machine_types: MachineTypeSource
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.touched_jobs: set[str] = set()
         self.touched_nodes = False
+        self.touched_projects: set[str] = set()
 
     @property
     def now_us(self) -> int:
@@ -107,22 +108,30 @@ class SchedulerUnit(UnitOfWork):
         return next(iter(await self.cases(*wanted)), None)
 
     async def cases(self, *wanted: ColumnElement[bool], order: Any = None, limit: int | None = None) -> list[Case]:
-        query = _CASES.where(*wanted).order_by(JOBS.c.id if order is None else order).limit(limit)
-        return [_case(row) for row in (await self.execute(query)).all()]
+        query = CASES.where(*wanted).order_by(JOBS.c.id if order is None else order).limit(limit)
+        return [read_case(row) for row in (await self.execute(query)).all()]
 
     async def places(self, state: str, limit: int) -> list[Place]:
         """Where the jobs in this state are, those first that were looked at longest ago."""
-        query = _PLACES.where(JOBS.c.ended_us.is_(None), JOBS.c.state == state).order_by(JOBS.c.checked_us)
+        query = PLACES.where(JOBS.c.ended_us.is_(None), JOBS.c.state == state).order_by(JOBS.c.checked_us)
         rows = (await self.execute(query.limit(limit))).all()
-        return [Place(row.job_id, row.state, row.detail, _node_ids(row), row.forgotten) for row in rows]
+        return [Place(**(dict(row._mapping) | {"node_ids": tuple(json.loads(row.node_ids))})) for row in rows]
 
     async def add(self, case: Case, first_detail: str) -> Case:
         """Stores a new job, already in the queue. Its timeline begins with the submission."""
         job = replace(case.job, revision=1)
-        row = {"id": job.id, **_identity(job), **_changing(job), "attempt_id": None, "checked_us": 0, "revision": 1}
+        row = {
+            "id": job.id,
+            **identity_columns(job),
+            **changing_columns(job),
+            "attempt_id": None,
+            "checked_us": 0,
+            "revision": 1,
+        }
         await self.execute(insert(JOBS), row)
-        submitted = _entry(replace(job, state="submitted", detail=first_detail, revision=0), self.now_us)
-        await self.execute(insert(TIMELINE), [submitted, _entry(job, self.now_us)])
+        first = replace(job, state="submitted", detail=first_detail, revision=0)
+        submitted = timeline_entry(first, self.now_us, case.actor or ACTOR, "submitted")
+        await self.execute(insert(TIMELINE), [submitted, timeline_entry(job, self.now_us, ACTOR, case.cause)])
         added = replace(case, job=job)
         await self._announce(added)
         return added
@@ -145,18 +154,18 @@ class SchedulerUnit(UnitOfWork):
 
     async def _write(self, before: Case, after: Case) -> Case:
         job, attempt = replace(after.job, revision=before.job.revision + 1), after.attempt
-        values = _changing(job) | {"attempt_id": attempt.id if attempt else None}
+        values = changing_columns(job) | {"attempt_id": attempt.id if attempt else None}
         await self.swap(JobRow, job.id, before.job.revision, values)
         if attempt and attempt != before.attempt:
             await self._write_attempt(job, attempt, is_new=before.attempt is None or before.attempt.id != attempt.id)
-        if (job.state, job.desired_state) != (before.job.state, before.job.desired_state):
-            await self.execute(insert(TIMELINE), _entry(job, self.now_us))
+        if step_of(before) != step_of(after):
+            await self.execute(insert(TIMELINE), timeline_entry(job, self.now_us, after.actor or ACTOR, after.cause))
         written = replace(after, job=job)
         await self._announce(written)
         return written
 
     async def _write_attempt(self, job: Job, attempt: Attempt, *, is_new: bool) -> None:
-        values = _columns(attempt) | {"job_id": job.id, "checked_us": self.now_us}
+        values = attempt_columns(attempt) | {"job_id": job.id, "checked_us": self.now_us}
         if is_new:
             await self.execute(insert(ATTEMPTS), values)
         else:
@@ -187,16 +196,21 @@ class SchedulerUnit(UnitOfWork):
 
     async def attempts(self, job_id: str) -> list[Attempt]:
         query = select(ATTEMPTS).where(ATTEMPTS.c.job_id == job_id).order_by(ATTEMPTS.c.number)
-        return [_attempt(row, "") for row in (await self.execute(query)).all()]
+        return [read_attempt(row, "") for row in (await self.execute(query)).all()]
 
     async def timeline(self, job_id: str) -> Sequence[Row[Any]]:
         query = select(TIMELINE).where(TIMELINE.c.job_id == job_id).order_by(TIMELINE.c.revision)
         return (await self.execute(query)).all()
 
+    async def newest_cause(self, job_id: str) -> str:
+        """Why the job came to be as it is, in one word."""
+        query = select(TIMELINE.c.cause).where(TIMELINE.c.job_id == job_id).order_by(TIMELINE.c.revision.desc())
+        return (await self.execute(query.limit(1))).scalar() or ""
+
     async def demands(self, wanted: ColumnElement[bool], limit: int | None = None) -> dict[str, Demand | None]:
         """What each of these jobs asks of the policy, in the order of ids; None for one that asks nothing."""
-        rows = (await self.execute(_DEMANDS.where(wanted).order_by(JOBS.c.id).limit(limit))).all()
-        return {row.id: _demand(row, self.now_us) for row in rows}
+        rows = (await self.execute(DEMANDS.where(wanted).order_by(JOBS.c.id).limit(limit))).all()
+        return {row.id: read_demand(row, self.now_us) for row in rows}
 
     async def mark_checked(self, table: Table, ids: Collection[str]) -> None:
         """Puts rows at the end of the line of those to be looked at again."""
@@ -236,6 +250,7 @@ class SchedulerUnit(UnitOfWork):
             await self.execute(insert(PROJECTS), values | {"id": project_id})
         else:
             await self.execute(update(PROJECTS).where(PROJECTS.c.id == project_id).values(**values))
+        self.touched_projects.add(project_id)
 
     async def projects_unchecked(self, before_us: int, limit: int) -> Sequence[Row[Any]]:
         """Those of which nothing was heard since, longest first."""
@@ -246,7 +261,19 @@ class SchedulerUnit(UnitOfWork):
         """Takes in an answer, whatever revision it has, unless something was heard while it was asked for."""
         same = (PROJECTS.c[name] == getattr(asked, name) for name in ("id", "team_id", "revision"))
         values = {"state": state, "revision": revision, "checked_us": self.now_us}
-        await self.execute(update(PROJECTS).where(*same).values(**values))
+        changed = await self.execute(update(PROJECTS).where(*same).values(**values))
+        if changed.rowcount and state != asked.state:
+            self.touched_projects.add(asked.id)
+
+    async def closed_projects(self, project_ids: Collection[str]) -> set[str]:
+        """Those of them in which nothing may run."""
+        query = select(PROJECTS.c.id).where(PROJECTS.c.id.in_(project_ids), PROJECTS.c.state.in_(CLOSED))
+        return set((await self.execute(query)).scalars())
+
+    async def queued_in(self, project_id: str) -> list[str]:
+        """The jobs that wait in this project."""
+        query = select(JOBS.c.id).where(JOBS.c.project_id == project_id, JOBS.c.state == "queued")
+        return list((await self.execute(query)).scalars())
 
     async def inventories(self) -> list[Inventory]:
         rows = (await self.execute(select(INVENTORIES).order_by(INVENTORIES.c.executor))).all()
@@ -292,129 +319,55 @@ class Changes:
 
     jobs: set[str] = field(default_factory=set)
     nodes: bool = False
+    projects: set[str] = field(default_factory=set)
     happened: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def note(self, jobs: Collection[str], *, nodes: bool = False) -> None:
+    def note(self, jobs: Collection[str], *, nodes: bool = False, projects: Collection[str] = ()) -> None:
         self.jobs.update(jobs)
         self.nodes = self.nodes or nodes
-        if jobs or nodes:
+        self.projects.update(projects)
+        if jobs or nodes or projects:
             self.happened.set()
 
-    def take(self) -> tuple[set[str], bool]:
-        taken = self.jobs, self.nodes
-        self.jobs, self.nodes = set(), False
+    def take(self) -> tuple[set[str], bool, set[str]]:
+        taken = self.jobs, self.nodes, self.projects
+        self.jobs, self.nodes, self.projects = set(), False, set()
         self.happened.clear()
         return taken
 
 
-class SchedulerStore(Store[SchedulerUnit]):
-    """The database, which tells what each commit changed."""
+class NoMachineTypes:
+    """An installation that names no machine types of its own."""
 
-    def __init__(self, url: str, clock: Clock = utc_now) -> None:
+    def types(self) -> MachineTypes | None:
+        return None
+
+
+class SchedulerStore(Store[SchedulerUnit]):
+    """The database, which tells what each commit changed, and the picture of the queue that is kept beside it.
+
+    Attributes:
+        policy: the live queue in memory, kept in step by the placing loop; others only look at it.
+    """
+
+    def __init__(self, url: str, clock: Clock = utc_now, machine_types: MachineTypeSource | None = None) -> None:
         super().__init__(url, SchedulerUnit, SKELETON, "scheduler", clock)
         self.changes = Changes()
+        self.policy = Policy()
+        self._machine_types = machine_types or NoMachineTypes()
+
+    @asynccontextmanager
+    async def view(self) -> AsyncIterator[SchedulerUnit]:
+        async with super().view() as unit:
+            yield self._equipped(unit)
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[SchedulerUnit]:
         async with super().begin() as unit:
-            yield unit
+            yield self._equipped(unit)
         # After the commit: whoever is told earlier would read what was before.
-        self.changes.note(unit.touched_jobs, nodes=unit.touched_nodes)
+        self.changes.note(unit.touched_jobs, nodes=unit.touched_nodes, projects=unit.touched_projects)
 
-
-def _identity(job: Job) -> dict[str, Any]:
-    """The columns that never change."""
-    resources = job.template.resources
-    shape = shape_of(resources.cpu_count, resources.memory_bytes, resources.gpu_count)
-    return {
-        "team_id": job.team_id,
-        "project_id": job.project_id,
-        "experiment_id": job.experiment_id,
-        "kind": job.template.kind,
-        "template": job.template.model_dump_json(exclude_defaults=True),
-        **shape._asdict(),
-        "created_by": job.created_by,
-        "created_us": job.created_us,
-        "traceparent": job.traceparent,
-    }
-
-
-def _changing(job: Job) -> dict[str, Any]:
-    return {
-        "state": job.state,
-        "detail": job.detail,
-        "desired_state": job.desired_state,
-        "queued_us": job.queued_us,
-        "ready_us": job.ready_us,
-        "started_us": job.started_us,
-        "ended_us": job.ended_us,
-        "exit_code": job.exit_code,
-        "attempt_count": job.attempt_count,
-        "retries_used": job.retries_used,
-        "infra_retries_used": job.infra_retries_used,
-        "preemptions_used": job.preemptions_used,
-    }
-
-
-def _columns(attempt: Attempt) -> dict[str, Any]:
-    plain = {name: getattr(attempt, name) for name in _ATTEMPT_FIELDS}
-    return plain | {
-        "members": _members_text(attempt.members),
-        "addresses": json.dumps(attempt.addresses),
-        "gpu_indices": json.dumps(attempt.gpu_indices),
-    }
-
-
-def _members_text(members: Sequence[Member]) -> str:
-    """Nothing for one process alone: the attempt's own columns say what is known of it."""
-    if len(members) == 1:
-        return ""
-    return json.dumps([[member.node_id, member.seen.model_dump_json(exclude_defaults=True)] for member in members])
-
-
-def _members(row: Row[Any], prefix: str) -> tuple[Member, ...]:
-    value = {name: row._mapping[prefix + name] for name in ("members", "node_id", "execution_revision", "ended_us")}
-    if not value["members"]:
-        state = "" if value["ended_us"] is None else "ended"
-        return (Member(0, value["node_id"], Execution(state=state, revision=value["execution_revision"])),)
-    found = enumerate(json.loads(value["members"]))
-    return tuple(Member(rank, node_id, Execution.model_validate_json(seen)) for rank, (node_id, seen) in found)
-
-
-def _node_ids(row: Row[Any]) -> frozenset[str]:
-    return frozenset(node_id for node_id, _ in json.loads(row.members)) if row.members else frozenset([row.node_id])
-
-
-def _entry(job: Job, now_us: int) -> dict[str, Any]:
-    return {
-        "job_id": job.id,
-        "revision": job.revision,
-        "at_us": now_us,
-        "state": job.state,
-        "detail": job.detail,
-        "attempt": job.attempt_count,
-    }
-
-
-def _case(row: Row[Any]) -> Case:
-    values = {name: row._mapping[name] for name in _JOB_FIELDS}
-    values["template"] = JobTemplate.model_validate_json(row.template)
-    return Case(Job(**values), _attempt(row, _NEWEST) if row._mapping[_NEWEST + "id"] else None)
-
-
-def _attempt(row: Row[Any], prefix: str) -> Attempt:
-    values = {name: row._mapping[prefix + name] for name in _ATTEMPT_FIELDS}
-    values["members"] = _members(row, prefix)
-    values["addresses"] = json.loads(values["addresses"])
-    values["gpu_indices"] = tuple(json.loads(values["gpu_indices"]))
-    return Attempt(**values)
-
-
-def _demand(row: Row[Any], now_us: int) -> Demand | None:
-    shape = Shape(row.milli_gpus, row.milli_cpus, row.memory_bytes)
-    if row.state == "queued":
-        ready_us = row.ready_us if row.ready_us > now_us else 0
-        return Demand(row.id, row.team_id, shape, row.created_us, ready_us)
-    if row.node_id and row.attempt_ended_us is None:
-        return Demand(row.id, row.team_id, shape, row.created_us, node_id=row.node_id)
-    return None
+    def _equipped(self, unit: SchedulerUnit) -> SchedulerUnit:
+        unit.policy, unit.machine_types = self.policy, self._machine_types
+        return unit

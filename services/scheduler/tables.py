@@ -18,7 +18,10 @@ class Base(SQLModel, registry=registry()):
 
 
 class JobRow(Base, table=True):
-    """A job. The shape repeats the template's resources, so that the queue is read without opening templates."""
+    """A job. What the queue needs of its template stands beside it, so that the queue is read without opening them.
+
+    `parts` is what each process asks for, by rank: see `rows.parts_text`.
+    """
 
     __tablename__ = "jobs"
     __table_args__ = (
@@ -34,9 +37,9 @@ class JobRow(Base, table=True):
     experiment_id: str
     kind: str
     template: str = Field(sa_type=Text)
-    milli_cpus: int = Field(sa_type=BigInteger)
-    memory_bytes: int = Field(sa_type=BigInteger)
-    milli_gpus: int = Field(sa_type=BigInteger)
+    parts: str = Field(sa_type=Text)
+    priority: int
+    max_wait_us: int = Field(sa_type=BigInteger)
     created_by: str
     state: str
     detail: str = Field(sa_type=Text)
@@ -60,8 +63,9 @@ class JobRow(Base, table=True):
 class AttemptRow(Base, table=True):
     """One try of a job; `checked_us` is when the executor was last heard of it, or asked.
 
-    `members`: where each rank of a gang is and what was heard of it, as JSON; empty for a job of one process, of which
-    the other columns say all.
+    `node_ids` is where its processes are, by rank; `node_id` is the first of them.
+    `seen` is what was heard of each rank of a gang, as JSON; empty for a job of one process, of which the other columns
+    say all.
     """
 
     __tablename__ = "attempts"
@@ -74,7 +78,8 @@ class AttemptRow(Base, table=True):
     job_id: str
     number: int
     node_id: str
-    members: str = Field(sa_type=Text)
+    node_ids: str = Field(sa_type=Text)
+    seen: str = Field(sa_type=Text)
     decided_by: int | None
     state: str
     detail: str = Field(sa_type=Text)
@@ -92,7 +97,10 @@ class AttemptRow(Base, table=True):
 
 
 class TimelineRow(Base, table=True):
-    """What happened to a job, one entry for each change of what it is or is wanted to be."""
+    """What happened to a job, one entry for each change of what it or its attempt is, or is wanted to be.
+
+    `actor` is who moved it: a person, or the service that saw the cause.
+    """
 
     __tablename__ = "timeline"
 
@@ -102,6 +110,9 @@ class TimelineRow(Base, table=True):
     state: str
     detail: str = Field(sa_type=Text)
     attempt: int
+    actor: str
+    cause: str
+    trace_id: str
 
 
 class ExperimentRow(Base, table=True):

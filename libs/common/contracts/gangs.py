@@ -49,7 +49,8 @@ def rank_template(template: JobTemplate, rank: Rank) -> JobTemplate:
         update={
             "command": role.command or (() if (template.gang.type, role.name) in HELPERS else template.command),
             "env": template.env | role.env,
-            "resources": _filled(role.resources, template.resources),
+            # A role that wishes for nothing asks for what the job does.
+            "resources": role.resources if role.resources != Resources() else template.resources,
             "machine_type": role.machine_type or template.machine_type,
             "container": role.container if _says(role) else template.container,
             # One process answers on a port and leaves a model, or each of them would.
@@ -57,11 +58,6 @@ def rank_template(template: JobTemplate, rank: Rank) -> JobTemplate:
             "models": template.models if rank.number == 0 else (),
         }
     )
-
-
-def _filled(said: Resources, otherwise: Resources) -> Resources:
-    wishes = {name: getattr(said, name) or getattr(otherwise, name) for name in Resources.model_fields}
-    return Resources.model_validate(wishes)
 
 
 def _says(role: Role) -> bool:

@@ -455,6 +455,84 @@ class JobPage(Message):
     next_cursor: str = ""
 
 
+class RetryJob(Message):
+    """A new job from the template of one that has ended, in its experiment: the same workspace, environment and limits."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "scheduler", "job.retry", reply="Job")
+
+    job_id: str = ""
+
+
+class CloneJob(Message):
+    """A new job from the template of another, in its experiment. What is left out stays as it was."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "scheduler", "job.clone", reply="Job")
+
+    job_id: str = ""
+    name: str = ""
+    command: tuple[str, ...] = ()
+    # Set over the job's own.
+    env: dict[str, str] = Field(default_factory=dict)
+    # What of it is not 0 or empty replaces the job's own.
+    resources: Resources = Field(default_factory=Resources)
+    # Replaces all that the job asked for; `resources` counts over it.
+    machine_type: str = ""
+    priority: int | None = None
+    timeout_s: float | None = None
+    max_retries: int | None = None
+
+
+class ExplainJob(Message):
+    """Why the job is in its state; of a waiting one, what it waits for."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.QUERY, "scheduler", "job.explain", reply="JobExplanation")
+
+    job_id: str = ""
+
+
+class NodeRoom(Message):
+    """What is free on a node, seen by one job."""
+
+    node_id: str = ""
+    hostname: str = ""
+    total: Resources = Field(default_factory=Resources)
+    free: Resources = Field(default_factory=Resources)
+    # Why nothing of the job can go there now; empty where a process of it could.
+    obstacle: str = ""
+
+
+class Holder(Message):
+    """A job of the asker's team that holds part of a node."""
+
+    job_id: str = ""
+    name: str = ""
+    state: str = ""
+    node_ids: tuple[str, ...] = ()
+    holds: Resources = Field(default_factory=Resources)
+    started_at: datetime | None = None
+
+
+class JobExplanation(Message):
+    job_id: str = ""
+    state: str = ""
+    # One sentence, for people.
+    summary: str = ""
+    # As in the newest entry of the timeline.
+    cause: str = ""
+    # By rank.
+    needs: tuple[Resources, ...] = ()
+    priority: int = 0
+    # How many waiting jobs come before it by priority and age, and how many wait in all.
+    before: int = 0
+    waiting: int = 0
+    nodes: tuple[NodeRoom, ...] = ()
+    holders: tuple[Holder, ...] = ()
+    # What jobs of other teams hold, together.
+    held_by_others: Resources = Field(default_factory=Resources)
+    not_before: datetime | None = None
+    give_up_at: datetime | None = None
+
+
 class Revision(Message):
     number: int = 0
     model_id: str = ""
@@ -575,7 +653,8 @@ class Execution(Message):
     node_id: str = ""
     # accepted reserved starting running finishing ended
     state: str = ""
-    # When ended: exited stopped timed_out out_of_memory fenced lost refused
+    # When ended: exited stopped timed_out out_of_memory fenced lost refused start_failure. What is refused would be
+    # refused again; the cause of a start_failure may pass: a registry or an index that did not answer.
     reason: str = ""
     detail: str = ""
     exit_code: int | None = None
@@ -888,6 +967,29 @@ class LogPage(Message):
     slices: tuple[LogSlice, ...] = ()
     # What a running job shows just now on lines that it has not ended, such as progress bars. On live tails alone.
     unfinished: tuple[LogLine, ...] = ()
+
+
+class MachineType(Message):
+    """A named shape to ask for in place of single numbers."""
+
+    name: str = ""
+    resources: Resources = Field(default_factory=Resources)
+    # How many jobs of it could start now.
+    startable: int = 0
+    # The nodes that have it when nobody uses them.
+    hostnames: tuple[str, ...] = ()
+
+
+class ListMachines(Message):
+    ROUTE: ClassVar[Route] = Route(Kind.QUERY, "scheduler", "machine.list", reply="MachinePage")
+
+
+class MachinePage(Message):
+    items: tuple[MachineType, ...] = ()
+    # file: the installation names them; nodes: taken from the nodes there are.
+    source: str = ""
+    # Why there are none, for people.
+    detail: str = ""
 
 
 class ModelVersion(Message):
@@ -1344,6 +1446,12 @@ MESSAGES: tuple[type[Message], ...] = (
     JobDetail,
     ListJobs,
     JobPage,
+    RetryJob,
+    CloneJob,
+    ExplainJob,
+    NodeRoom,
+    Holder,
+    JobExplanation,
     Revision,
     Deployment,
     CreateDeployment,
@@ -1389,6 +1497,9 @@ MESSAGES: tuple[type[Message], ...] = (
     LogSealed,
     GetLog,
     LogPage,
+    MachineType,
+    ListMachines,
+    MachinePage,
     ModelVersion,
     Model,
     RegisterModel,

@@ -18,6 +18,8 @@ def upgrade() -> None:
         executions.add_column(sa.Column("gang", sa.JSON(), nullable=False, server_default="{}"))
     op.execute("UPDATE executions SET attempt_id = id")
     with op.batch_alter_table("executions", schema=None) as executions:
+        for column in ("attempt_id", "rank", "gang"):
+            executions.alter_column(column, server_default=None)
         executions.create_index("executions_attempt", ["attempt_id", "rank"], unique=True)
 
 

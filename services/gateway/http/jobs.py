@@ -9,6 +9,8 @@ from fastapi import APIRouter, Query, Request
 from pydantic import AwareDatetime, Field
 
 from libs.common.contracts.messages import (
+    CloneJob,
+    ExplainJob,
     FilePage,
     GetJob,
     GetLog,
@@ -16,6 +18,7 @@ from libs.common.contracts.messages import (
     GetRun,
     Job,
     JobDetail,
+    JobExplanation,
     JobPage,
     JobTemplate,
     ListFiles,
@@ -25,6 +28,8 @@ from libs.common.contracts.messages import (
     MetricPage,
     Point,
     Principal,
+    Resources,
+    RetryJob,
     Run,
     StopJob,
     SubmitJob,
@@ -56,6 +61,19 @@ class NewJob(Body):
     project_id: ProjectRef = ""
     template: Annotated[JobTemplate, Field(examples=[EXAMPLE_TEMPLATE])]
     experiment_id: Annotated[str, Field(max_length=64)] = ""
+
+
+class Changes(Body):
+    """What is left out stays as it was."""
+
+    name: Annotated[str, Field(max_length=200)] = ""
+    command: tuple[str, ...] = ()
+    env: dict[str, str] = Field(default_factory=dict)
+    resources: Resources = Resources()
+    machine_type: Annotated[str, Field(max_length=64)] = ""
+    priority: int | None = None
+    timeout_s: float | None = None
+    max_retries: int | None = None
 
 
 class NewPoint(Body):
@@ -110,6 +128,21 @@ async def get_job(job_id: Id, caller: Caller, parts: Wired) -> JobDetail:
 @router.post("/jobs/{job_id}/stop", summary="Stop a job; stopping a stopped one changes nothing")
 async def stop_job(job_id: Id, caller: Caller, once: Knows, parts: Wired) -> Job:
     return await parts.owners.ask(StopJob(job_id=job_id), Job, caller, once=once)
+
+
+@router.post("/jobs/{job_id}/retry", status_code=201, summary="Run a job that has ended again, as a new job")
+async def retry_job(job_id: Id, caller: Caller, once: Knows, parts: Wired) -> Job:
+    return await parts.owners.ask(RetryJob(job_id=job_id), Job, caller, once=once)
+
+
+@router.post("/jobs/{job_id}/clone", status_code=201, summary="Run a job again with changes, as a new job")
+async def clone_job(job_id: Id, body: Changes, caller: Caller, once: Knows, parts: Wired) -> Job:
+    return await parts.owners.ask(CloneJob(job_id=job_id, **dict(body)), Job, caller, once=once)
+
+
+@router.get("/jobs/{job_id}/explain", summary="Why the job is in its state; of a waiting one, what it waits for")
+async def explain_job(job_id: Id, caller: Caller, parts: Wired) -> JobExplanation:
+    return await parts.owners.ask(ExplainJob(job_id=job_id), JobExplanation, caller)
 
 
 @router.get("/jobs/{job_id}/logs", summary="A page of the job's log", response_model_exclude={"slices", "unfinished"})

@@ -9,7 +9,9 @@ from pydantic import BaseModel
 
 from libs.common.contracts.messages import (
     GetService,
+    ListMachines,
     ListNodes,
+    MachinePage,
     Node,
     NodePage,
     Principal,
@@ -50,6 +52,11 @@ async def health(parts: Wired) -> Health:
 @router.get("/status", summary="All services and nodes, and how well jobs are isolated")
 async def status(caller: Caller, parts: Wired) -> PlatformStatus:
     return await platform_status(parts.owners, caller)
+
+
+@router.get("/machines", summary="The machine types, and how many jobs of each could start now")
+async def list_machines(caller: Caller, parts: Wired) -> MachinePage:
+    return await parts.owners.ask(ListMachines(), MachinePage, caller)
 
 
 async def platform_status(owners: Owners, caller: Principal) -> PlatformStatus:

@@ -4,7 +4,8 @@ Job:
     from                             to           driven by
     submitted                        waiting      hold: something must come first
     submitted, waiting               queued       admit: the submission itself, or the end of the hold
-    queued                           starting     place: the policy chose a node
+    queued                           starting     place: the policy chose a node for each of its processes
+    queued                           failed       give_up: it waited as long as it may, or no machine can ever run it
     starting, unreachable            running      run: the executor says that the process runs
     starting, running                unreachable  lose_contact: the executor, or the node, is silent, or the executor
                                                   no longer knows the attempt
@@ -38,7 +39,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from libs.common.contracts.messages import Execution, Seat, StartExecution, StopExecution
+from libs.common.contracts.messages import Execution, Retry, Seat, StartExecution, StopExecution
 from libs.common.transitions import TransitionTable
 from services.scheduler.domain.members import (
     common_phase,
@@ -51,12 +52,16 @@ from services.scheduler.domain.members import (
     with_news,
 )
 from services.scheduler.domain.model import Attempt, Case, Job
+from services.scheduler.domain.shapes import memory_text
 
 MAX_INFRA_RETRIES = 5
 # Nobody's fault, and as ordinary as a machine that is taken down for the night; bounded, as everything is.
 MAX_PREEMPTIONS = 100
-MAX_RETRY_DELAY_S = 60
+FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 60.0
+RETRIED = ("failure", "node_lost", "start_failure")
+EXECUTOR = "executor"
 CANCELLED = "cancelled"
+DEFAULT_RETRY = Retry()
 BEING_STOPPED = "is being stopped"
 FORGOTTEN = (
     "the executor no longer knows its attempt, as if its database had been restored from before: the attempt may "
@@ -74,6 +79,7 @@ JOBS = TransitionTable(
         ("submitted", "admit"): "queued",
         ("waiting", "admit"): "queued",
         ("queued", "place"): "starting",
+        ("queued", "give_up"): "failed",
         ("starting", "run"): "running",
         ("unreachable", "run"): "running",
         ("unreachable", "resume"): "starting",
@@ -105,7 +111,7 @@ ATTEMPTS = TransitionTable(
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What an ended execution means: the triggers of both machines, and why, for people.
+    """What an ended execution means: the triggers of both machines, and why, for people and in one word.
 
     Args:
         retry: whose budget another try would use: "user", "infra", "preempted", or empty when there is to be none.
@@ -114,33 +120,41 @@ class Outcome:
     attempt_trigger: str
     job_trigger: str
     detail: str
+    cause: str
     retry: str = ""
 
 
-def admit(job: Job, now_us: int) -> Job:
+def admit(job: Job, now_us: int, actor: str) -> Case:
     """The new job in the queue. Its submission is the first entry of its timeline, this one the second."""
-    return replace(_move(job, "admit"), queued_us=now_us)
+    return Case(replace(_move(job, "admit"), queued_us=now_us), cause="admitted", actor=actor)
 
 
 def place(job: Job, attempt_id: str, node_ids: Iterable[str], now_us: int) -> Case:
     """A new attempt with a node for each rank, and the command that starts it."""
     number = job.attempt_count + 1
-    members = seated(node_ids)
-    fresh = Attempt(id=attempt_id, number=number, node_id=members[0].node_id, created_us=now_us, members=members)
+    fresh = Attempt(id=attempt_id, number=number, created_us=now_us, members=seated(node_ids))
     attempt = replace(fresh, state=ATTEMPTS.next_state(fresh.id, fresh.state, "place"))
     placed = replace(_move(job, "place"), attempt_count=number, started_us=None, exit_code=None)
-    return Case(placed, attempt, (start_command(placed, attempt),))
+    return Case(placed, attempt, (start_command(placed, attempt),), "placed")
 
 
-def ask_to_stop(case: Case, now_us: int) -> Case:
+def give_up(case: Case, reason: str, cause: str, now_us: int) -> Case:
+    """A job that waits is not to wait any longer."""
+    return Case(replace(_move(case.job, "give_up", reason), ended_us=now_us), case.attempt, cause=cause)
+
+
+def ask_to_stop(case: Case, now_us: int, actor: str = "") -> Case:
     """Records that the job is unwanted; what runs is told to stop, what does not run is over at once."""
     job, attempt = case.job, case.attempt
     if job.state in JOBS.terminal or job.desired_state == CANCELLED:
         return case
     unwanted = replace(job, desired_state=CANCELLED)
     if attempt and is_open(attempt):
-        return Case(replace(unwanted, detail=BEING_STOPPED), attempt, (stop_command(unwanted, attempt),))
-    return Case(replace(_move(unwanted, "cancel", "stopped before it ran"), ended_us=now_us), attempt)
+        return Case(
+            replace(unwanted, detail=BEING_STOPPED), attempt, (stop_command(unwanted, attempt),), "stop_asked", actor
+        )
+    ended = replace(_move(unwanted, "cancel", "stopped before it ran"), ended_us=now_us)
+    return Case(ended, attempt, cause="stop_asked", actor=actor)
 
 
 def follow_execution(case: Case, execution: Execution, now_us: int, jitter: float = 1.0) -> Case:
@@ -172,10 +186,10 @@ def _moved(job: Job, seen: Attempt, now_us: int, jitter: float) -> Case:
         case "ended":
             return _ended(job, seen, now_us, jitter)
         case "running":
-            return _running(job, _move_attempt(seen, "run"), _why_ending(job, seen), now_us)
+            return _running(job, _move_attempt(seen, "run"), _why_ending(job, seen), now_us, "started")
         case "finishing":
             detail = _why_ending(job, seen) or "its artifacts are being sealed"
-            return _running(job, _move_attempt(seen, "finish"), detail, now_us)
+            return _running(job, _move_attempt(seen, "finish"), detail, now_us, "process_ended")
         case _:
             return _accepted(job, _move_attempt(seen, "accept"))
 
@@ -193,7 +207,7 @@ def _why_ending(job: Job, attempt: Attempt) -> str:
 
 def lose_contact(case: Case, detail: str) -> Case:
     """Shown as unreachable, and left alone: only the executor may say that an attempt is lost."""
-    return Case(_move(case.job, "lose_contact", detail), case.attempt)
+    return Case(_move(case.job, "lose_contact", detail), case.attempt, cause="contact_lost")
 
 
 def forget(case: Case) -> Case:
@@ -201,12 +215,12 @@ def forget(case: Case) -> Case:
     attempt = case.attempt
     if attempt is None or not is_open(attempt):
         return case
-    return Case(_move(case.job, "lose_contact", FORGOTTEN), replace(attempt, forgotten=True))
+    return Case(_move(case.job, "lose_contact", FORGOTTEN), replace(attempt, forgotten=True), cause="forgotten")
 
 
 def regain_contact(case: Case) -> Case:
     ran = case.attempt is not None and case.attempt.state in {"running", "finishing"}
-    return Case(_move(case.job, "run" if ran else "resume"), case.attempt)
+    return Case(_move(case.job, "run" if ran else "resume"), case.attempt, cause="contact_regained")
 
 
 def missing_commands(case: Case, *, known: bool) -> tuple[StartExecution | StopExecution, ...]:
@@ -233,38 +247,57 @@ def outcome_of(job: Job, execution: Execution) -> Outcome:
     A job that somebody stopped is cancelled however its process ended: the stop was confirmed first.
     """
     if job.desired_state == CANCELLED:
-        return Outcome("cancel", "cancel", "stopped on request")
-    if execution.reason == "exited":
-        return _exited(execution)
-    return _broken_off(job, execution)
+        return Outcome("cancel", "cancel", "stopped on request", "stopped")
+    outcome = _exited(execution) if execution.reason == "exited" else _broken_off(job, execution)
+    if outcome.retry in {"user", "infra"} and not _deserves_another(job, outcome.cause, execution):
+        return replace(outcome, retry="")
+    return outcome
+
+
+def _deserves_another(job: Job, cause: str, execution: Execution) -> bool:
+    """Whether the template names the cause of this end among those that are tried again."""
+    named = set(job.template.retry.on or RETRIED)
+    return cause in named or (cause == "failure" and f"exit:{_shell_code(execution)}" in named)
+
+
+def _shell_code(execution: Execution) -> int | None:
+    """The exit code as a shell says it: 128 and its number for a signal."""
+    return 128 + execution.signal if execution.signal else execution.exit_code
 
 
 def _broken_off(job: Job, execution: Execution) -> Outcome:
     detail = execution.detail
     match execution.reason:
         case "stopped":
-            return Outcome("preempt", "fail", detail or "its process was stopped on the machine", retry="preempted")
+            stopped = detail or "its process was stopped on the machine"
+            return Outcome("preempt", "fail", stopped, "preempted", retry="preempted")
         case "timed_out":
             limit = f"ran longer than its limit of {job.template.timeout_s:g} s"
-            return Outcome("time_out", "time_out", detail or limit)
+            return Outcome("time_out", "time_out", detail or limit, "timed_out", retry="user")
         case "out_of_memory":
-            return Outcome("fail", "fail", _memory_detail(job, execution))
+            return Outcome("fail", "fail", _memory_detail(job, execution), "out_of_memory", retry="user")
         case "fenced" | "lost":
-            return Outcome("lose", "fail", detail or "the machine that ran it was lost", retry="infra")
-    return Outcome("fail", "fail", detail or f"the executor ended it: {execution.reason}")
+            return Outcome("lose", "fail", detail or "the machine that ran it was lost", "node_lost", retry="infra")
+        case "start_failure":
+            return Outcome("fail", "fail", detail or "it could not be started", "start_failure", retry="user")
+    # What is refused would be refused again.
+    return Outcome("fail", "fail", detail or f"the executor ended it: {execution.reason}", execution.reason)
 
 
 def _exited(execution: Execution) -> Outcome:
     if execution.exit_code == 0 and not execution.signal:
-        return Outcome("succeed", "succeed", "")
+        return Outcome("succeed", "succeed", execution.detail, "exited")
     by_signal = f"ended by signal {execution.signal}"
-    detail = by_signal if execution.signal else f"exit code {execution.exit_code}"
-    return Outcome("fail", "fail", detail, retry="user")
+    code = by_signal if execution.signal else f"exit code {execution.exit_code}"
+    detail = f"{code}; {execution.detail}" if execution.detail else code
+    return Outcome("fail", "fail", detail, "failure", retry="user")
 
 
-def retry_delay_s(tries: int, jitter: float = 1.0) -> float:
-    """Seconds before try `tries` + 1: 1, 2, 4, up to a minute; with the least jitter half of it."""
-    return min(2.0 ** min(tries - 1, 16), MAX_RETRY_DELAY_S) * (1 + jitter) / 2
+def retry_delay_s(tries: int, jitter: float = 1.0, retry: Retry = DEFAULT_RETRY) -> float:
+    """Seconds before try `tries` + 1: 1, 2, 4, up to a minute, or as the job says; with the least jitter half of it."""
+    first_s = retry.delay_s or FIRST_DELAY_S
+    longest_s = retry.longest_s or max(first_s, LONGEST_DELAY_S)
+    return min(first_s * 2.0 ** min(tries - 1, 32), longest_s) * (1 + jitter) / 2
 
 
 def is_open(attempt: Attempt) -> bool:
@@ -303,13 +336,13 @@ def _accepted(job: Job, attempt: Attempt) -> Case:
         job = _move(job, "resume")
     if job.desired_state != CANCELLED:
         job = replace(job, detail=attempt.detail)
-    return Case(job, attempt)
+    return Case(job, attempt, cause="accepted", actor=EXECUTOR)
 
 
-def _running(job: Job, attempt: Attempt, detail: str, now_us: int) -> Case:
+def _running(job: Job, attempt: Attempt, detail: str, now_us: int, cause: str) -> Case:
     started_us = attempt.started_us or now_us
     moved = replace(_move(job, "run", detail), started_us=started_us)
-    return Case(moved, replace(attempt, started_us=started_us))
+    return Case(moved, replace(attempt, started_us=started_us), cause=cause, actor=EXECUTOR)
 
 
 def _ended(job: Job, attempt: Attempt, now_us: int, jitter: float) -> Case:
@@ -321,12 +354,12 @@ def _ended(job: Job, attempt: Attempt, now_us: int, jitter: float) -> Case:
     over = replace(_move_attempt(attempt, outcome.attempt_trigger), ended_us=now_us, detail=outcome.detail)
     tries_left = _tries_left(job, outcome.retry)
     if tries_left > 0:
-        return Case(_requeued(job, outcome, now_us, jitter), over)
+        return Case(_requeued(job, outcome, now_us, jitter), over, cause=outcome.cause, actor=EXECUTOR)
     detail = outcome.detail
     if outcome.retry in {"infra", "preempted"}:
         detail += f"; given up after {_tries_used(job, outcome.retry)} new tries"
     ended = replace(_move(job, outcome.job_trigger, detail), ended_us=now_us, exit_code=execution.exit_code)
-    return Case(ended, over)
+    return Case(ended, over, cause=outcome.cause, actor=EXECUTOR)
 
 
 def _tries_left(job: Job, budget: str) -> int:
@@ -351,7 +384,7 @@ def _counted(job: Job, budget: str) -> Job:
 
 def _requeued(job: Job, outcome: Outcome, now_us: int, jitter: float) -> Job:
     counted = _counted(job, outcome.retry)
-    delay_s = retry_delay_s(_tries_used(counted, outcome.retry), jitter)
+    delay_s = retry_delay_s(_tries_used(counted, outcome.retry), jitter, job.template.retry)
     detail = f"{outcome.detail}; tried again in {delay_s:.2g} s"
     return replace(
         _move(counted, "requeue", detail),
@@ -365,13 +398,6 @@ def _memory_detail(job: Job, execution: Execution) -> str:
     peak, limit = execution.peak_memory_bytes, job.template.resources.memory_bytes
     allowed = f"its limit is {memory_text(limit)}" if limit else "the machine had no more"
     return f"out of memory: it used {memory_text(peak)}, {allowed}"
-
-
-def memory_text(size_bytes: int) -> str:
-    """Bytes as people read them: 512 MiB, 1.5 GiB."""
-    if size_bytes < 1 << 30:
-        return f"{size_bytes / (1 << 20):.4g} MiB"
-    return f"{size_bytes / (1 << 30):.4g} GiB"
 
 
 def _move(job: Job, trigger: str, detail: str = "") -> Job:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from libs.common.contracts.messages import Execution, JobTemplate, StartExecution, StopExecution
 
+DEFAULT_PRIORITY = 50
 UNHEARD_OF = Execution(revision=-1)
 
 
@@ -23,7 +24,6 @@ class Attempt:
     """One try of a job. Its number is the only fence: what an older one reports never changes the job.
 
     Args:
-        node_id: where rank 0 is.
         members: all its processes, by rank: one, or those of a gang.
         decided_by: the rank whose end decided how the attempt ends, while others may still be ending.
         execution_revision: the newest snapshot applied of what the executor says of any rank; -1 before the first.
@@ -32,7 +32,6 @@ class Attempt:
 
     id: str
     number: int
-    node_id: str
     created_us: int
     members: tuple[Member, ...]
     state: str = "created"
@@ -47,6 +46,16 @@ class Attempt:
     gpu_indices: tuple[int, ...] = ()
     execution_revision: int = -1
     forgotten: bool = False
+
+    @property
+    def node_id(self) -> str:
+        """Where its first process is."""
+        return self.members[0].node_id
+
+    @property
+    def node_ids(self) -> tuple[str, ...]:
+        """Where its processes are, by rank."""
+        return tuple(member.node_id for member in self.members)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +93,27 @@ class Job:
     preemptions_used: int = 0
     traceparent: str = ""
 
+    @property
+    def priority(self) -> int:
+        """0 to 100, the higher first."""
+        said = self.template.priority
+        return DEFAULT_PRIORITY if said is None else said
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A job with its newest attempt, and the commands that leave in the commit that saves it."""
+    """A job with its newest attempt, and the commands that leave in the commit that saves it.
+
+    Args:
+        cause: in one word, why it came to be as it is, for its history.
+        actor: who moved it, where that is not this service.
+    """
 
     job: Job
     attempt: Attempt | None = None
     commands: tuple[StartExecution | StopExecution, ...] = ()
+    cause: str = ""
+    actor: str = ""
 
 
 @dataclass(frozen=True, slots=True)

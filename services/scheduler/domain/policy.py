@@ -1,75 +1,107 @@
-"""Who gets which machine next: deterministic, without I/O, and kept in step change by change.
+"""Who gets which machines next: deterministic, without I/O, and kept in step change by change.
 
-The order: a team that holds the smallest share of the cluster goes first; within a team the oldest job goes first,
-and a job that fits nowhere now lets later ones of another shape pass. The node: the one that is left with the
-least free, GPUs counted before CPUs before memory, so that large gaps stay whole.
+The order: the higher priority first; among equals the team that holds the smallest share of the cluster; within a
+team the older job. A job that fits nowhere now lets later ones of another shape pass.
 
-The cost: jobs that ask for the same (their shape) stand in one line, and a shape that was found not to fit is not
-looked at again until room appears where it would. So a decision costs what changed since the last, times the
-number of shapes and nodes, whatever the length of the queue.
+Gangs: all processes of a job are placed at once or none is, on few nodes (see `cluster.pack`). So that small jobs do
+not take each bit of room before a gang finds enough, the first gang that waits, by priority and age, keeps nodes
+back: those where it fits once the work on them has ended. Nothing of its own priority or below is placed there until
+it runs. One gang keeps back at a time, and only where work ends by itself: a replica would hold it up for ever.
+
+The cost: jobs that ask for the same with the same priority (their kind) stand in one line, and a kind that was found
+not to fit is not looked at again until room appears where it would. So a decision costs what changed since the last,
+times the number of kinds and nodes, whatever the length of the queue.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import NamedTuple
 
-from services.scheduler.domain.lifecycles import memory_text
-
-
-class Shape(NamedTuple):
-    """An amount of each resource, in whole numbers so that sums are exact."""
-
-    milli_gpus: int
-    milli_cpus: int
-    memory_bytes: int
-
-    def plus(self, other: Shape) -> Shape:
-        return Shape(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
-
-    def minus(self, other: Shape) -> Shape:
-        return Shape(*(mine - theirs for mine, theirs in zip(self, other, strict=True)))
-
-    def holds(self, other: Shape) -> bool:
-        return all(mine >= theirs for mine, theirs in zip(self, other, strict=True))
-
-
-NOTHING = Shape(0, 0, 0)
-
-
-def shape_of(cpu_count: float, memory_bytes: int, gpu_count: float) -> Shape:
-    return Shape(round(gpu_count * 1000), round(cpu_count * 1000), memory_bytes)
+from services.scheduler.domain.cluster import Cluster, Machine
+from services.scheduler.domain.model import DEFAULT_PRIORITY
+from services.scheduler.domain.shapes import NOTHING, Parts, Shape, parts_text, summed
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """One job that waits for a machine, or holds part of one.
+    """One job that waits for machines, or holds part of some.
 
     Args:
-        order: the smaller is served first within a team and shape: when the job was created.
+        parts: what each of its processes asks for, by rank.
+        order: the smaller is served first within a team and priority: when the job was created.
         ready_us: not to be placed before.
-        node_id: where it holds `shape`; empty while it waits.
+        give_up_us: not to wait any longer; 0 for never.
+        hold: why it must not be placed, for people.
+        node_ids: where its processes are, by rank; empty while it waits.
+        gpu_indices: which GPUs they were given, by rank, as far as that is known.
+        preferred: where its processes were the last time.
+        lasting: it does not end by itself, so nothing can wait for its end.
     """
 
     job_id: str
     team_id: str
-    shape: Shape
+    parts: Parts
     order: int
+    priority: int = DEFAULT_PRIORITY
     ready_us: int = 0
-    node_id: str = ""
+    give_up_us: int = 0
+    hold: str = ""
+    node_ids: tuple[str, ...] = ()
+    gpu_indices: tuple[tuple[int, ...], ...] = ()
+    preferred: tuple[str, ...] = ()
+    lasting: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        return Kind(self.priority, self.parts)
+
+    @property
+    def place(self) -> Place:
+        return Place(-self.priority, self.order, self.job_id)
+
+    @property
+    def is_in_line(self) -> bool:
+        return not (self.node_ids or self.ready_us or self.hold)
 
 
 class Placement(NamedTuple):
+    """A node for each of the job's processes, by rank."""
+
     job_id: str
-    node_id: str
+    node_ids: tuple[str, ...]
+
+
+class Kind(NamedTuple):
+    """Jobs of one kind are placed, or not, for the same reasons."""
+
+    priority: int
+    parts: Parts
+
+
+class Place(NamedTuple):
+    """A place in the queue; the smaller is before."""
+
+    negative_priority: int
+    order: int
+    job_id: str
+
+
+class KeptBack(NamedTuple):
+    """Nodes that are kept free for a gang, and for others of its kind: which of them is first is the order's matter."""
+
+    place: Place
+    kind: Kind
+    node_ids: frozenset[str]
 
 
 @dataclass(slots=True)
 class _Line:
-    """A team's jobs of one shape. Who leaves from the middle stays in the heap until it comes to the front.
+    """A team's jobs of one kind. Who leaves from the middle stays in the heap until it comes to the front.
 
     Args:
         length: how many of them still wait.
@@ -79,28 +111,39 @@ class _Line:
     length: int = 0
 
 
+def never(_parts: Parts) -> bool:
+    """Of a cluster of fixed size."""
+    return False
+
+
 class Policy:
     """The live queue and what is free.
 
-    Attributes:
-        touched: entries looked at so far: jobs, shapes, teams and nodes. A measure of cost that no clock disturbs.
+    Args:
+        could_come: whether nodes may come, of themselves, that have what no present node has.
     """
 
-    def __init__(self) -> None:
-        self.touched = 0
+    def __init__(self, could_come: Callable[[Parts], bool] = never) -> None:
+        self.cluster = Cluster()
+        self._could_come = could_come
+        self._touched = 0
         self._demands: dict[str, Demand] = {}
-        self._lines: dict[tuple[str, Shape], _Line] = defaultdict(_Line)
-        self._teams_of: dict[Shape, set[str]] = defaultdict(set)
-        self._to_try: dict[str, set[Shape]] = defaultdict(set)
-        self._blocked: set[Shape] = set()
+        self._lines: dict[tuple[str, Kind], _Line] = defaultdict(_Line)
+        self._teams_of: dict[Kind, set[str]] = defaultdict(set)
+        self._to_try: dict[tuple[int, str], set[Kind]] = defaultdict(set)
+        self._blocked: set[Kind] = set()
+        self._kept_back: KeptBack | None = None
         self._later: list[tuple[int, str]] = []
+        self._giving_up: list[tuple[int, str]] = []
         self._unexplained: dict[str, None] = {}
-        self._totals: dict[str, Shape] = {}
-        self._cluster = NOTHING
         self._nodes_detail = ""
-        self._used_on: dict[str, Shape] = defaultdict(lambda: NOTHING)
         self._used_by: dict[str, Shape] = defaultdict(lambda: NOTHING)
         self._holding = 0
+
+    @property
+    def touched(self) -> int:
+        """Entries looked at so far: jobs, kinds, teams and nodes. A measure of cost that no clock disturbs."""
+        return self._touched + self.cluster.touched
 
     @property
     def waiting(self) -> int:
@@ -109,8 +152,13 @@ class Policy:
 
     @property
     def next_ready_us(self) -> int | None:
-        """When the next postponed job may be placed."""
-        return self._later[0][0] if self._later else None
+        """When the next postponed job may be placed, or the next waiting one is to be given up."""
+        moments = [heap[0][0] for heap in (self._later, self._giving_up) if heap]
+        return min(moments, default=None)
+
+    @property
+    def kept_back(self) -> KeptBack | None:
+        return self._kept_back
 
     def apply(self, demand: Demand) -> None:
         """Takes in a new or changed job; the same again changes nothing."""
@@ -118,8 +166,13 @@ class Policy:
             return
         self.forget(demand.job_id)
         self._demands[demand.job_id] = demand
-        if demand.node_id:
+        if demand.node_ids:
             self._take(demand)
+            return
+        if demand.give_up_us:
+            heapq.heappush(self._giving_up, (demand.give_up_us, demand.job_id))
+        if demand.hold:
+            self._unexplained[demand.job_id] = None
         elif demand.ready_us:
             heapq.heappush(self._later, (demand.ready_us, demand.job_id))
         else:
@@ -129,43 +182,63 @@ class Policy:
         """The job neither waits nor holds anything any more."""
         demand = self._demands.pop(job_id, None)
         self._unexplained.pop(job_id, None)
-        if demand and demand.node_id:
+        if demand and demand.node_ids:
             self._give_back(demand)
-        elif demand and _in_line(demand):
+        elif demand and demand.is_in_line:
             self._step_out(demand)
 
-    def apply_nodes(self, totals: dict[str, Shape], detail: str) -> None:
-        """Takes in all nodes that may be placed on.
+    def apply_nodes(self, machines: Mapping[str, Machine], detail: str) -> None:
+        """Takes in all nodes that are known.
 
         Args:
             detail: why there is none, for people.
         """
         self._nodes_detail = detail
-        if totals == self._totals:
+        if machines == self.cluster.machines:
             return
-        grown = [node for node, total in totals.items() if not self._totals.get(node, NOTHING).holds(total)]
-        # Sorted, so that nothing depends on the order in which nodes were reported.
-        self._totals = dict(sorted(totals.items()))
-        self._cluster = NOTHING
-        for total in totals.values():
-            self._cluster = self._cluster.plus(total)
-        for node in grown:
-            self._unblock(node)
+        grown = self.cluster.apply(machines)
+        # The gang may fit elsewhere now, or nowhere.
+        grown += self._let_go()
+        self._unblock(grown)
 
     def decide(self, now_us: int, limit: int = 100) -> list[Placement]:
         """Up to `limit` placements, already counted as held; fewer means that nothing else fits now."""
         self._ripen(now_us)
-        teams = [(self._share(team), team) for team in self._to_try]
-        heapq.heapify(teams)
         placements: list[Placement] = []
-        while teams and len(placements) < limit:
-            _, team = heapq.heappop(teams)
-            self.touched += 1
-            placement = self._place_next(team)
+        # Again while the end of a keeping back lets others try.
+        while self._to_try and len(placements) < limit:
+            placements += self._round(limit - len(placements))
+        return placements
+
+    def _round(self, limit: int) -> list[Placement]:
+        """Each team at each priority in its turn, until none of them has something that fits."""
+        groups = [self._turn(priority, team) for priority, team in self._to_try]
+        heapq.heapify(groups)
+        placements: list[Placement] = []
+        while groups and len(placements) < limit:
+            negative_priority, share, team = heapq.heappop(groups)
+            self._touched += 1
+            turn = self._turn(-negative_priority, team)
+            if turn[1] != share:
+                # The team has got something at another priority meanwhile.
+                heapq.heappush(groups, turn)
+                continue
+            placement = self._place_next(-negative_priority, team)
             if placement:
                 placements.append(placement)
-                heapq.heappush(teams, (self._share(team), team))
+                heapq.heappush(groups, self._turn(-negative_priority, team))
         return placements
+
+    def given_up(self, now_us: int, limit: int = 100) -> list[str]:
+        """Up to `limit` jobs that have waited as long as they may; each is told once."""
+        found: list[str] = []
+        while self._giving_up and self._giving_up[0][0] <= now_us and len(found) < limit:
+            give_up_us, job_id = heapq.heappop(self._giving_up)
+            self._touched += 1
+            demand = self._demands.get(job_id)
+            if demand and not demand.node_ids and demand.give_up_us == give_up_us:
+                found.append(job_id)
+        return list(dict.fromkeys(found))
 
     @property
     def has_unexplained(self) -> bool:
@@ -175,10 +248,10 @@ class Policy:
     def newly_blocked(self, limit: int = 100) -> dict[str, str]:
         """Up to `limit` jobs that came to wait and fit nowhere, with the reason; each is told once.
 
-        A job whose shape is still to be tried is left for later: the next decision may place it.
+        A job whose kind is still to be tried is left for later: the next decision may place it.
         """
         first = islice(self._unexplained, limit)
-        blocked = [job_id for job_id in first if self._demands[job_id].shape in self._blocked]
+        blocked = [job_id for job_id in first if self._is_blocked(self._demands[job_id])]
         for job_id in blocked:
             del self._unexplained[job_id]
         return {job_id: self.why_waiting(job_id) for job_id in blocked}
@@ -186,152 +259,217 @@ class Policy:
     def why_waiting(self, job_id: str) -> str:
         """Why this job is not placed, for people; empty for one that does not wait, or waits for its time."""
         demand = self._demands.get(job_id)
-        if demand is None or demand.node_id or demand.ready_us:
+        if demand is None or demand.node_ids:
             return ""
-        if not self._totals:
+        if demand.hold or demand.ready_us:
+            return demand.hold
+        if not self.cluster.has_open:
             return f"no node is ready: {self._nodes_detail}" if self._nodes_detail else "no node is ready"
-        if not any(total.holds(demand.shape) for total in self._totals.values()):
-            return self._why_never(demand.shape)
-        return f"waits for {_text(demand.shape)} to become free on one node"
+        return self._why_not(demand)
 
-    def _why_never(self, shape: Shape) -> str:
-        largest = Shape(*(max(amounts) for amounts in zip(*self._totals.values(), strict=True)))
-        units = (
-            (shape.milli_gpus, largest.milli_gpus, _gpus),
-            (shape.milli_cpus, largest.milli_cpus, _cpus),
-            (shape.memory_bytes, largest.memory_bytes, memory_text),
+    def why_hopeless(self, job_id: str) -> str:
+        """Why no machine will ever run it, for people; empty while there is hope.
+
+        Only kinds of GPUs are hopeless: of all else there may be more tomorrow, and a mistyped model there may not.
+        A machine that is away, or is being drained, still counts as having them.
+        """
+        demand = self._demands.get(job_id)
+        if demand is None or demand.node_ids or not self.cluster.has_open:
+            return ""
+        if self.cluster.has_gpus(demand.parts) or self._could_come(demand.parts):
+            return ""
+        known = sorted({each.total.gpu_model for each in self.cluster.machines.values() if each.total.gpu_model})
+        there = f"the GPUs here are {', '.join(known)}" if known else "no node has a GPU whose model is known"
+        return f"needs {parts_text(self._lacking(demand.parts))}, and no node has such a GPU; {there}"
+
+    def unmet(self, limit: int = 100) -> dict[Parts, int]:
+        """What is asked for that the present nodes would not have even if nobody used them, and by how many jobs."""
+        found: dict[Parts, int] = defaultdict(int)
+        for kind in sorted(self._blocked, reverse=True):
+            if len(found) < limit and not self.cluster.could_hold(kind.parts):
+                found[kind.parts] += sum(self._lines[team, kind].length for team in self._teams_of[kind])
+        return dict(found)
+
+    def demand(self, job_id: str) -> Demand | None:
+        return self._demands.get(job_id)
+
+    def before(self, job_id: str) -> int:
+        """How many jobs come before this one by priority and age. Looks at its whole priority: for people who ask."""
+        mine = self._demands[job_id]
+        higher = sum(line.length for (_, kind), line in self._lines.items() if kind.priority > mine.priority)
+        level = (line for (_, kind), line in self._lines.items() if kind.priority == mine.priority)
+        older = (
+            other
+            for line in level
+            for order, other in line.heap
+            if (order, other) < (mine.order, job_id) and self._stands(order, other)
         )
-        for wanted, most, text in units:
-            if wanted > most:
-                return f"needs {text(wanted)}, the largest node has {text(most)}"
-        return f"needs {_text(shape)} on one node, and no node has all of it"
+        return higher + len(set(older))
+
+    def nodes_kept_from(self, demand: Demand) -> Collection[str]:
+        """The nodes that others have kept back from this job."""
+        kept = self._kept_back
+        if kept is None or kept.kind == demand.kind or kept.kind.priority < demand.priority:
+            return frozenset()
+        return kept.node_ids
+
+    def share(self, team: str) -> float:
+        """The largest share that the team holds of any resource."""
+        amounts = zip(self._used_by[team].amounts, self.cluster.total.amounts, strict=True)
+        return max((mine / all_ for mine, all_ in amounts if all_), default=0.0)
+
+    def _is_blocked(self, demand: Demand) -> bool:
+        return bool(demand.hold) or demand.kind in self._blocked
+
+    def _why_not(self, demand: Demand) -> str:
+        cluster, parts = self.cluster, demand.parts
+        alone = next((why for part in dict.fromkeys(parts) if (why := cluster.why_too_small(part))), "")
+        if alone:
+            return alone
+        if not cluster.could_hold(parts):
+            return f"needs {parts_text(parts)}{_where(parts)}, and {_nobody(parts)}"
+        kept = self.nodes_kept_from(demand)
+        if kept and cluster.seats(parts):
+            count = "1 node is" if len(kept) == 1 else f"{len(kept)} nodes are"
+            return f"{count} kept free for a job of several processes that came before"
+        return f"waits for {parts_text(parts)} to become free{_where(parts) or ' at once'}"
+
+    def _lacking(self, parts: Parts) -> Parts:
+        return tuple(part for part in dict.fromkeys(parts) if not self.cluster.has_gpus((part,)))[:1]
 
     def _line_up(self, demand: Demand) -> None:
-        self.touched += 1
-        line = self._lines[demand.team_id, demand.shape]
+        self._touched += 1
+        line = self._lines[demand.team_id, demand.kind]
         heapq.heappush(line.heap, (demand.order, demand.job_id))
         line.length += 1
-        self._teams_of[demand.shape].add(demand.team_id)
+        self._teams_of[demand.kind].add(demand.team_id)
         self._unexplained[demand.job_id] = None
-        if demand.shape not in self._blocked:
-            self._to_try[demand.team_id].add(demand.shape)
+        if demand.kind not in self._blocked:
+            self._to_try[demand.priority, demand.team_id].add(demand.kind)
+        elif len(demand.parts) > 1:
+            self._keep_back_for(demand)
 
     def _step_out(self, demand: Demand) -> None:
-        line = self._lines[demand.team_id, demand.shape]
+        kind, team = demand.kind, demand.team_id
+        line = self._lines[team, kind]
         line.length -= 1
-        if line.length:
-            return
-        del self._lines[demand.team_id, demand.shape]
-        self._to_try[demand.team_id].discard(demand.shape)
-        self._teams_of[demand.shape].discard(demand.team_id)
-        if not self._teams_of[demand.shape]:
-            del self._teams_of[demand.shape]
-            self._blocked.discard(demand.shape)
+        if not line.length:
+            del self._lines[team, kind]
+            self._to_try[kind.priority, team].discard(kind)
+            self._teams_of[kind].discard(team)
+            if not self._teams_of[kind]:
+                del self._teams_of[kind]
+                self._blocked.discard(kind)
+        if self._kept_back and self._kept_back.place == demand.place:
+            self._unblock(self._let_go())
 
     def _ripen(self, now_us: int) -> None:
         """Lets postponed jobs whose time has come stand in line."""
         while self._later and self._later[0][0] <= now_us:
             ready_us, job_id = heapq.heappop(self._later)
-            self.touched += 1
+            self._touched += 1
             demand = self._demands.get(job_id)
-            if demand and demand.ready_us == ready_us and not demand.node_id:
+            if demand and demand.ready_us == ready_us and not (demand.node_ids or demand.hold):
                 ripe = replace(demand, ready_us=0)
                 self._demands[job_id] = ripe
                 self._line_up(ripe)
 
-    def _place_next(self, team: str) -> Placement | None:
-        """Places the team's oldest job that fits; without one the team has nothing to try any more."""
-        while shape := self._oldest_shape(team):
-            node = self._best_node(shape)
-            if node:
-                return self._place(team, shape, node)
-            self._blocked.add(shape)
-            self._to_try[team].discard(shape)
-        self._to_try.pop(team, None)
+    def _turn(self, priority: int, team: str) -> tuple[int, float, str]:
+        return -priority, self.share(team), team
+
+    def _place_next(self, priority: int, team: str) -> Placement | None:
+        """Places the team's oldest job that fits; without one the team has nothing to try at this priority."""
+        while first := self._oldest(priority, team):
+            node_ids = self.cluster.seats(first.parts, first.preferred, self.nodes_kept_from(first))
+            if node_ids:
+                return self._place(first, node_ids)
+            self._block(first)
+        self._to_try.pop((priority, team), None)
         return None
 
-    def _oldest_shape(self, team: str) -> Shape | None:
-        """The shape, of those to try, whose first job is the team's oldest."""
-        heads: list[tuple[tuple[int, str], Shape]] = []
-        for shape in list(self._to_try.get(team, ())):
-            self.touched += 1
-            if shape in self._blocked:
-                self._to_try[team].discard(shape)
+    def _oldest(self, priority: int, team: str) -> Demand | None:
+        """The team's oldest job of a kind that is still to be tried."""
+        heads: list[tuple[int, str]] = []
+        for kind in list(self._to_try.get((priority, team), ())):
+            self._touched += 1
+            if kind in self._blocked:
+                self._to_try[priority, team].discard(kind)
             else:
-                heads.append((self._head(self._lines[team, shape]), shape))
-        return min(heads)[1] if heads else None
+                heads.append(self._head(self._lines[team, kind]))
+        return self._demands[min(heads)[1]] if heads else None
 
     def _head(self, line: _Line) -> tuple[int, str]:
         """The first of a line, after dropping those who have left it."""
-        while True:
-            self.touched += 1
-            order, job_id = line.heap[0]
-            demand = self._demands.get(job_id)
-            if demand and demand.order == order and _in_line(demand):
-                return line.heap[0]
+        while not self._stands(*line.heap[0]):
+            self._touched += 1
             heapq.heappop(line.heap)
+        self._touched += 1
+        return line.heap[0]
 
-    def _best_node(self, shape: Shape) -> str | None:
-        fitting: list[tuple[Shape, str]] = []
-        for node, total in self._totals.items():
-            self.touched += 1
-            free = total.minus(self._used_on[node])
-            if free.holds(shape):
-                fitting.append((free.minus(shape), node))
-        return min(fitting)[1] if fitting else None
+    def _stands(self, order: int, job_id: str) -> bool:
+        demand = self._demands.get(job_id)
+        return demand is not None and demand.order == order and demand.is_in_line
 
-    def _place(self, team: str, shape: Shape, node: str) -> Placement:
-        _, job_id = heapq.heappop(self._lines[team, shape].heap)
-        waiting = self._demands[job_id]
-        self._step_out(waiting)
-        self._unexplained.pop(job_id, None)
-        held = replace(waiting, node_id=node)
-        self._demands[job_id] = held
+    def _place(self, waiting: Demand, node_ids: tuple[str, ...]) -> Placement:
+        heapq.heappop(self._lines[waiting.team_id, waiting.kind].heap)
+        held = replace(waiting, node_ids=node_ids)
+        self._demands[waiting.job_id] = held
+        self._unexplained.pop(waiting.job_id, None)
         self._take(held)
-        return Placement(job_id, node)
+        self._step_out(waiting)
+        return Placement(waiting.job_id, node_ids)
+
+    def _block(self, demand: Demand) -> None:
+        """Nothing of this kind fits now."""
+        self._blocked.add(demand.kind)
+        self._to_try[demand.priority, demand.team_id].discard(demand.kind)
+        if len(demand.parts) > 1:
+            self._keep_back_for(demand)
+
+    def _keep_back_for(self, gang: Demand) -> None:
+        """Lets the gang keep nodes back, unless one that comes before it does."""
+        if self._kept_back and self._kept_back.place <= gang.place:
+            return
+        node_ids = frozenset(self.cluster.seats_in_time(gang.parts))
+        if not node_ids:
+            return
+        released = self._kept_back.node_ids - node_ids if self._kept_back else frozenset()
+        self._kept_back = KeptBack(gang.place, gang.kind, node_ids)
+        self._unblock(sorted(released))
+
+    def _let_go(self) -> list[str]:
+        """Ends the keeping back; the next gang in order keeps back in its turn. Returns the nodes set free."""
+        released, self._kept_back = (self._kept_back.node_ids if self._kept_back else frozenset()), None
+        gangs = [kind for kind in self._blocked if len(kind.parts) > 1]
+        heads = [self._head(self._lines[team, kind]) for kind in gangs for team in self._teams_of[kind]]
+        for gang in sorted((self._demands[job_id] for _, job_id in heads), key=lambda each: each.place):
+            if self._kept_back is None:
+                self._keep_back_for(gang)
+        return sorted(node for node in released if node in self.cluster.open_rooms())
 
     def _take(self, demand: Demand) -> None:
         self._holding += 1
-        self._used_on[demand.node_id] = self._used_on[demand.node_id].plus(demand.shape)
-        self._used_by[demand.team_id] = self._used_by[demand.team_id].plus(demand.shape)
+        self.cluster.take(demand.job_id, demand.parts, demand.node_ids, demand.gpu_indices, lasting=demand.lasting)
+        self._used_by[demand.team_id] = self._used_by[demand.team_id].plus(summed(demand.parts))
 
     def _give_back(self, demand: Demand) -> None:
         self._holding -= 1
-        self._used_on[demand.node_id] = self._used_on[demand.node_id].minus(demand.shape)
-        self._used_by[demand.team_id] = self._used_by[demand.team_id].minus(demand.shape)
-        if demand.node_id in self._totals:
-            self._unblock(demand.node_id)
+        self._used_by[demand.team_id] = self._used_by[demand.team_id].minus(summed(demand.parts))
+        self._unblock(self.cluster.give_back(demand.job_id, demand.node_ids))
 
-    def _unblock(self, node: str) -> None:
-        """Lets the shapes that fit what is free on the node now be tried again."""
-        free = self._totals[node].minus(self._used_on[node])
-        for shape in list(self._blocked):
-            self.touched += 1
-            if free.holds(shape):
-                self._blocked.discard(shape)
-                for team in self._teams_of[shape]:
-                    self._to_try[team].add(shape)
-
-    def _share(self, team: str) -> float:
-        """The largest share that the team holds of any resource."""
-        used = self._used_by[team]
-        return max((mine / all_ for mine, all_ in zip(used, self._cluster, strict=True) if all_), default=0.0)
+    def _unblock(self, nodes: Sequence[str]) -> None:
+        """Lets the kinds that fit what is free on these nodes now be tried again."""
+        for node in nodes:
+            for kind in list(self._blocked):
+                if self.cluster.fits_in_part(kind.parts, node):
+                    self._blocked.discard(kind)
+                    for team in self._teams_of[kind]:
+                        self._to_try[kind.priority, team].add(kind)
 
 
-def _in_line(demand: Demand) -> bool:
-    return not demand.node_id and not demand.ready_us
+def _where(parts: Parts) -> str:
+    return " on one node" if len(parts) == 1 else ""
 
 
-def _gpus(milli: int) -> str:
-    return "1 GPU" if milli == 1000 else f"{milli / 1000:g} GPUs"
-
-
-def _cpus(milli: int) -> str:
-    return "1 CPU" if milli == 1000 else f"{milli / 1000:g} CPUs"
-
-
-def _text(shape: Shape) -> str:
-    parts = [_gpus(shape.milli_gpus)] if shape.milli_gpus else []
-    parts.append(_cpus(shape.milli_cpus))
-    parts += [memory_text(shape.memory_bytes)] if shape.memory_bytes else []
-    return ", ".join(parts)
+def _nobody(parts: Parts) -> str:
+    return "no node has all of it" if len(parts) == 1 else "all nodes together have not"

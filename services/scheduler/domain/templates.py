@@ -6,10 +6,11 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import PurePosixPath
 
-from libs.common.contracts.messages import JobTemplate, Resources
+from libs.common.contracts.messages import JobTemplate, Resources, Retry
 from libs.common.errors import Invalid, TooLarge
 from libs.common.ids import is_id
 from services.scheduler.domain.gangs import checked_gang
+from services.scheduler.domain.machine_types import MachineTypes, filled_template
 
 MAX_COMMAND_BYTES = 128 * 1024
 # Every event of a job carries its template, and a message on the bus holds 256 KB.
@@ -24,23 +25,26 @@ SERVICES = frozenset({"build", "replica"})
 # The scheduler counts in thousandths: less would count as nothing, and fit on a full machine without an end.
 LEAST_CPUS = 0.001
 # Beyond what any machine has, and within what a database's integers hold.
-MOST = {"cpu_count": 1e6, "memory_bytes": 2**60, "gpu_count": 1e6}
+MOST = {"cpu_count": 1e6, "memory_bytes": 2**60, "gpu_count": 1e6, "gpu_memory_bytes": 2**60}
+LEAST_GPUS = 0.001
+MAX_PRIORITY = 100
+MAX_DELAY_S = 86_400
+CAUSES = ("failure", "out_of_memory", "node_lost", "start_failure", "timed_out")
 
+_CAUSE = re.compile("|".join([*CAUSES, r"exit:([1-9]|[1-9]\d|1\d\d|2[0-4]\d|25[0-5])"]))
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
-def checked_template(template: JobTemplate, kinds: Collection[str] = PEOPLE) -> JobTemplate:
-    """The template with its defaults filled in: one CPU, kind command.
+def checked_template(
+    template: JobTemplate, kinds: Collection[str] = PEOPLE, types: MachineTypes | None = None
+) -> JobTemplate:
+    """The template with its defaults filled in: what its machine type has, one CPU, kind command.
 
     Raises:
         Invalid, TooLarge: naming the field, why it cannot be, and what to write.
     """
-    template = checked_gang(template)
-    filled = template.model_copy(
-        update={
-            "kind": template.kind or "command",
-            "resources": template.resources.model_copy(update={"cpu_count": template.resources.cpu_count or 1.0}),
-        }
+    filled = filled_template(checked_gang(template), types or {}).model_copy(
+        update={"kind": template.kind or "command"}
     )
     _check_kind(filled.kind, kinds)
     _check_name(filled.name)
@@ -53,6 +57,7 @@ def checked_template(template: JobTemplate, kinds: Collection[str] = PEOPLE) -> 
         _check_env(role.env)
         _check_resources(role.resources)
     _check_limits(filled)
+    _check_retry(filled.retry)
     _check_ports(filled.ports)
     _check_filesets("workspace_id", [filled.workspace_id] if filled.workspace_id else [])
     _check_filesets("inputs", (item.fileset_id for item in filled.inputs))
@@ -103,9 +108,15 @@ def _check_resources(resources: Resources) -> None:
     if 0 < resources.cpu_count < LEAST_CPUS:
         detail = f"resources.cpu_count is {resources.cpu_count:g}; the least is {LEAST_CPUS:g}."
         raise _invalid("resources.cpu_count", detail, "Leave it out for one CPU, or give a larger share.")
-    if resources.gpu_count != int(resources.gpu_count):
-        detail = f"resources.gpu_count is {resources.gpu_count:g}, and GPUs are given whole."
-        raise _invalid("resources.gpu_count", detail, "Use 0, 1, 2 and so on.")
+    if resources.gpu_count > 1 and resources.gpu_count != int(resources.gpu_count):
+        detail = f"resources.gpu_count is {resources.gpu_count:g}; only less than one GPU can be shared."
+        raise _invalid("resources.gpu_count", detail, "Use a share below 1, or 1, 2 and so on.")
+    if 0 < resources.gpu_count < LEAST_GPUS:
+        detail = f"resources.gpu_count is {resources.gpu_count:g}; the least share is {LEAST_GPUS:g}."
+        raise _invalid("resources.gpu_count", detail, "Give a larger share.")
+    if len(resources.gpu_model) > MAX_NAME_LENGTH or not resources.gpu_model.isprintable():
+        detail = "The model is too long, or has characters that cannot be shown."
+        raise _invalid("resources.gpu_model", detail, "Name it as `nabla nodes list` does.")
 
 
 def _check_limits(template: JobTemplate) -> None:
@@ -113,9 +124,30 @@ def _check_limits(template: JobTemplate) -> None:
     if not 0 <= timeout_s <= MAX_TIMEOUT_S:
         detail = f"timeout_s is {timeout_s:g}; it is between 0 (none) and {MAX_TIMEOUT_S} (a year)."
         raise _invalid("timeout_s", detail, "Give seconds within these bounds.")
+    if not 0 <= template.max_wait_s <= MAX_TIMEOUT_S:
+        detail = f"max_wait_s is {template.max_wait_s:g}; it is between 0 (for ever) and {MAX_TIMEOUT_S} (a year)."
+        raise _invalid("max_wait_s", detail, "Give seconds within these bounds.")
+    if template.priority is not None and not 0 <= template.priority <= MAX_PRIORITY:
+        detail = f"priority is {template.priority}; it is between 0 (last) and {MAX_PRIORITY} (first)."
+        raise _invalid("priority", detail, "Give a number within these bounds; 50 is what jobs have without one.")
     if not 0 <= template.max_retries <= MAX_RETRIES:
         detail = f"max_retries is {template.max_retries}; it is between 0 and {MAX_RETRIES}."
         raise _invalid("max_retries", detail, "Give a number within these bounds.")
+
+
+def _check_retry(retry: Retry) -> None:
+    wrong = [cause for cause in retry.on if not _CAUSE.fullmatch(cause)]
+    if wrong:
+        remedy = f"Use {', '.join(CAUSES)} or exit:N with N from 1 to 255."
+        raise _invalid("retry.on", f"{wrong[0][:40]!r} is no cause to try again for.", remedy)
+    for name in ("delay_s", "longest_s"):
+        value = getattr(retry, name)
+        if not 0 <= value <= MAX_DELAY_S:
+            detail = f"retry.{name} is {value:g}; it is between 0 (the default) and {MAX_DELAY_S} (a day)."
+            raise _invalid(f"retry.{name}", detail, "Give seconds within these bounds.")
+    if retry.longest_s and retry.longest_s < retry.delay_s:
+        detail = f"retry.longest_s is {retry.longest_s:g}, less than the first delay of {retry.delay_s:g} s."
+        raise _invalid("retry.longest_s", detail, "Give at least delay_s, or leave it out.")
 
 
 def _check_ports(ports: tuple[int, ...]) -> None:

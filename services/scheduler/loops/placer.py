@@ -8,26 +8,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Collection
 from dataclasses import replace
 from datetime import timedelta
+from typing import NamedTuple
 
 from opentelemetry.metrics import CallbackOptions, Observation
 from sqlalchemy.exc import DBAPIError
 
 from libs.common.clock import Clock, to_us, utc_now
+from libs.common.contracts.messages import Node
 from libs.common.errors import StaleRevision
 from libs.common.ids import new_id
 from libs.common.telemetry import meter, span
 from libs.common.waiting import happens
-from services.scheduler.domain.lifecycles import CANCELLED, place
+from services.scheduler.domain.cluster import Machine
+from services.scheduler.domain.lifecycles import CANCELLED, give_up, place
 from services.scheduler.domain.model import Case
-from services.scheduler.domain.policy import Demand, Placement, Policy, Shape, shape_of
+from services.scheduler.domain.policy import Demand, Policy
+from services.scheduler.domain.shapes import shape_of
 from services.scheduler.store import Inventory, SchedulerStore, SchedulerUnit
 from services.scheduler.tables import JOBS
 
 BATCH = 100
 LOAD_BATCH = 1000
 BACK_OFF_S = 1.0
+TOO_LONG = "waited as long as it may, without its turn"
 NO_EXECUTOR = "no executor has reported its nodes yet"
 
 log = logging.getLogger(__name__)
@@ -35,6 +41,31 @@ log = logging.getLogger(__name__)
 _placement_seconds = meter().create_histogram(
     "nabla_placement_seconds", unit="s", description="From being queued to having a node"
 )
+
+
+class Ending(NamedTuple):
+    """Why a job is not to wait any longer, for people and in one word."""
+
+    reason: str
+    cause: str
+
+
+class Decision(NamedTuple):
+    """What one look at the queue came to.
+
+    Args:
+        seats: of each job that is placed, the nodes by rank.
+        reasons: of each job that came to wait, why.
+        endings: of each job that is not to wait any longer, why.
+    """
+
+    seats: dict[str, tuple[str, ...]]
+    reasons: dict[str, str]
+    endings: dict[str, Ending]
+
+    @property
+    def jobs(self) -> set[str]:
+        return {*self.seats, *self.reasons, *self.endings}
 
 
 class Placer:
@@ -46,7 +77,7 @@ class Placer:
     """
 
     def __init__(self, store: SchedulerStore, *, silent_s: float, pass_s: float, clock: Clock = utc_now) -> None:
-        self.policy = Policy()
+        self.policy = store.policy
         self._store = store
         self._silent = timedelta(seconds=silent_s)
         self._pass_s = pass_s
@@ -82,30 +113,37 @@ class Placer:
     async def place_waiting(self) -> int:
         """One decision and its commit, of a bounded number of jobs; returns how many have a node now."""
         await self._catch_up()
-        placements = self.policy.decide(to_us(self._clock()), BATCH)
-        reasons = self.policy.newly_blocked(BATCH)
-        if placements or reasons:
+        decision = self._decide(to_us(self._clock()))
+        if decision.jobs:
             try:
-                await self._store.run(lambda unit: _commit(unit, placements, reasons))
+                await self._store.run(lambda unit: _commit(unit, decision))
             except BaseException:
                 # What the policy counts as placed is not: it is read again.
-                self._store.changes.note([*dict(placements), *reasons])
+                self._store.changes.note(decision.jobs)
                 raise
-        return len(placements)
+        return len(decision.seats)
+
+    def _decide(self, now_us: int) -> Decision:
+        seats = {placement.job_id: placement.node_ids for placement in self.policy.decide(now_us, BATCH)}
+        reasons = self.policy.newly_blocked(BATCH)
+        return Decision(seats, reasons, endings(self.policy, reasons, self.policy.given_up(now_us, BATCH)))
 
     async def _catch_up(self) -> None:
         """Takes in what commits have changed since the last look, and which executors have fallen silent."""
-        jobs, nodes = self._store.changes.take()
+        jobs, nodes, projects = self._store.changes.take()
         try:
             if nodes:
                 await self._read_inventories()
+            for project_id in projects:
+                async with self._store.view() as view:
+                    jobs.update(await view.queued_in(project_id))
             pending = sorted(jobs)
             for start in range(0, len(pending), LOAD_BATCH):
                 ids = pending[start : start + LOAD_BATCH]
                 async with self._store.view() as view:
                     self._learn_jobs(dict.fromkeys(ids) | await view.demands(JOBS.c.id.in_(ids)))
         except BaseException:
-            self._store.changes.note(jobs, nodes=nodes)
+            self._store.changes.note(jobs, nodes=nodes, projects=projects)
             raise
         self._learn_nodes()
 
@@ -123,7 +161,7 @@ class Placer:
     def _learn_nodes(self) -> None:
         heard_since_us = to_us(self._clock() - self._silent)
         heard = [inventory for inventory in self._inventories if inventory.heard_us >= heard_since_us]
-        self.policy.apply_nodes(ready_nodes(heard), _why_none(self._inventories, heard))
+        self.policy.apply_nodes(machines(heard), _why_none(self._inventories, heard))
 
     async def _wait_for_change(self) -> None:
         wait_s = self._pass_s
@@ -135,14 +173,27 @@ class Placer:
         return [Observation(self.policy.waiting)]
 
 
-def ready_nodes(inventories: list[Inventory]) -> dict[str, Shape]:
-    """What may be placed on."""
+def machines(inventories: list[Inventory]) -> dict[str, Machine]:
+    """What is known of, with what takes no new work now."""
     return {
-        node.id: shape_of(node.cpu_count, node.memory_bytes, node.gpu_count)
+        node.id: Machine(
+            shape_of(node.cpu_count, node.memory_bytes, node.gpu_count, node.gpu_model, node.gpu_memory_bytes),
+            _why_closed(node),
+        )
         for inventory in inventories
         for node in inventory.nodes
-        if node.state == "ready"
     }
+
+
+def _why_closed(node: Node) -> str:
+    if node.state != "ready":
+        return f"is {node.state}"
+    return "is being drained" if node.draining else ""
+
+
+def nodes_in_contact(inventories: list[Inventory]) -> frozenset[str]:
+    """Where what runs can be reached; a node that is being drained is."""
+    return frozenset(node.id for inventory in inventories for node in inventory.nodes if node.state == "ready")
 
 
 def _why_none(inventories: list[Inventory], heard: list[Inventory]) -> str:
@@ -150,6 +201,9 @@ def _why_none(inventories: list[Inventory], heard: list[Inventory]) -> str:
         return NO_EXECUTOR
     if not heard:
         return "the executor is silent"
+    ready = [node for inventory in heard for node in inventory.nodes if node.state == "ready"]
+    if ready and all(node.draining for node in ready):
+        return "all nodes are being drained"
     return nodes_detail(heard)
 
 
@@ -158,21 +212,42 @@ def nodes_detail(inventories: list[Inventory]) -> str:
     return "; ".join(inventory.detail for inventory in inventories if inventory.detail)
 
 
-async def _commit(unit: SchedulerUnit, placements: list[Placement], reasons: dict[str, str]) -> None:
-    nodes = dict(placements)
-    for case in await unit.cases(JOBS.c.id.in_([*nodes, *reasons])):
-        if case.job.state != "queued" or case.job.desired_state == CANCELLED:
+def endings(policy: Policy, waiting: Collection[str], given_up: Collection[str]) -> dict[str, Ending]:
+    """Which of these jobs are not to wait any longer."""
+    hopeless = {job_id: policy.why_hopeless(job_id) for job_id in waiting}
+    found = {job_id: Ending(reason, "no_such_machine") for job_id, reason in hopeless.items() if reason}
+    for job_id in given_up:
+        reason = policy.why_waiting(job_id)
+        found[job_id] = Ending(f"waited as long as it may: {reason}" if reason else TOO_LONG, "waited_too_long")
+    return found
+
+
+async def _commit(unit: SchedulerUnit, decision: Decision) -> None:
+    cases = await unit.cases(JOBS.c.id.in_(decision.jobs))
+    closed = await unit.closed_projects({case.job.project_id for case in cases})
+    for case in cases:
+        job = case.job
+        if job.state != "queued" or job.desired_state == CANCELLED:
             continue
-        if case.job.id in nodes:
-            await _place_one(unit, case, nodes[case.job.id])
+        if job.project_id in closed and job.id in decision.seats:
+            # It was closed after the decision: the job is read again, and held.
+            unit.touched_jobs.add(job.id)
+        elif job.id in decision.seats:
+            await _place_one(unit, case, decision.seats[job.id])
+        elif job.id in decision.endings:
+            await end_waiting(unit, case, decision.endings[job.id])
         else:
-            await explain(unit, case, reasons[case.job.id])
+            await explain(unit, case, decision.reasons[job.id])
 
 
-async def _place_one(unit: SchedulerUnit, case: Case, node_id: str) -> None:
+async def end_waiting(unit: SchedulerUnit, case: Case, ending: Ending) -> None:
+    await unit.save(case, give_up(case, ending.reason, ending.cause, unit.now_us))
+
+
+async def _place_one(unit: SchedulerUnit, case: Case, node_ids: tuple[str, ...]) -> None:
     job = case.job
     with span("scheduler place job", job.traceparent, object=job.id, team=job.team_id):
-        await unit.save(case, place(job, new_id("attempt"), [node_id], unit.now_us))
+        await unit.save(case, place(job, new_id("attempt"), node_ids, unit.now_us))
     # The wait that the policy could have ended: a retry's delay is not its own.
     since_us = max(job.queued_us or unit.now_us, job.ready_us)
     _placement_seconds.record(max(0, unit.now_us - since_us) / 1_000_000)

@@ -25,7 +25,7 @@ from services.scheduler.domain.lifecycles import LIVE, forget, lose_contact, mis
 from services.scheduler.domain.model import Case
 from services.scheduler.domain.policy import Policy
 from services.scheduler.handlers import apply_execution
-from services.scheduler.loops.placer import explain, nodes_detail, ready_nodes
+from services.scheduler.loops.placer import end_waiting, endings, explain, nodes_detail, nodes_in_contact
 from services.scheduler.ports import Executor, Registry
 from services.scheduler.store import GONE, Inventory, Place, SchedulerStore, SchedulerUnit
 from services.scheduler.tables import ATTEMPTS, JOBS
@@ -113,13 +113,13 @@ class Reconciler:
         """Shows which jobs cannot be reached, and which can again."""
         inventories = await unit.inventories()
         heard = [inventory for inventory in inventories if self._is_heard(inventory, unit.now_us)]
-        nodes = ready_nodes(heard)
+        nodes = nodes_in_contact(heard)
         detail = _why_unreachable(heard)
         looked_at = [place for state in LIVE for place in await unit.places(state, PLACES)]
         wrong = [place for place in looked_at if _is_wrong(place, nodes, detail)]
         ids = [place.job_id for place in wrong[:ROWS]]
         for case in await unit.cases(JOBS.c.id.in_(ids), JOBS.c.state.in_(LIVE)):
-            reachable = case.attempt is not None and all(member.node_id in nodes for member in case.attempt.members)
+            reachable = case.attempt is not None and nodes.issuperset(case.attempt.node_ids)
             await unit.save(case, regain_contact(case) if reachable else lose_contact(case, detail))
         # The rest of what is wrong stays at the front.
         waiting = {place.job_id for place in wrong[ROWS:]}
@@ -157,8 +157,12 @@ class Reconciler:
         """Renews why jobs wait, as that changes without anything happening to them."""
         waiting = JOBS.c.ended_us.is_(None) & (JOBS.c.state == "queued")
         cases = await unit.cases(waiting, order=JOBS.c.checked_us, limit=ROWS)
+        hopeless = endings(self._policy, [case.job.id for case in cases], ())
         for case in cases:
-            await explain(unit, case, self._policy.why_waiting(case.job.id))
+            if case.job.id in hopeless:
+                await end_waiting(unit, case, hopeless[case.job.id])
+            else:
+                await explain(unit, case, self._policy.why_waiting(case.job.id))
         await unit.mark_checked(JOBS, [case.job.id for case in cases])
 
     async def _ask_for_projects(self) -> None:
@@ -197,9 +201,9 @@ def _why_unreachable(heard: list[Inventory]) -> str:
     return ": ".join(["its node is out of contact", *filter(None, [nodes_detail(heard)])])
 
 
-def _is_wrong(place: Place, ready: Collection[str], detail: str) -> bool:
+def _is_wrong(place: Place, ready: frozenset[str], detail: str) -> bool:
     """Whether the job's state, or its reason, is not what its node's contact says."""
-    if place.node_ids.issubset(ready):
+    if ready.issuperset(place.node_ids):
         return place.state == "unreachable" and not place.forgotten
     return place.state != "unreachable" or (place.detail != detail and not place.forgotten)
 

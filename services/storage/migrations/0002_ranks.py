@@ -12,6 +12,8 @@ depends_on = None
 def upgrade() -> None:
     with op.batch_alter_table("log_attempt", schema=None) as attempts:
         attempts.add_column(sa.Column("rank_count", sa.Integer(), nullable=False, server_default="1"))
+    with op.batch_alter_table("log_attempt", schema=None) as attempts:
+        attempts.alter_column("rank_count", server_default=None)
 
 
 def downgrade() -> None:

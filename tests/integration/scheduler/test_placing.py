@@ -99,7 +99,8 @@ async def test_a_job_stopped_between_decision_and_commit_is_not_started(world, m
     await world.request(StopJob(job_id=job_id))
     world.store.changes.take()
     assert [placement.job_id for placement in decide(10**18)] == [job_id]
-    await world.store.run(lambda unit: placer._commit(unit, [placer.Placement(job_id, "node1")], {}))
+    decision = placer.Decision({job_id: ("node1",)}, {}, {})
+    await world.store.run(lambda unit: placer._commit(unit, decision))
     assert "execution.start" not in await world.names()
 
 

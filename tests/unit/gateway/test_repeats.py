@@ -64,6 +64,8 @@ BODIES: dict[str, tuple[Any, Any]] = {
         {"project_id": "digits", "template": TEMPLATE},
         {"project_id": "pr1", "template": TEMPLATE},
     ),
+    "/api/v1/jobs/{job_id}/clone": ({"name": "a"}, {"name": "b"}),
+    "/api/v1/jobs/{job_id}/retry": (None, None),
     "/api/v1/jobs/{job_id}/metrics": ({"params": {"a": "1"}}, {"params": {"a": "2"}}),
     "/api/v1/jobs/{job_id}/stop": (None, None),
     "/api/v1/models/{model}/versions": (

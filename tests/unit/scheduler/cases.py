@@ -24,11 +24,11 @@ def queued(**fields: Any) -> Case:
     job = Job(
         id="js" + "0" * 26, team_id=TEAM, project_id=PROJECT, template=template(**fields), created_us=NOW, revision=1
     )
-    return Case(admit(job, NOW))
+    return admit(job, NOW, "ada")
 
 
 def placed(**fields: Any) -> Case:
-    return replace(place(queued(**fields).job, "at1", ["node1"], NOW), commands=())
+    return replace(place(queued(**fields).job, "at1", ("node1",), NOW), commands=())
 
 
 def said(case: Case, state: str, revision: int = 1, **fields: Any) -> Execution:

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from libs.common.contracts.messages import Execution, StartExecution, StopExecution
+from libs.common.contracts.messages import Execution, Retry, StartExecution, StopExecution
 from libs.common.errors import IllegalTransition
-from services.scheduler.domain import lifecycles
+from services.scheduler.domain import shapes
 from services.scheduler.domain.lifecycles import (
     ATTEMPTS,
     JOBS,
@@ -14,6 +14,7 @@ from services.scheduler.domain.lifecycles import (
     MAX_PREEMPTIONS,
     ask_to_stop,
     follow_execution,
+    give_up,
     lose_contact,
     missing_commands,
     place,
@@ -31,6 +32,7 @@ JOB_TRIGGERS = {
     "hold": {"submitted": "waiting"},
     "admit": {"submitted": "queued", "waiting": "queued"},
     "place": {"queued": "starting"},
+    "give_up": {"queued": "failed"},
     "run": {"starting": "running", "unreachable": "running"},
     "lose_contact": {"starting": "unreachable", "running": "unreachable"},
     "resume": {"unreachable": "starting"},
@@ -80,7 +82,7 @@ def test_the_tables_have_no_other_triggers(table, triggers):
 
 
 def test_a_placed_job_has_an_attempt_and_sends_one_start_command():
-    case = place(queued().job, "at1", ["node1"], NOW)
+    case = place(queued().job, "at1", ("node1",), NOW)
     assert (case.job.state, case.attempt.state, case.attempt.number) == ("starting", "placed", 1)
     assert [type(command) for command in case.commands] == [StartExecution]
     assert (case.commands[0].attempt_id, case.commands[0].node_id) == ("at1", "node1")
@@ -143,7 +145,7 @@ def test_a_failure_is_tried_again_until_the_retries_are_used():
         assert (case.job.state, case.job.retries_used) == ("queued", tries)
         assert case.job.ready_us == NOW + retry_delay_s(tries) * SECOND
         assert case.job.detail == f"exit code 3; tried again in {retry_delay_s(tries):g} s"
-        case = place(case.job, f"at{tries + 1}", ["node1"], NOW)
+        case = place(case.job, f"at{tries + 1}", ("node1",), NOW)
     case = follow_execution(case, said(case, "ended", reason="exited", exit_code=3), NOW)
     assert (case.job.state, case.job.attempt_count) == ("failed", 3)
 
@@ -155,7 +157,7 @@ def test_a_lost_machine_costs_no_retry_of_the_user_and_at_most_five_times(reason
         case = follow_execution(case, said(case, "ended", reason=reason), NOW)
         assert (case.job.state, case.attempt.state) == ("queued", end)
         assert (case.job.retries_used, case.job.infra_retries_used) == (0, tries)
-        case = place(case.job, f"at{tries + 1}", ["node1"], NOW)
+        case = place(case.job, f"at{tries + 1}", ("node1",), NOW)
     case = follow_execution(case, said(case, "ended", reason=reason), NOW)
     assert case.job.state == "failed"
     assert case.job.detail.endswith("given up after 5 new tries")
@@ -167,7 +169,7 @@ def test_a_preemption_has_a_budget_of_its_own():
         case = follow_execution(case, said(case, "ended", reason="stopped"), NOW)
         assert (case.job.state, case.attempt.state) == ("queued", "preempted")
         assert (case.job.retries_used, case.job.infra_retries_used, case.job.preemptions_used) == (0, 0, tries)
-        case = place(case.job, f"at{tries + 1}", ["node1"], NOW)
+        case = place(case.job, f"at{tries + 1}", ("node1",), NOW)
     lost = follow_execution(case, said(case, "ended", reason="lost"), NOW)
     assert (lost.job.state, lost.job.infra_retries_used) == ("queued", 1)
     assert lost.job.ready_us == NOW + SECOND
@@ -186,7 +188,7 @@ def test_jitter_spreads_what_failed_together(jitter, waited_s):
 def test_a_report_of_an_older_attempt_never_changes_the_job():
     first = placed(max_retries=1)
     again = follow_execution(first, said(first, "ended", reason="exited", exit_code=1), NOW)
-    second = place(again.job, "at2", ["node2"], NOW)
+    second = place(again.job, "at2", ("node2",), NOW)
     for state in ("accepted", "running", "finishing", "ended"):
         assert follow_execution(second, said(first, state, 99, reason="exited", exit_code=0), NOW) == second
 
@@ -301,4 +303,64 @@ def test_what_the_executor_saw_is_kept_with_the_attempt():
     ended = follow_execution(running, Execution(**said(case, "ended", 2, reason="exited").model_dump()), NOW)
     assert (running.attempt.addresses, ended.attempt.gpu_indices) == ({"3000": "127.0.0.1:4000"}, (1,))
     assert replace(ended.attempt).peak_memory_bytes == 9
-    assert lifecycles.memory_text(3 << 29) == "1.5 GiB"
+    assert shapes.memory_text(3 << 29) == "1.5 GiB"
+
+
+END = {
+    "failure": {"reason": "exited", "exit_code": 3},
+    "signal": {"reason": "exited", "exit_code": 137, "signal": 9},
+    "out_of_memory": {"reason": "out_of_memory"},
+    "node_lost": {"reason": "lost"},
+    "start_failure": {"reason": "start_failure", "detail": "the registry did not answer"},
+    "timed_out": {"reason": "timed_out"},
+    "refused": {"reason": "refused", "detail": "there is no such image"},
+}
+
+
+@pytest.mark.parametrize("end", END)
+@pytest.mark.parametrize(
+    ("on", "retried"),
+    [
+        ((), {"failure", "signal", "node_lost", "start_failure"}),
+        (("failure",), {"failure", "signal"}),
+        (("exit:3",), {"failure"}),
+        (("exit:137", "timed_out"), {"signal", "timed_out"}),
+        (("out_of_memory", "start_failure"), {"out_of_memory", "start_failure"}),
+        (("node_lost",), {"node_lost"}),
+    ],
+)
+def test_only_the_named_causes_are_tried_again(end, on, retried):
+    case = placed(max_retries=1, retry={"on": on})
+    after = follow_execution(case, said(case, "ended", **END[end]), NOW)
+    assert (after.job.state == "queued") is (end in retried)
+    if end in retried:
+        again = place(after.job, "at2", ("node1",), NOW)
+        over = follow_execution(again, said(again, "ended", **END[end]), NOW)
+        assert (over.job.state == "queued") is (end == "node_lost"), "only machines have more tries than the user gave"
+
+
+def test_a_job_says_itself_how_long_its_tries_wait():
+    case = placed(max_retries=9, retry={"delay_s": 10, "longest_s": 25})
+    waits = []
+    for tries in range(1, 5):
+        case = follow_execution(case, said(case, "ended", reason="exited", exit_code=1), NOW)
+        waits.append((case.job.ready_us - NOW) / SECOND)
+        case = place(case.job, f"at{tries + 1}", ("node1",), NOW)
+    assert waits == [10, 20, 25, 25]
+    assert retry_delay_s(3, 1.0, Retry(delay_s=300)) == 300
+
+
+def test_what_the_executor_adds_to_an_exit_is_kept():
+    case = placed()
+    told = "1 file was left out: it is a link that leads out of /artifacts"
+    fine = follow_execution(case, said(case, "ended", reason="exited", exit_code=0, detail=told), NOW)
+    assert (fine.job.state, fine.job.detail, fine.attempt.detail) == ("succeeded", told, told)
+    bad = follow_execution(case, said(case, "ended", reason="exited", exit_code=2, detail=told), NOW)
+    assert bad.job.detail == f"exit code 2; {told}"
+
+
+def test_a_waiting_job_can_be_given_up_and_no_other():
+    over = give_up(queued(), "waited as long as it may", "waited_too_long", NOW)
+    assert (over.job.state, over.job.detail, over.job.ended_us) == ("failed", "waited as long as it may", NOW)
+    with pytest.raises(IllegalTransition):
+        give_up(placed(), "", "", NOW)

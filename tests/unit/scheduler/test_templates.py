@@ -36,7 +36,7 @@ def test_a_bare_template_gets_its_defaults():
         ("resources.memory_bytes", {"resources": Resources(memory_bytes=-1)}),
         ("resources.memory_bytes", {"resources": Resources(memory_bytes=2**63)}),
         ("resources.gpu_count", {"resources": Resources(gpu_count=-1)}),
-        ("resources.gpu_count", {"resources": Resources(gpu_count=0.5)}),
+        ("resources.gpu_count", {"resources": Resources(gpu_count=1.5)}),
         ("timeout_s", {"timeout_s": -1}),
         ("timeout_s", {"timeout_s": math.inf}),
         ("timeout_s", {"timeout_s": math.nan}),

@@ -1,0 +1,122 @@
+"""Amounts of what machines have and jobs ask for, in whole numbers so that sums are exact."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from itertools import groupby
+from typing import NamedTuple
+
+from libs.common.contracts.gangs import rank_template, ranks_of
+from libs.common.contracts.messages import JobTemplate, Resources
+
+WHOLE_GPU = 1000
+_WORDS = re.compile(r"[a-z0-9]+")
+
+
+class Shape(NamedTuple):
+    """What one process asks for, or what a machine has.
+
+    Args:
+        milli_gpus: below 1000 a share of one GPU, else whole ones.
+        gpu_model: asked for: any where it is empty.
+        gpu_memory_bytes: of each single GPU; asked for: the least.
+    """
+
+    milli_gpus: int
+    milli_cpus: int
+    memory_bytes: int
+    gpu_model: str = ""
+    gpu_memory_bytes: int = 0
+
+    @property
+    def amounts(self) -> tuple[int, int, int]:
+        return self.milli_gpus, self.milli_cpus, self.memory_bytes
+
+    def plus(self, other: Shape) -> Shape:
+        """The sum of the amounts; what kind of GPU it is stays."""
+        gpus, cpus, memory = (mine + theirs for mine, theirs in zip(self.amounts, other.amounts, strict=True))
+        return Shape(gpus, cpus, memory, self.gpu_model, self.gpu_memory_bytes)
+
+    def minus(self, other: Shape) -> Shape:
+        gpus, cpus, memory = (mine - theirs for mine, theirs in zip(self.amounts, other.amounts, strict=True))
+        return Shape(gpus, cpus, memory, self.gpu_model, self.gpu_memory_bytes)
+
+    def holds(self, other: Shape) -> bool:
+        """Whether there is enough of each; which GPU has room is for `Room` to say."""
+        return all(mine >= theirs for mine, theirs in zip(self.amounts, other.amounts, strict=True))
+
+
+Parts = tuple[Shape, ...]
+NOTHING = Shape(0, 0, 0)
+
+
+def shape_of(
+    cpu_count: float, memory_bytes: int, gpu_count: float, gpu_model: str = "", gpu_memory_bytes: int = 0
+) -> Shape:
+    return Shape(round(gpu_count * 1000), round(cpu_count * 1000), memory_bytes, gpu_model, gpu_memory_bytes)
+
+
+def parts_of(template: JobTemplate) -> Parts:
+    """What each process of the job asks for, by rank: one for a single job."""
+    return tuple(_asked(rank_template(template, rank).resources) for rank in ranks_of(template))
+
+
+def _asked(wish: Resources) -> Shape:
+    return shape_of(
+        wish.cpu_count or 1.0, wish.memory_bytes, wish.gpu_count, wish.gpu_model.strip(), wish.gpu_memory_bytes
+    )
+
+
+def summed(parts: Iterable[Shape]) -> Shape:
+    total = NOTHING
+    for part in parts:
+        total = total.plus(part)
+    return total
+
+
+def is_model(wanted: str, name: str) -> bool:
+    """Whether a GPU of this name is the wanted model: "h100" is an "NVIDIA H100 80GB HBM3", and no "H1000"."""
+    asked, words = _WORDS.findall(wanted.lower()), _WORDS.findall(name.lower())
+    return any(words[start : start + len(asked)] == asked for start in range(len(words) - len(asked) + 1))
+
+
+def offers(machine: Shape, wanted: Shape) -> bool:
+    """Whether the machine's GPUs are of the kind that is asked for, however many there are."""
+    if not wanted.milli_gpus:
+        return True
+    if wanted.gpu_model and not is_model(wanted.gpu_model, machine.gpu_model):
+        return False
+    return machine.gpu_memory_bytes >= wanted.gpu_memory_bytes
+
+
+def memory_text(size_bytes: int) -> str:
+    """Bytes as people read them: 512 MiB, 1.5 GiB."""
+    if size_bytes < 1 << 30:
+        return f"{size_bytes / (1 << 20):.4g} MiB"
+    return f"{size_bytes / (1 << 30):.4g} GiB"
+
+
+def gpus_text(shape: Shape) -> str:
+    model = f" {shape.gpu_model}" if shape.gpu_model else ""
+    memory = f" with {memory_text(shape.gpu_memory_bytes)} each" if shape.gpu_memory_bytes else ""
+    return f"{shape.milli_gpus / 1000:g}{model} GPU{'' if shape.milli_gpus == 1000 else 's'}{memory}"
+
+
+def cpus_text(milli: int) -> str:
+    return "1 CPU" if milli == 1000 else f"{milli / 1000:g} CPUs"
+
+
+def shape_text(shape: Shape) -> str:
+    parts = [gpus_text(shape)] if shape.milli_gpus else []
+    parts.append(cpus_text(shape.milli_cpus))
+    parts += [memory_text(shape.memory_bytes)] if shape.memory_bytes else []
+    return ", ".join(parts)
+
+
+def parts_text(parts: Parts) -> str:
+    """ "1 GPU, 2 CPUs", or of a gang "4 times (1 GPU, 2 CPUs)"."""
+    if len(parts) == 1:
+        return shape_text(parts[0])
+    runs = [(shape, len(list(run))) for shape, run in groupby(parts)]
+    return " and ".join(f"{count} times ({shape_text(shape)})" for shape, count in runs)
