@@ -134,6 +134,9 @@ class AgentConfig:
     nats_seed: str = field(repr=False)
     node_fence_s: float = 120.0
     isolation: str = "auto"
+    job_network: str = "internet"
+    job_network_allowed: tuple[str, ...] = ()
+    sandbox_subnet: str = "100.96.0.0/16"
     environments_bytes: int = 20_000_000_000
     log_limit_bytes: int = 10_000_000_000
     disk_reserve_bytes: int = 1_000_000_000

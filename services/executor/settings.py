@@ -32,6 +32,12 @@ class ExecutorSettings(Settings):
     node_front_door: str = ""
     # auto takes bwrap where the kernel allows it; process is for an installation with one user.
     isolation: Literal["auto", "bwrap", "process"] = "auto"
+    # How far jobs reach that do not say: none, platform (the front door and a gang's peers), or internet as well.
+    job_network: Literal["none", "platform", "internet"] = "internet"
+    # Networks that jobs reach like public ones, as IPv4 with a length: a package mirror of your own, say.
+    job_network_allowed: tuple[str, ...] = ()
+    # What sandboxes have for addresses towards their node. No machine that jobs are to reach may be in it.
+    sandbox_subnet: str = "100.96.0.0/16"
     # Where the front door listens: class `process` is for loopback alone.
     host: str = "127.0.0.1"
     # A node this long out of contact ends its attempts by itself; LOST_MARGIN_S later they are reported lost.

@@ -131,12 +131,13 @@ def disk_full(ending: Ending) -> str | None:
 
 
 def no_internet(ending: Ending) -> str | None:
-    """Behind walls a job has the front door and nothing else; without walls it has this machine's own network."""
+    """Behind walls a job has as much network as it asked for; without walls it has this machine's own."""
     if ending.isolation == "process" or _found(_NO_NETWORK, ending) is None:
         return None
     return (
-        "A job reaches the platform and nothing else, no internet: name packages in a file and add --env FILE (they "
-        "are installed before the job starts), and bring data along in the folder you run from or in $NABLA_STORAGE."
+        "A job reaches the platform, with --network internet public addresses too, and no internet or other machine "
+        "besides: name packages in a file and add --env FILE (they are installed before the job starts), and bring "
+        "data along in the folder you run from or in $NABLA_STORAGE."
     )
 
 

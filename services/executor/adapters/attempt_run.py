@@ -29,19 +29,27 @@ from services.executor.adapters.attempt_folder import AttemptFolder, ExitRecord,
 from services.executor.adapters.attempt_log import AttemptLog, Identity
 from services.executor.adapters.environments import EnvironmentRefused, Environments
 from services.executor.adapters.folder_watch import FolderWatch
-from services.executor.adapters.job_spec import NodeFacts, job_uid, spec_for, told_isolation
+from services.executor.adapters.job_spec import (
+    NodeFacts,
+    job_uid,
+    network_of,
+    spec_for,
+    told_isolation,
+    told_network,
+)
 from services.executor.adapters.keeping import Keeping
 from services.executor.adapters.sealing import Sealing
 from services.executor.adapters.staging import Staging, StagingFailed
 from services.executor.adapters.transfer import Threads, remove_tree
 from services.executor.adapters.tries import GivenUp, try_within_reason
 from services.executor.domain.execution import ENDED, FINISHING, RUNNING, STARTING, short_reason
+from services.executor.domain.network import MalformedNetwork
 from services.executor.ports import StartOrder
 
 LOOK_S = 1.0
 STARTED_PATIENCE_S = 0.2
 SHIP_AGAIN_S = 1.0
-REFUSALS = (StagingFailed, EnvironmentRefused, MalformedSpec, zygote.StartFailed, OSError)
+REFUSALS = (StagingFailed, EnvironmentRefused, MalformedSpec, MalformedNetwork, zygote.StartFailed, OSError)
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +195,8 @@ class AttemptRun:
         async with self._means.environments.prepared(template.environment) as environment:
             self._log.say("environment", f"environment: {environment.name}")
             uid = job_uid(self.order.team_uid, environment.prefix, node)
-            self._log.say("node", f"node: {node.hostname}, isolation: {told_isolation(uid, node)}")
+            network = told_network(network_of(template.network, node))
+            self._log.say("node", f"node: {node.hostname}, isolation: {told_isolation(uid, node)}, network: {network}")
             await self._means.staging.lay(template, self.order.team_id, self._folder.workspace)
             spec = await asyncio.to_thread(spec_for, self.order, environment.prefix, node)
             await asyncio.to_thread(AttemptFolder.create, node.node_dir, spec)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from services.executor.adapters.attempt_folder import AttemptSpec, Bind, FrontDoor, Isolation
 from services.executor.adapters.isolation import closed_to
+from services.executor.domain.network import HOST, NONE, MalformedNetwork, Network, checked_policy, refusal
 from services.executor.ports import StartOrder
 
 # Where the in-job `nabla` package is inside a sandbox.
@@ -33,14 +34,20 @@ class NodeFacts:
     fence_s: float
     log_limit_bytes: int
     disk_reserve_bytes: int
+    network: Network  # of a job that asks for none
 
 
 def spec_for(order: StartOrder, environment_prefix: str, node: NodeFacts) -> AttemptSpec:
-    """Makes the team's storage folder on the way, and nothing else outside of the attempt's own."""
+    """Makes the team's storage folder on the way, and nothing else outside of the attempt's own.
+
+    Raises:
+        MalformedNetwork: the job's network cannot be kept here; the text says why, for the user to read.
+    """
     walled = node.isolation == "bwrap"
     template = order.template
     uid = job_uid(order.team_uid, environment_prefix, node)
     host, port = door_of(node.front_door)
+    network = network_of(template.network, node)
     sdk = Bind(str(node.client_folder / "nabla"), f"{SDK_INSIDE}/nabla")
     return AttemptSpec(
         attempt_id=order.attempt_id,
@@ -57,14 +64,30 @@ def spec_for(order: StartOrder, environment_prefix: str, node: NodeFacts) -> Att
         binds_ro=[sdk] if walled else [],
         binds_rw=[Bind(str(storage_of(order.team_id, node.storage_root, uid)), "/storage")],
         environment_prefix=environment_prefix,
-        front_door=[FrontDoor(port, host, port)] if walled else [],
+        front_door=[FrontDoor(port, host, port)] if walled and network.policy != NONE else [],
         expose_ports=list(template.ports),
         log_limit_bytes=node.log_limit_bytes,
         disk_reserve_bytes=node.disk_reserve_bytes,
         node_contact_file=str(node.contact_file),
         node_fence_s=node.fence_s,
         bwrap_path=node.bwrap_path,
+        network=network,
     )
+
+
+def network_of(wanted: str, node: NodeFacts) -> Network:
+    """The node's, with the policy that the job asks for. Raises MalformedNetwork."""
+    why_not = refusal(wanted, node.network.reach)
+    if why_not:
+        raise MalformedNetwork(why_not)
+    return replace(node.network, policy=checked_policy(wanted)) if wanted else node.network
+
+
+def told_network(network: Network) -> str:
+    """How far the job reaches, for its log."""
+    if network.reach == HOST:
+        return "this machine's own"
+    return f"{network.policy}, by a proxy (HTTP alone)" if network.needs_proxy else network.policy
 
 
 def job_uid(team_uid: int, environment_prefix: str, node: NodeFacts) -> int | None:

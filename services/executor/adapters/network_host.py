@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from services.executor.domain.network import interface_prefix
 
 _TOOL_PATH = "/usr/sbin:/sbin:/usr/bin:/bin:/usr/local/sbin:/usr/local/bin"
 _TOOL_S = 20.0
+_GOING_S = 1.0
 _FORWARDING = Path("/proc/sys/net/ipv4/ip_forward")
 _ARGUMENTS = {"ip": ["-batch", "-"], "nft": ["-f", "-"]}
 
@@ -71,18 +73,20 @@ def wall_stands(installation: str) -> bool:
 
 
 def take_wall_down(installation: str) -> None:
-    """Leave the host as it was, when no sandbox of this installation has an interface any more."""
+    """Remove the installation's tables, unless one of its sandboxes lives.
+
+    Forwarding stays on, and with it the guard that keeps the host from being a router: others may rely on it by now.
+    """
     prefix = interface_prefix(installation)
-    if any(name.startswith(prefix) for _, name in socket.if_nameindex()):
-        return
+    deadline = time.monotonic() + _GOING_S  # the kernel takes a moment to remove those of sandboxes that have ended
+    while any(name.startswith(prefix) for _, name in socket.if_nameindex()):
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.02)
     table = network_rules.table_of(installation)
     for family, name in _tables():
         if name == table or name.startswith(f"{table}_"):
             _delete_table(family, name)
-    left = [name for _, name in _tables()]
-    if "nabla_guard" in left and not any(re.fullmatch(r"nabla_[a-z2-7]{4}", name) for name in left):
-        _FORWARDING.write_text("0")
-        _delete_table("inet", "nabla_guard")
 
 
 def close_dead_gates(installation: str) -> None:
@@ -107,8 +111,8 @@ def foreign_refusal() -> str:
 
 
 def _outside() -> list[str]:
-    """Interfaces to other machines: those with hardware, virtual machines' too."""
-    return sorted(path.name for path in Path("/sys/class/net").iterdir() if (path / "device").exists())
+    """What may lead to neighbours: all that is there before the first sandbox. Others' bridges come with forwarding."""
+    return sorted(name for _, name in socket.if_nameindex() if name != "lo" and not name.startswith("nb"))
 
 
 def _tables() -> list[tuple[str, str]]:

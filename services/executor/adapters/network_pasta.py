@@ -53,13 +53,13 @@ def _stand_by(network: int, gang: Gang | None, folder: Path) -> None:
     if gang:
         lock = os.open(folder / f"{gang.name}.pasta", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX)
-    owner, me = kernel.owner_of(network), os.getpid()
-    program = find_tool("pasta")
+    program, me = find_tool("pasta"), os.getpid()
     if program is None:
         raise FileNotFoundError("pasta is not installed")
+    inside = _process_inside(network)
     ports = f"{gang.first_port}-{gang.last_port}" if gang and gang.peer_addresses else "none"
     command = [program, *_OPTIONS, "--tcp-ports", ports, "--udp-ports", ports]
-    command += ["--userns", f"/proc/{me}/fd/{owner}", "--netns", f"/proc/{me}/fd/{network}"]
+    command += ["--userns", f"/proc/{inside}/ns/user", "--netns", f"/proc/{inside}/ns/net"]
     subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
@@ -67,6 +67,27 @@ def _stand_by(network: int, gang: Gang | None, folder: Path) -> None:
         check=False,
         preexec_fn=partial(kernel.end_with_parent, signal.SIGKILL, me),
     )
+
+
+def _process_inside(network: int) -> int:
+    """One that does nothing but live there: pasta, once it is in the user namespace, opens only what is in it too."""
+    me = os.getpid()
+    ready, ready_write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            kernel.enter_network(network)
+            kernel.end_with_parent(signal.SIGKILL, me)
+            os.write(ready_write, b"1")
+            while True:
+                signal.pause()
+        finally:
+            os._exit(1)
+    os.close(ready_write)
+    if not os.read(ready, 1):
+        raise OSError("the sandbox's network cannot be entered")
+    os.close(ready)
+    return pid
 
 
 def _has_way_out(network: int) -> bool:

@@ -15,32 +15,37 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import os
 import socket
 import subprocess
 import tempfile
 import threading
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import IO
 
 from libs.common.waiting import end
-from services.executor.adapters import cgroup, isolation, zygote
+from services.executor.adapters import cgroup, isolation, network_host, network_probe, network_sharing, zygote
 from services.executor.adapters.agent_bus import AgentBus
 from services.executor.adapters.attempt_folder import AttemptFolder, MalformedSpec
 from services.executor.adapters.attempt_run import AttemptRun, Means, read_order, write_order
 from services.executor.adapters.environments import Environments
 from services.executor.adapters.folder_watch import FolderWatch
 from services.executor.adapters.job_spec import NodeFacts
+from services.executor.adapters.network_probe import NetworkProbe
 from services.executor.adapters.sandbox import IsolationProbe, find_bwrap
 from services.executor.adapters.sealing import Sealing
 from services.executor.adapters.shim import write_contact
 from services.executor.adapters.staging import Staging
 from services.executor.adapters.transfer import Threads, remove_tree
 from services.executor.domain.execution import ENDED
+from services.executor.domain.network import FULL, Network, checked_policy, installation_tag
 from services.executor.ports import AgentConfig, AgentView, StartOrder
 
 LOCK_PATIENCE_S = 30.0
+WALL_CHECK_S = 10.0
 RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
 STARTS_AT_ONCE = 4
 LONGEST_SOCKET_PATH = 100
@@ -70,6 +75,13 @@ class NodeAgent:
         self._lock: IO[str] | None = None
         self._means: Means | None = None
         self._probe = IsolationProbe("process", "", "")
+        self._network = Network(
+            policy=checked_policy(config.job_network),
+            installation=installation_tag(config.node_dir),
+            subnet=config.sandbox_subnet,
+            allowed=list(config.job_network_allowed),
+        )
+        self._network_probe = NetworkProbe(self._network.reach)
 
     async def open(self) -> None:
         """Takes the node folder over, and goes on with every attempt in it. May be tried again when it failed."""
@@ -89,11 +101,13 @@ class NodeAgent:
         write_contact(self._contact)
         self._zygote = _Zygote(self._node_dir)
         self._probe = await asyncio.to_thread(isolation.probe, self._config.isolation)
+        await asyncio.to_thread(self._find_network)
         self._means = self._make_means(self._zygote)
         for path in sorted(self._attempts.iterdir()):
             if path.is_dir():
                 self._take_up(AttemptFolder(path))
         self._tasks["contact"] = asyncio.create_task(self._keep_contact())
+        self._tasks["wall"] = asyncio.create_task(self._keep_wall())
         log.info("agent is ready", extra={"attempts": len(self._runs), "isolation": self._probe.isolation})
 
     async def close(self) -> None:
@@ -111,6 +125,8 @@ class NodeAgent:
             self._zygote.end()
             self._zygote = None
         if self._lock:
+            if self._has_wall:
+                await asyncio.to_thread(network_host.take_wall_down, self._network.installation)
             self._lock.close()
             self._lock = None
 
@@ -146,8 +162,13 @@ class NodeAgent:
         """What there is, and what differs from what the executor believes. Being asked is being heard."""
         write_contact(self._contact)
         news = [run.present() for run in self._runs.values() if _is_news(run, believed)]
-        detail = isolation.in_words(self._probe)
-        return AgentView(self._probe.isolation, detail, frozenset(self._runs), tuple(news))
+        return AgentView(
+            isolation=self._probe.isolation,
+            isolation_detail=f"{isolation.in_words(self._probe)}; {network_probe.in_words(self._network_probe)}",
+            held=frozenset(self._runs),
+            news=tuple(news),
+            network=self._network.reach,
+        )
 
     def _take_up(self, folder: AttemptFolder) -> None:
         """One attempt whose records a crash or another version spoiled must not keep the others from going on.
@@ -183,6 +204,28 @@ class NodeAgent:
                     pause_s = min(2 * pause_s, LONGEST_RETRY_S)
         finally:
             self._tasks.pop(run.order.execution_id, None)
+
+    @property
+    def _has_wall(self) -> bool:
+        return self._network.reach == FULL and os.geteuid() == 0
+
+    def _find_network(self) -> None:
+        """How far sandboxes reach here, and an end to what killed shims left of theirs."""
+        self._network_probe = network_probe.probe(self._probe.isolation, self._network)
+        self._network = replace(self._network, reach=self._network_probe.reach)
+        network_sharing.forget_the_dead(self._node_dir / "networks")
+        if self._has_wall:
+            network_host.close_dead_gates(self._network.installation)
+
+    async def _keep_wall(self) -> None:
+        """Others flush a host's filters: sandboxes keep their own wall, and have the host's back in a while."""
+        while self._has_wall:
+            await asyncio.sleep(WALL_CHECK_S)
+            network = self._network
+            try:
+                await asyncio.to_thread(network_host.raise_wall, network.installation, network.subnet, network.allowed)
+            except OSError:
+                log.exception("the host's filter cannot be set up again; trying again")
 
     async def _keep_contact(self) -> None:
         interval_s = min(5.0, self._config.node_fence_s / 4)
@@ -234,6 +277,7 @@ class NodeAgent:
             fence_s=config.node_fence_s,
             log_limit_bytes=config.log_limit_bytes,
             disk_reserve_bytes=config.disk_reserve_bytes,
+            network=self._network,
         )
 
 

@@ -116,6 +116,14 @@ class Network:
         return self.reach == LOOPBACK and self.policy == INTERNET
 
 
+def checked_policy(text: str) -> Policy:
+    """The policy of this name. Raises MalformedNetwork."""
+    for policy in POLICIES:
+        if policy == text:
+            return policy
+    raise MalformedNetwork(f"network is {text!r}, not one of {', '.join(POLICIES)}")
+
+
 def refusal(policy: str, reach: str, node_count: int = 1) -> str:
     """Why a job with this policy cannot run where sandboxes reach so far, with what to do; empty when it can.
 

@@ -19,6 +19,7 @@ MAX_TIMEOUT_S = 365 * 86_400
 MAX_RETRIES = 100
 MAX_NAME_LENGTH = 200
 MAX_PORTS = 16
+NETWORKS = ("none", "platform", "internet")
 PEOPLE = frozenset({"command"})
 SERVICES = frozenset({"build", "replica"})
 
@@ -59,6 +60,7 @@ def checked_template(
     _check_limits(filled)
     _check_retry(filled.retry)
     _check_ports(filled.ports)
+    _check_network(filled.network)
     _check_filesets("workspace_id", [filled.workspace_id] if filled.workspace_id else [])
     _check_filesets("inputs", (item.fileset_id for item in filled.inputs))
     _check_paths("inputs", (item.path for item in filled.inputs))
@@ -72,6 +74,12 @@ def checked_template(
 def _check_kind(kind: str, kinds: Collection[str]) -> None:
     if kind not in kinds:
         raise _invalid("kind", f"A job of kind {kind[:40]!r} cannot be asked for here.", "Leave kind out.")
+
+
+def _check_network(network: str) -> None:
+    if network and network not in NETWORKS:
+        remedy = f"Use one of {', '.join(NETWORKS)}, or leave it out for what this installation allows."
+        raise _invalid("network", f"There is no network {network[:40]!r}.", remedy)
 
 
 def _check_name(name: str) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from services.executor.adapters.network_host import take_wall_down
+from services.executor.domain.network import installation_tag
 from services.executor.routes import routes
 from tests.integration.executor.world import Neighbours, ObjectStore, grants, meet_neighbours
 from tests.support.nats import NatsServer, running_nats
@@ -41,3 +43,4 @@ def node_dir() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="nabla-node-"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+    take_wall_down(installation_tag(str(folder / "node")))  # of an agent that left while its jobs went on

@@ -46,6 +46,7 @@ class Options:
     gpus: float
     timeout: float
     retries: int
+    network: str | None
     models: tuple[str, ...]
     no_workspace: bool
     detach: bool
@@ -74,6 +75,11 @@ _OPTIONS = (
     click.option("--gpus", type=click.FloatRange(0), default=0.0, help="GPUs."),
     click.option("--timeout", type=span, default="0", metavar="TIME", help="Stop it after so long, such as 2h."),
     click.option("--retries", type=click.IntRange(0), default=0, help="Try again so often when it fails."),
+    click.option(
+        "--network",
+        type=click.Choice(["none", "platform", "internet"]),
+        help="How far the job reaches: nowhere; the platform and the job's own other nodes; or public addresses too.",
+    ),
     click.option(
         "--model",
         "models",
@@ -108,6 +114,7 @@ def submit_and_follow(session: Session, options: Options, folder: Path) -> int:
         environment=python,
         timeout_s=options.timeout,
         max_retries=options.retries,
+        network=options.network or "",
         models=models,
         origin=origin,
     )
