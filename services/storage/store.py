@@ -42,6 +42,7 @@ class FilesetRow(Base, table=True):
     size_bytes: int = Field(sa_column=Column(BigInteger, nullable=False))
     job_id: str = Field(max_length=40)
     attempt: int
+    rank: int = 0
     created_us: int = Field(sa_column=Column(BigInteger, nullable=False))
     # When upload URLs were last given.
     touched_us: int = Field(sa_column=Column(BigInteger, nullable=False))
@@ -183,8 +184,8 @@ class Filesets:
         )
         return (await self._session.exec(query)).all()
 
-    async def newest_artifacts(self, team_id: str, job_id: str) -> FilesetRow | None:
-        """The sealed artifacts of the job's greatest attempt that has some."""
+    async def newest_artifacts(self, team_id: str, job_id: str) -> Sequence[FilesetRow]:
+        """The sealed artifacts of the job's greatest attempt that has some, those of each rank, by rank."""
         query = (
             select(FilesetRow)
             .where(
@@ -193,10 +194,14 @@ class Filesets:
                 col(FilesetRow.team_id) == team_id,
                 col(FilesetRow.state) == SEALED,
             )
-            .order_by(col(FilesetRow.attempt).desc(), col(FilesetRow.id).desc())
-            .limit(1)
+            .order_by(col(FilesetRow.attempt).desc(), col(FilesetRow.rank), col(FilesetRow.id).desc())
         )
-        return (await self._session.exec(query)).first()
+        found: dict[int, FilesetRow] = {}
+        for row in (await self._session.exec(query)).all():
+            first = next(iter(found.values()), row)
+            if row.attempt == first.attempt:
+                found.setdefault(row.rank, row)
+        return list(found.values())
 
     async def add(self, row: FilesetRow, entries: Sequence[Entry]) -> None:
         self._session.add(row)

@@ -838,6 +838,8 @@ class OpenFileset(Message):
     attempt: int = 0
     # The front door as the client reached it ("host:port"): URLs are signed for it.
     endpoint: str = ""
+    # Of artifacts: which process of the attempt left them.
+    rank: int = 0
 
 
 class FilesetGrant(Message):

@@ -1,4 +1,4 @@
-"""how many ranks an attempt's log has"""
+"""how many ranks an attempt has, and which of them left artifacts"""
 
 import sqlalchemy as sa
 from alembic import op
@@ -15,7 +15,14 @@ def upgrade() -> None:
     with op.batch_alter_table("log_attempt", schema=None) as attempts:
         attempts.alter_column("rank_count", server_default=None)
 
+    with op.batch_alter_table("fileset", schema=None) as filesets:
+        filesets.add_column(sa.Column("rank", sa.Integer(), nullable=False, server_default="0"))
+    with op.batch_alter_table("fileset", schema=None) as filesets:
+        filesets.alter_column("rank", server_default=None)
+
 
 def downgrade() -> None:
+    with op.batch_alter_table("fileset", schema=None) as filesets:
+        filesets.drop_column("rank")
     with op.batch_alter_table("log_attempt", schema=None) as attempts:
         attempts.drop_column("rank_count")
