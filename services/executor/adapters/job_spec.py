@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from services.executor.adapters.attempt_folder import AttemptSpec, Bind, FrontDoor, Isolation
 from services.executor.adapters.isolation import closed_to
+from services.executor.domain.gang import first_free_port
 from services.executor.domain.gang_environment import (
     GENERATED,
     gang_command,
@@ -139,6 +140,7 @@ def _shared(attempt_id: str, gang: GangOrder) -> Gang:
         peer_addresses=peer_addresses(gang),
         first_port=gang.first_port,
         last_port=gang.last_port,
+        first_free_port=first_free_port(gang),
     )
 
 

@@ -49,6 +49,11 @@ def port_of(order: GangOrder, rank: int) -> int:
     return order.first_port + 1 + rank
 
 
+def first_free_port(order: GangOrder) -> int:
+    """From here on the ports are for what the ranks open without a wish of their own."""
+    return port_of(order, len(order.peers))
+
+
 def gang_order(
     kind: str, facts: GangFacts, ranks: Sequence[Rank], rank: int, addresses: Mapping[str, str]
 ) -> GangOrder:

@@ -152,6 +152,9 @@ def _mpi(generated: str) -> dict[str, str]:
         "HYDRA_LAUNCHER": "ssh",
         "HYDRA_LAUNCHER_EXEC": agent,
         "HYDRA_HOST_FILE": hostfile,
+        # Whoever is root here is so in a sandbox or a container alone, or on a machine of their own.
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     }
 
 
