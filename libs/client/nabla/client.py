@@ -8,6 +8,7 @@ with nabla.Client() as client:
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Callable
@@ -17,7 +18,7 @@ from nabla.address import front_door
 from nabla.contexts import Context
 from nabla.decoding import decode
 from nabla.errors import NoServer
-from nabla.objects import Principal, SignInLink, Status
+from nabla.objects import MachinePage, MachineType, Principal, SignInLink, Status
 from nabla.transport import PATIENCE_S, OnRetry, Transport
 
 if TYPE_CHECKING:
@@ -115,6 +116,10 @@ class Client:
 
     def status(self) -> Status:
         return decode(Status, self._transport.get("/status"))
+
+    def machines(self) -> Sequence[MachineType]:
+        """The machine types, and how many jobs of each could start now."""
+        return decode(MachinePage, self._transport.get("/machines")).items
 
     def server_time(self) -> float | None:
         """The server's clock, in seconds since the epoch; needs no valid token."""

@@ -262,6 +262,62 @@ class JobDetail(Record):
     timeline: Tuple[TimelineEntry, ...] = ()
 
 
+class NodeRoom(Record):
+    """What is free on a node, seen by one job; `obstacle` is why nothing of it can go there now."""
+
+    node_id: str = ""
+    hostname: str = ""
+    total: Resources = Resources()
+    free: Resources = Resources()
+    obstacle: str = ""
+
+
+class Holder(Record):
+    """A job of one's own team that holds part of a node."""
+
+    job_id: str = ""
+    name: str = ""
+    state: str = ""
+    node_ids: Tuple[str, ...] = ()
+    holds: Resources = Resources()
+    started_at: Optional[datetime] = None
+
+
+class JobExplanation(Record):
+    """Why a job is in its state; all but the first four only for one that waits."""
+
+    job_id: str = ""
+    state: str = ""
+    summary: str = ""
+    cause: str = ""
+    needs: Tuple[Resources, ...] = ()
+    priority: int = 0
+    before: int = 0
+    waiting: int = 0
+    nodes: Tuple[NodeRoom, ...] = ()
+    holders: Tuple[Holder, ...] = ()
+    held_by_others: Resources = Resources()
+    not_before: Optional[datetime] = None
+    give_up_at: Optional[datetime] = None
+
+
+class MachineType(Record):
+    """A named shape; `startable` is how many jobs of it could start now."""
+
+    name: str = ""
+    resources: Resources = Resources()
+    startable: int = 0
+    hostnames: Tuple[str, ...] = ()
+
+
+class MachinePage(Record):
+    """`source` is "file" where the installation names its types, "nodes" where they are those of its nodes."""
+
+    items: Tuple[MachineType, ...] = ()
+    source: str = ""
+    detail: str = ""
+
+
 class Experiment(Record):
     id: str = ""
     team_id: str = ""

@@ -456,7 +456,7 @@ class JobPage(Message):
 
 
 class RetryJob(Message):
-    """A new job from the template of one that has ended, in its experiment: the same workspace, environment and limits."""
+    """A new job from the template of one that has ended, in its experiment."""
 
     ROUTE: ClassVar[Route] = Route(Kind.REQUEST, "scheduler", "job.retry", reply="Job")
 

@@ -30,7 +30,8 @@ ACCEPTED, RESERVED, STARTING, RUNNING, FINISHING, ENDED = STATES = (
     "finishing",
     "ended",
 )
-REASONS = frozenset({"exited", "stopped", "timed_out", "out_of_memory", "fenced", "lost", "refused"})
+# What was refused would be refused again; what made a start fail may pass.
+REASONS = frozenset({"exited", "stopped", "timed_out", "out_of_memory", "fenced", "lost", "refused", "start_failure"})
 
 TABLE = TransitionTable(
     aggregate="execution",

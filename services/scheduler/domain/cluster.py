@@ -92,6 +92,8 @@ class Room(NamedTuple):
         return Fit(self._changed(wanted, taken), taken, broken)
 
     def _changed(self, wanted: Shape, taken: tuple[tuple[int, int], ...]) -> Room:
+        if not taken:
+            return Room(self.total, self.free.minus(wanted), self.gpus)
         left = list(self.gpus)
         for position, milli in taken:
             left[position] -= milli

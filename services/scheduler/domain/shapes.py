@@ -35,16 +35,31 @@ class Shape(NamedTuple):
 
     def plus(self, other: Shape) -> Shape:
         """The sum of the amounts; what kind of GPU it is stays."""
-        gpus, cpus, memory = (mine + theirs for mine, theirs in zip(self.amounts, other.amounts, strict=True))
-        return Shape(gpus, cpus, memory, self.gpu_model, self.gpu_memory_bytes)
+        return Shape(
+            self.milli_gpus + other.milli_gpus,
+            self.milli_cpus + other.milli_cpus,
+            self.memory_bytes + other.memory_bytes,
+            self.gpu_model,
+            self.gpu_memory_bytes,
+        )
 
     def minus(self, other: Shape) -> Shape:
-        gpus, cpus, memory = (mine - theirs for mine, theirs in zip(self.amounts, other.amounts, strict=True))
-        return Shape(gpus, cpus, memory, self.gpu_model, self.gpu_memory_bytes)
+        return Shape(
+            self.milli_gpus - other.milli_gpus,
+            self.milli_cpus - other.milli_cpus,
+            self.memory_bytes - other.memory_bytes,
+            self.gpu_model,
+            self.gpu_memory_bytes,
+        )
 
     def holds(self, other: Shape) -> bool:
         """Whether there is enough of each; which GPU has room is for `Room` to say."""
-        return all(mine >= theirs for mine, theirs in zip(self.amounts, other.amounts, strict=True))
+        # Written out: this is asked of every node for every placement.
+        return (
+            self.milli_cpus >= other.milli_cpus
+            and self.milli_gpus >= other.milli_gpus
+            and self.memory_bytes >= other.memory_bytes
+        )
 
 
 Parts = tuple[Shape, ...]

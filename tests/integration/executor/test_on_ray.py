@@ -208,6 +208,23 @@ async def test_gpus_of_a_job_are_its_own_and_are_recorded(
     assert shown == [f"gpu {end.gpu_indices[0]}" for end in ends]
 
 
+async def test_shares_of_a_gpu_are_on_one_gpu_and_leave_the_other_whole(
+    settings: ExecutorSettings, neighbours: Neighbours, onlooker: Onlooker
+) -> None:
+    """As the scheduler's policy takes it to be."""
+    async with running(settings):
+        node_id = await onlooker.ready_node()
+        wishes = (0.5, 0.5, 1)
+        asked = [start(node_id, "sleep 3", resources=Resources(gpu_count=wish)) for wish in wishes]
+        for each in asked:
+            await neighbours.send(each, each.attempt_id)
+        ends = [await onlooker.end_of(each.attempt_id, 60) for each in asked]
+    assert [end.reason for end in ends] == ["exited"] * 3
+    first, second, whole = (end.gpu_indices for end in ends)
+    assert first == second
+    assert set(first) | set(whole) == {0, 1}
+
+
 async def test_a_job_is_stopped_and_one_without_memory_is_killed(
     settings: ExecutorSettings, neighbours: Neighbours, onlooker: Onlooker
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import func, select
 
 from infra.local.nats import grant_for
 from libs.common.bus import Bus
@@ -20,6 +21,7 @@ from libs.common.contracts.messages import (
     ExecutionEnded,
     ExecutionPage,
     ExecutionRunning,
+    Gang,
     GetJob,
     GetProject,
     Job,
@@ -30,19 +32,21 @@ from libs.common.contracts.messages import (
     NodesReported,
     Principal,
     Project,
+    Role,
     StartExecution,
     StopExecution,
     StopJob,
     SubmitJob,
 )
 from libs.common.contracts.subjects import COMMANDS, EVENTS, delivery_subject, subject_for
-from libs.common.errors import Conflict, NotFound
+from libs.common.errors import Conflict, NotFound, Unavailable
 from libs.common.ids import new_id
 from libs.common.routing import INTERNAL, Route, Routes, Rule
 from libs.common.service import Service
 from services.scheduler.app import build
 from services.scheduler.routes import routes
 from services.scheduler.settings import SchedulerSettings
+from services.scheduler.tables import JOBS
 from tests.support.nats import NatsServer, running_nats
 from tests.unit.scheduler.cases import PROJECT, TEAM, template
 from tests.unit.scheduler.world import USER, node
@@ -193,6 +197,45 @@ async def test_a_restarted_scheduler_learns_by_asking(server, executor, gateway,
     executor.known[command.attempt_id] = known
     async with running_scheduler(server, database_url, tmp_path / "b"):
         await reaches(gateway, job.id, "succeeded")
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.full)])
+async def test_many_submits_at_once_lose_none_and_start_each_once(
+    server, executor, gateway, database_url, tmp_path, count
+):
+    """Every tenth is repeated under its key while the first may still be under way; one in fifty is a gang."""
+    executor.nodes = (node(cpu_count=2 * count),)
+    await executor.say(NodesReported(nodes=executor.nodes))
+    gang = Gang(type="torch", roles=(Role(name="worker", count=3),))
+
+    async def submit(number: int) -> str:
+        asked = template(name=f"j{number}", priority=number % 101, gang=Gang() if number % 50 else gang)
+        message = SubmitJob(project_id=PROJECT, template=asked)
+        while True:
+            try:
+                return (await gateway.ask(message, Job, USER, key=f"k{number}", timeout_s=30)).id
+            except Unavailable:
+                await asyncio.sleep(0.1)
+
+    async with running_scheduler(server, database_url, tmp_path) as service:
+        ids = await asyncio.gather(*map(submit, [*range(count), *range(0, count, 10)]))
+        assert ids[count:] == ids[:count:10]
+        # A command may come twice, but always for the same attempt.
+        started: dict[str, StartExecution] = {}
+        while len(started) < count:
+            command = await executor.next_command()
+            assert isinstance(command, StartExecution)
+            assert started.setdefault(command.job_id, command) == command
+        assert set(started) == set(ids)
+        assert len({command.attempt_id for command in started.values()}) == count
+        assert {len(command.seats) for command in started.values()} == {0, 3}
+        assert await count_jobs(service) == {"starting": count}
+
+
+async def count_jobs(service: Service) -> dict[str, int]:
+    async with service.inbox.store.view() as view:
+        rows = (await view.execute(select(JOBS.c.state, func.count().label("count")).group_by(JOBS.c.state))).all()
+    return {row.state: row.count for row in rows}
 
 
 async def test_a_project_closed_unheard_takes_no_more_jobs(server, executor, gateway, database_url, tmp_path):

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from libs.common.contracts.messages import (
+    CloneJob,
     CreateDeployment,
     CreateProject,
     CreateSignIn,
@@ -18,6 +19,7 @@ from libs.common.contracts.messages import (
     Deployment,
     Execution,
     ExecutionRunning,
+    ExplainJob,
     FilePage,
     Fileset,
     FilesetGrant,
@@ -28,21 +30,26 @@ from libs.common.contracts.messages import (
     GetService,
     Job,
     JobDetail,
+    JobExplanation,
     JobPage,
     JobQueued,
     JobTemplate,
     ListFiles,
     ListJobs,
+    ListMachines,
     ListNodes,
     LogLine,
     LogPage,
     LogRun,
+    MachinePage,
+    MachineType,
     ModelVersion,
     Node,
     NodePage,
     OpenFileset,
     Project,
     RegisterModel,
+    RetryJob,
     Run,
     ServiceStatus,
     SignIn,
@@ -445,3 +452,23 @@ async def test_a_body_larger_than_the_bus_carries_is_too_large(client: httpx.Asy
     world.owners.answers[SubmitJob] = full
     answer = await client.post("/api/v1/jobs", json={"project_id": "a", "template": {}}, headers=BEARER)
     assert problem(answer) == (413, "message_too_large")
+
+
+async def test_a_job_is_explained_repeated_and_changed(client: httpx.AsyncClient, world: World) -> None:
+    world.owners.answers |= {
+        ExplainJob: lambda message: JobExplanation(job_id=message.job_id, summary="It waits."),
+        RetryJob: lambda message: Job(id="js2"),
+        CloneJob: lambda message: Job(id="js3"),
+        ListMachines: lambda _: MachinePage(items=(MachineType(name="cpu-1"),)),
+    }
+    assert (await client.get("/api/v1/jobs/js1/explain", headers=BEARER)).json()["summary"] == "It waits."
+    assert (await client.post("/api/v1/jobs/js1/retry", headers=BEARER)).status_code == 201
+    body = {"command": ["a", "b"], "env": {"A": "1"}, "priority": 0, "resources": {"cpu_count": 2}}
+    made = await client.post("/api/v1/jobs/js1/clone", headers=JSON, content=json.dumps(body))
+    assert (made.status_code, made.json()["id"]) == (201, "js3")
+    asked = world.owners.of(CloneJob)[0]
+    assert (asked.job_id, asked.command, asked.priority, asked.timeout_s) == ("js1", ("a", "b"), 0, None)
+    assert asked.resources.cpu_count == 2
+    wrong = await client.post("/api/v1/jobs/js1/clone", headers=JSON, content=json.dumps({"comand": ["a"]}))
+    assert problem(wrong)[0] in {400, 422}
+    assert (await client.get("/api/v1/machines", headers=BEARER)).json()["items"][0]["name"] == "cpu-1"

@@ -16,7 +16,7 @@ from nabla.cli.session import GlobalOptions
 # name -> (module, attribute, what `nabla --help` says)
 COMMANDS = {
     "run": ("run", "run", "Run a command as a job, with this folder as its workspace."),
-    "jobs": ("jobs", "jobs", "List, watch and stop jobs."),
+    "jobs": ("jobs", "jobs", "List, watch, explain, stop and repeat jobs."),
     "experiments": ("experiments", "experiments", "Start and list experiments."),
     "artifacts": ("artifacts", "artifacts", "List and download what a job left behind."),
     "models": ("models", "models", "The model repository."),
@@ -31,6 +31,7 @@ COMMANDS = {
     "tokens": ("tokens", "tokens", "Create and revoke API tokens."),
     "up": ("platform", "up", "Start the platform on this machine."),
     "down": ("platform", "down", "Stop the platform on this machine."),
+    "machines": ("queueing", "machines", "Show the machine types and how many are free."),
     "status": ("platform", "status", "Show services, nodes and isolation."),
     "doctor": ("doctor", "doctor", "Check everything, and say how to put it right."),
 }

@@ -9,6 +9,8 @@ import click
 
 from nabla.cli.output import details, note, print_json, table
 from nabla.cli.projects import LIMIT
+from nabla.cli.queueing import amounts, clone, retry, timeline
+from nabla.cli.queueing import explain as explain_command
 from nabla.cli.session import Group, Session, pass_session
 from nabla.errors import ApiError
 from nabla.hints import LAST_LINES, readable_size
@@ -27,7 +29,7 @@ MOST_LINES = 100_000
 
 @click.group(cls=Group)
 def jobs() -> None:
-    """List, watch and stop jobs."""
+    """List, watch, explain, stop and repeat jobs."""
 
 
 @jobs.command("list", example="nabla jobs list --project digits --state running")
@@ -153,6 +155,10 @@ def metrics(session: Session, job: str, name: str, max_points: int | None) -> No
     )
 
 
+for made in (explain_command, timeline, retry, clone):
+    jobs.add_command(made)
+
+
 def _before_last(client: Client, job: str, count: int) -> int:
     """The sequence number after which the last `count` lines come."""
     page = client.jobs.log_page(job, -max(count, 1), 1)
@@ -167,7 +173,6 @@ def _result(job: Job) -> object:
 
 def _show(found: JobDetail) -> None:
     job, template, attempt = found.job, found.job.template, found.job.attempt or Attempt()
-    wishes = template.resources
     details(
         [
             ("id", job.id),
@@ -180,7 +185,9 @@ def _show(found: JobDetail) -> None:
             ("experiment", job.experiment_id),
             ("node", attempt.node_id),
             ("isolation", attempt.isolation),
-            ("asked for", _wishes(wishes.cpu_count, wishes.memory_bytes, wishes.gpu_count)),
+            ("asked for", amounts(template.resources)),
+            ("machine type", template.machine_type),
+            ("priority", "" if template.priority is None else template.priority),
             ("peak memory", readable_size(attempt.peak_memory_bytes) if attempt.peak_memory_bytes else ""),
             ("environment", template.environment.path or template.environment.kind),
             ("from", ", ".join(f"{key} {value}" for key, value in template.origin.items())),
@@ -192,8 +199,3 @@ def _show(found: JobDetail) -> None:
     rows = [(entry.at, entry.state, entry.attempt or "", entry.detail) for entry in found.timeline]
     click.echo()
     table(("WHEN", "STATE", "ATTEMPT", "DETAIL"), rows, "No history yet.")
-
-
-def _wishes(cpus: float, memory_bytes: int, gpus: float) -> str:
-    parts = ((cpus, f"{cpus:g} CPUs"), (memory_bytes, readable_size(memory_bytes)), (gpus, f"{gpus:g} GPUs"))
-    return ", ".join(text for wish, text in parts if wish)

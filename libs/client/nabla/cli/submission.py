@@ -21,7 +21,7 @@ from nabla.cli.project_choice import choose_project
 from nabla.cli.session import Session
 from nabla.cli.values import size, span
 from nabla.hints import readable_size
-from nabla.objects import Experiment, JobTemplate, ModelOutput, Resources
+from nabla.objects import Experiment, JobTemplate, ModelOutput, Resources, Retry
 from nabla.paths import NoHome
 
 if TYPE_CHECKING:
@@ -47,6 +47,13 @@ class Options:
     timeout: float
     retries: int
     network: str | None
+    machine_type: str
+    gpu_model: str
+    gpu_memory: int
+    priority: int | None
+    max_wait: float
+    retry_on: tuple[str, ...]
+    retry_delay: float
     models: tuple[str, ...]
     no_workspace: bool
     detach: bool
@@ -72,13 +79,30 @@ _OPTIONS = (
     ),
     click.option("--cpus", type=click.FloatRange(0), default=0.0, help="CPU cores."),
     click.option("--memory", type=size, default="0", metavar="SIZE", help="Memory, such as 4G."),
-    click.option("--gpus", type=click.FloatRange(0), default=0.0, help="GPUs."),
+    click.option("--gpus", type=click.FloatRange(0), default=0.0, help="GPUs; less than 1 is a share of one."),
+    click.option("--gpu-model", default="", metavar="MODEL", help="Only on such GPUs, such as H100."),
+    click.option("--gpu-memory", type=size, default="0", metavar="SIZE", help="The least memory of each GPU, as 40G."),
+    click.option(
+        "--machine-type", default="", metavar="TYPE", help="What the options above leave open; see `nabla machines`."
+    ),
+    click.option("--priority", type=click.IntRange(0, 100), help="The higher first; 50 when left out."),
+    click.option("--max-wait", type=span, default="0", metavar="TIME", help="Give up when no machine is free so long."),
     click.option("--timeout", type=span, default="0", metavar="TIME", help="Stop it after so long, such as 2h."),
     click.option("--retries", type=click.IntRange(0), default=0, help="Try again so often when it fails."),
     click.option(
         "--network",
         type=click.Choice(["none", "platform", "internet"]),
         help="How far the job reaches: nowhere; the platform and the job's own other nodes; or public addresses too.",
+    ),
+    click.option(
+        "--retry-on",
+        multiple=True,
+        metavar="CAUSE",
+        help="Try again only after failure, exit:N, out_of_memory, node_lost, start_failure or timed_out. May be "
+        "repeated; failure, node_lost and start_failure when left out.",
+    ),
+    click.option(
+        "--retry-delay", type=span, default="0", metavar="TIME", help="Before the first retry; doubled with each more."
     ),
     click.option(
         "--model",
@@ -109,12 +133,16 @@ def submit_and_follow(session: Session, options: Options, folder: Path) -> int:
         name=options.name or name_of(options.command),
         command=options.command,
         env=env.variables,
-        resources=Resources(options.cpus, options.memory, options.gpus),
+        resources=resources_of(options),
         workspace_id=workspace_id,
         environment=python,
         timeout_s=options.timeout,
         max_retries=options.retries,
         network=options.network or "",
+        priority=options.priority,
+        machine_type=options.machine_type,
+        max_wait_s=options.max_wait,
+        retry=Retry(on=options.retry_on, delay_s=options.retry_delay),
         models=models,
         origin=origin,
     )
@@ -124,6 +152,10 @@ def submit_and_follow(session: Session, options: Options, folder: Path) -> int:
         note("\nThe job may have been submitted already: `nabla jobs list` shows it.")
         raise
     return _started(session, client, experiment, options.detach)
+
+
+def resources_of(options: Options) -> Resources:
+    return Resources(options.cpus, options.memory, options.gpus, options.gpu_model, options.gpu_memory)
 
 
 def _started(session: Session, client: Client, experiment: Experiment, detach: bool) -> int:

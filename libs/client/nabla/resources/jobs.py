@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Callable, Union
 
 from nabla.decoding import as_json, decode
 from nabla.errors import ApiError, NablaError, Unavailable, Unreachable
-from nabla.objects import File, Job, JobDetail, JobTemplate, LogLine, LogPage, MetricPage, Resources, Run, Series
+from nabla.objects import (
+    File,
+    Job,
+    JobDetail,
+    JobExplanation,
+    JobTemplate,
+    LogLine,
+    LogPage,
+    MetricPage,
+    Resources,
+    Run,
+    Series,
+)
 from nabla.progress import Stages, unseen
 from nabla.resources.base import Resource, segment
 from nabla.resources.experiments import Experiments
@@ -76,6 +88,22 @@ class Jobs(Resource):
 
     def stop(self, job_id: str) -> Job:
         return decode(Job, self._transport.post(f"/jobs/{segment(job_id)}/stop"))
+
+    def retry(self, job_id: str) -> Job:
+        """A new job from the template of one that has ended: the same code, environment and limits."""
+        return decode(Job, self._transport.post(f"/jobs/{segment(job_id)}/retry"))
+
+    def clone(self, job_id: str, changes: Mapping[str, object], resources: Resources | None = None) -> Job:
+        """A new job from another's template. `changes` may have name, command, env (set over the job's own),
+        machine_type, priority, timeout_s and max_retries; of `resources` what is not zero counts."""
+        body = dict(changes)
+        if resources is not None:
+            body["resources"] = as_json(resources)
+        return decode(Job, self._transport.post(f"/jobs/{segment(job_id)}/clone", body))
+
+    def explain(self, job_id: str) -> JobExplanation:
+        """Why the job is in its state; of a waiting one, what it waits for."""
+        return decode(JobExplanation, self._transport.get(f"/jobs/{segment(job_id)}/explain"))
 
     def log_page(self, job_id: str, after: int = 0, limit: int = 1000) -> LogPage:
         """Lines after a sequence number; the last -after lines when it is negative."""
