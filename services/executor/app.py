@@ -12,7 +12,7 @@ from libs.common.version import VERSION
 from services.executor.adapters.ray_cluster import connect
 from services.executor.adapters.ray_ticket import preparing
 from services.executor.adapters.storage import BusLogs
-from services.executor.loops import Driver, Sweeper, Watcher
+from services.executor.loops import Driver, Scaler, Sweeper, Watcher
 from services.executor.ports import AgentConfig, Cluster
 from services.executor.routes import routes
 from services.executor.settings import ExecutorSettings
@@ -29,7 +29,9 @@ def build(settings: ExecutorSettings | None = None, cluster: Cluster | None = No
     cluster = cluster or connect(settings.find_ray_address, agent_config(settings), settings.ray_namespace)
     driver = Driver(store, cluster, settings)
     watcher = Watcher(store, cluster, settings, driver.wake)
+    scaler = Scaler(store, cluster, settings)
     inbox.after_commit(driver.wake)
+    inbox.after_commit(scaler.wake)
     bus = Bus(NAME, settings.nats_url, settings.nats_seed(NAME))
     sweeper = Sweeper(store, cluster, BusLogs(bus), settings, driver.wake)
     return Service(
@@ -39,7 +41,7 @@ def build(settings: ExecutorSettings | None = None, cluster: Cluster | None = No
         bus=bus,
         inbox=inbox,
         routes=routes(preparing(settings.find_ray_address, os.environ)),
-        loops=(driver.run, watcher.run, sweeper.run),
+        loops=(driver.run, watcher.run, sweeper.run, scaler.run),
         describe=lambda: (True, watcher.detail),
     )
 
@@ -64,6 +66,8 @@ def agent_config(settings: ExecutorSettings) -> AgentConfig:
         environments_bytes=settings.environments_bytes,
         log_limit_bytes=settings.log_limit_bytes,
         disk_reserve_bytes=settings.disk_reserve_bytes,
+        unkept_bytes=settings.unkept_bytes,
+        unkept_s=settings.unkept_s,
         traces=settings.traces,
         version=VERSION,
     )

@@ -13,6 +13,7 @@ from libs.common.contracts.messages import (
     AuthenticateAttempt,
     CheckNodeToken,
     CreateNodeToken,
+    DemandChanged,
     DrainNode,
     Execution,
     ExecutionEnded,
@@ -185,6 +186,11 @@ async def authenticate_attempt(message: AuthenticateAttempt, unit: ExecutorUnit,
 async def list_nodes(message: ListNodes, unit: ExecutorUnit, call: Envelope) -> NodePage:
     nodes = tuple(node_snapshot(row) for row in await unit.nodes())
     return NodePage(items=nodes, detail=await unit.cluster_detail())
+
+
+async def learn_demand(message: DemandChanged, unit: ExecutorUnit, call: Envelope) -> None:
+    """The whole of it, each time; the scaler asks for it."""
+    await unit.keep_demand(message.demands)
 
 
 async def drain_node(message: DrainNode, unit: ExecutorUnit, call: Envelope) -> Node:

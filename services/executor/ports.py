@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -60,6 +60,7 @@ class Peer:
     node_rank: int
     local_rank: int
     address: str
+    node_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +141,8 @@ class AgentConfig:
     environments_bytes: int = 20_000_000_000
     log_limit_bytes: int = 10_000_000_000
     disk_reserve_bytes: int = 1_000_000_000
+    unkept_bytes: int = 10_000_000_000
+    unkept_s: float = 30 * 86_400.0
     traces: bool = False
     version: str = ""
     outer_front_door: str = ""
@@ -239,6 +242,9 @@ class Agents(Protocol):
     async def drop(self, node_id: str, execution_id: str) -> None:
         """Deletes what is left of an execution that has ended."""
 
+    async def held_order(self, node_id: str, execution_id: str) -> StartOrder | None:
+        """The order that an execution on the node was started with; None when it is not there."""
+
 
 class Logs(Protocol):
     """Questions to storage, for when its events do not come."""
@@ -251,7 +257,15 @@ class Logs(Protocol):
         """
 
 
-class Cluster(Nodes, Reservations, Agents, Protocol):
+class Autoscaler(Protocol):
+    async def ask_for(self, bundles: Sequence[Mapping[str, float]]) -> None:
+        """Asks for room for all of these at once, in place of what was asked before; the autoscaler may have none.
+
+        Raises ClusterAway.
+        """
+
+
+class Cluster(Nodes, Reservations, Agents, Autoscaler, Protocol):
     """One Ray cluster."""
 
     async def close(self) -> None: ...

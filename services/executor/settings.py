@@ -54,6 +54,13 @@ class ExecutorSettings(Settings):
     log_limit_bytes: int = Field(default=10_000_000_000, ge=0)
     # So much of a node's disk (at most a tenth of it) logs leave free; below it they pause, and say so.
     disk_reserve_bytes: int = Field(default=1_000_000_000, ge=0)
+    # What the platform failed to keep of a job stays on its node so long, and up to this size together.
+    unkept_bytes: int = 10_000_000_000
+    unkept_s: float = 30 * 86_400.0
+    # Most machines' worth of queued jobs that Ray's autoscaler is asked for at once; 0: it is not asked at all.
+    autoscale_limit: int = Field(default=0, ge=0)
+    # With an autoscaler: a node without work for so long loses its agent, so that it can be taken away.
+    autoscale_idle_s: float = 300.0
     # Where the platform is root, team n runs as uid_base + n.
     uid_base: int = 61000
     # Seconds between looks at the nodes.

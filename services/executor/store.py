@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import JSON, BigInteger, Column, Index, Integer, String, Text, func, text
+from sqlalchemy import JSON, BigInteger, Column, Index, Integer, String, Text, and_, func, text
 from sqlalchemy.orm import registry
 from sqlmodel import Field, SQLModel, col, delete, select, update
 
 from libs.common.clock import from_us, to_us
-from libs.common.contracts.messages import Execution, JobTemplate
+from libs.common.contracts.messages import Demand, Execution, JobTemplate
+from libs.common.ids import secret_hash
 from libs.common.store import Skeleton, UnitOfWork
-from services.executor.domain.execution import ACCEPTED, ENDED
+from services.executor.domain.demand import HOLDS_S
+from services.executor.domain.execution import ACCEPTED, ENDED, STARTING
 from services.executor.domain.gang import GangFacts
 from services.executor.domain.inventory import KnownNode
+from services.executor.ports import StartOrder
 
 PAGE = 200
 NEVER_US = 2**62
@@ -190,6 +193,18 @@ class ClusterRow(Base, table=True):
     detail: str = Field(default="", sa_column=Column(String(500), nullable=False))
 
 
+class Trace(NamedTuple):
+    """As much of an execution as tells whether its node is right to hold it.
+
+    Args:
+        may_go: its log is in object storage, and nobody is about to delete its folder.
+    """
+
+    state: str
+    reason: str
+    may_go: bool
+
+
 SKELETON = Skeleton(Base.metadata)
 
 
@@ -220,6 +235,17 @@ class ExecutorUnit(UnitOfWork):
         )
         gangs = (await self.session.exec(query)).all()
         return frozenset(gang["first_port"] for gang in gangs if gang)
+
+    async def traces_of(self, attempt_ids: Collection[str]) -> dict[str, Trace]:
+        """What is known of these attempts, without the templates: agents list all that they have, every two seconds."""
+        may_go = and_(col(ExecutionRow.visit_us) == NEVER_US, col(ExecutionRow.log_sealed))
+        ids, found = sorted(attempt_ids), dict[str, Trace]()
+        for begin in range(0, len(ids), PAGE):
+            chosen = col(ExecutionRow.id).in_(ids[begin : begin + PAGE])
+            columns = select(ExecutionRow.id, ExecutionRow.state, ExecutionRow.reason, may_go)
+            rows = await self.session.exec(columns.where(chosen))
+            found |= {row[0]: Trace(*row[1:]) for row in rows.all()}
+        return found
 
     async def executions_of_job(self, job_id: str) -> Sequence[ExecutionRow]:
         return (await self.session.exec(select(ExecutionRow).where(ExecutionRow.job_id == job_id))).all()
@@ -270,6 +296,32 @@ class ExecutorUnit(UnitOfWork):
             await self.forget_tokens(ids)
             await self.session.exec(delete(ExecutionRow).where(col(ExecutionRow.id).in_(ids)))
         return len(ids)
+
+    async def take_up(self, order: StartOrder, node_id: str) -> None:
+        """The row that an order must have had. Its project's archive, limits and the like are the scheduler's."""
+        if await self.execution(order.execution_id):
+            return
+        row = ExecutionRow(
+            id=order.execution_id,
+            attempt_id=order.attempt_id,
+            rank=order.rank,
+            gang=_gang_columns(order),
+            job_id=order.job_id,
+            number=order.number,
+            team_id=order.team_id,
+            project_id=order.project_id,
+            experiment_id=order.experiment_id,
+            node_id=node_id,
+            template=order.template.to_wire().decode(),
+            traceparent=order.traceparent,
+            state=STARTING,
+            gpu_indices=list(order.gpu_indices),
+            accepted_us=to_us(self.now),
+            told_us=to_us(self.now),
+            visit_us=NEVER_US,
+        )
+        self.session.add(row)
+        await self.keep_token(secret_hash(order.token), order.execution_id)
 
     async def keep_token(self, token_hash: str, execution_id: str) -> None:
         self.session.add(TokenRow(token_hash=token_hash, attempt_id=execution_id))
@@ -322,6 +374,18 @@ class ExecutorUnit(UnitOfWork):
     async def node_token(self, token_hash: str) -> NodeTokenRow | None:
         return await self.session.get(NodeTokenRow, token_hash)
 
+    async def keep_demand(self, demands: Iterable[Demand]) -> None:
+        """Replaces what is wanted."""
+        shapes = [demand.model_dump(mode="json") for demand in demands]
+        await self.session.merge(DemandRow(id=1, shapes=shapes, told_us=to_us(self.now)))
+
+    async def demand(self, now_us: int) -> tuple[Demand, ...]:
+        """What is wanted, as long as the scheduler goes on saying so."""
+        row = await self.session.get(DemandRow, 1)
+        if row is None or now_us - row.told_us > HOLDS_S * 1_000_000:
+            return ()
+        return tuple(Demand.model_validate(shape) for shape in row.shapes)
+
     async def cluster_detail(self) -> str:
         row = await self.session.get(ClusterRow, 1)
         return row.detail if row else ""
@@ -329,6 +393,13 @@ class ExecutorUnit(UnitOfWork):
     async def attempts_on(self, node_ids: Iterable[str]) -> Sequence[ExecutionRow]:
         query = select(ExecutionRow).where(col(ExecutionRow.node_id).in_(list(node_ids)), ExecutionRow.state != ENDED)
         return (await self.session.exec(query)).all()
+
+
+def _gang_columns(order: StartOrder) -> dict[str, Any]:
+    if order.gang is None:
+        return {}
+    node_ids = [peer.node_id for peer in order.gang.peers]
+    return {"node_ids": node_ids, "first_port": order.gang.first_port, "key": order.gang.key}
 
 
 # What a node's row and its picture in memory share, under the same names.

@@ -68,14 +68,14 @@ class NatsServer:
 
 
 @contextmanager
-def running_nats(folder: Path, grants: Sequence[local_nats.Grant]) -> Iterator[NatsServer]:
+def running_nats(folder: Path, grants: Sequence[local_nats.Grant], host: str = "127.0.0.1") -> Iterator[NatsServer]:
     """A server that knows these users besides the provisioner, stopped at the end whatever happens."""
     folder.mkdir(parents=True, exist_ok=True)
     everyone = local_nats.merged([*grants, local_nats.provisioner_grant()])
     keys = {grant.user: nats_public_key(folder / "keys", grant.user) for grant in everyone}
     server = NatsServer(folder, free_port())
     text = local_nats.config_text(
-        host="127.0.0.1", port=server.port, store=folder / "store", public_keys=keys, grants=everyone
+        host=host, port=server.port, store=folder / "store", public_keys=keys, grants=everyone
     )
     (folder / "nats.conf").write_text(text)
     try:

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -43,6 +42,7 @@ from services.executor.adapters.sealing import Sealing
 from services.executor.adapters.staging import Staging, StagingFailed
 from services.executor.adapters.transfer import Threads, remove_tree
 from services.executor.adapters.tries import GivenUp, try_within_reason
+from services.executor.adapters.zygote_keeper import ZygoteKeeper
 from services.executor.domain.execution import ENDED, FINISHING, RUNNING, STARTING, short_reason
 from services.executor.domain.network import MalformedNetwork
 from services.executor.ports import GangOrder, Peer, StartOrder
@@ -66,8 +66,7 @@ class Means:
     watch: FolderWatch
     node: NodeFacts
     starting: Threads
-    zygote_socket: Path
-    revive_zygote: Callable[[], None]
+    zygote: ZygoteKeeper
 
 
 class AttemptRun:
@@ -214,8 +213,7 @@ class AttemptRun:
                 return
 
     def _ask_zygote(self) -> None:
-        self._means.revive_zygote()
-        zygote.start_attempt(self._means.zygote_socket, self._folder.path)
+        self._means.zygote.start_attempt(self._folder.path)
 
     async def _never_started(self, reason: Any, detail: str) -> None:
         if self._folder.read_shim():

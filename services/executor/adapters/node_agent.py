@@ -17,9 +17,7 @@ import fcntl
 import logging
 import os
 import socket
-import subprocess
-import tempfile
-import threading
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -27,19 +25,22 @@ from pathlib import Path
 from typing import IO
 
 from libs.common.waiting import end
-from services.executor.adapters import cgroup, isolation, network_host, network_probe, network_sharing, zygote
+from services.executor.adapters import cgroup, isolation, network_host, network_probe, network_sharing
 from services.executor.adapters.agent_bus import AgentBus
 from services.executor.adapters.attempt_folder import AttemptFolder, MalformedSpec
 from services.executor.adapters.attempt_run import AttemptRun, Means, read_order, write_order
 from services.executor.adapters.environments import Environments
 from services.executor.adapters.folder_watch import FolderWatch
 from services.executor.adapters.job_spec import NodeFacts
+from services.executor.adapters.keeping import UNKEPT
 from services.executor.adapters.network_probe import NetworkProbe
 from services.executor.adapters.sandbox import IsolationProbe, find_bwrap
 from services.executor.adapters.sealing import Sealing
 from services.executor.adapters.shim import write_contact
 from services.executor.adapters.staging import Staging
 from services.executor.adapters.transfer import Threads, remove_tree
+from services.executor.adapters.unkept import bound_unkept
+from services.executor.adapters.zygote_keeper import ZygoteKeeper
 from services.executor.domain.execution import ENDED
 from services.executor.domain.network import FULL, Network, checked_policy, installation_tag
 from services.executor.ports import AgentConfig, AgentView, StartOrder
@@ -48,7 +49,7 @@ LOCK_PATIENCE_S = 30.0
 WALL_CHECK_S = 10.0
 RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
 STARTS_AT_ONCE = 4
-LONGEST_SOCKET_PATH = 100
+UPKEEP_S = 3600.0
 
 log = logging.getLogger(__name__)
 HeadHears = Callable[[], Awaitable[bool]]
@@ -71,7 +72,7 @@ class NodeAgent:
         self._runs: dict[str, AttemptRun] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._writing: dict[str, asyncio.Lock] = {}
-        self._zygote: _Zygote | None = None
+        self._zygote: ZygoteKeeper | None = None
         self._lock: IO[str] | None = None
         self._means: Means | None = None
         self._probe = IsolationProbe("process", "", "")
@@ -99,7 +100,7 @@ class NodeAgent:
         self._attempts.chmod(0o711)
         self._lock = await _take_lock(self._node_dir / "agent.lock")
         write_contact(self._contact)
-        self._zygote = _Zygote(self._node_dir)
+        self._zygote = ZygoteKeeper(self._node_dir)
         self._probe = await asyncio.to_thread(isolation.probe, self._config.isolation)
         await asyncio.to_thread(self._find_network)
         self._means = self._make_means(self._zygote)
@@ -108,6 +109,7 @@ class NodeAgent:
                 self._take_up(AttemptFolder(path))
         self._tasks["contact"] = asyncio.create_task(self._keep_contact())
         self._tasks["wall"] = asyncio.create_task(self._keep_wall())
+        self._tasks["upkeep"] = asyncio.create_task(self._bound_unkept())
         log.info("agent is ready", extra={"attempts": len(self._runs), "isolation": self._probe.isolation})
 
     async def close(self) -> None:
@@ -157,6 +159,11 @@ class NodeAgent:
             return
         self._runs.pop(execution_id, None)
         await asyncio.to_thread(_remove_attempt, self._attempts / execution_id)
+
+    async def held_order(self, execution_id: str) -> StartOrder | None:
+        """For an executor whose database is older than this attempt."""
+        run = self._runs.get(execution_id)
+        return run.order if run else None
 
     async def look(self, believed: Mapping[str, str]) -> AgentView:
         """What there is, and what differs from what the executor believes. Being asked is being heard."""
@@ -237,7 +244,16 @@ class NodeAgent:
             except Exception:  # without this loop the fence would end every job of the node
                 log.exception("contact is not recorded; trying again")
 
-    def _make_means(self, zygote_process: _Zygote) -> Means:
+    async def _bound_unkept(self) -> None:
+        config, folder = self._config, self._node_dir / UNKEPT
+        while True:
+            try:
+                await asyncio.to_thread(bound_unkept, folder, config.unkept_bytes, config.unkept_s, time.time())
+            except OSError:
+                log.exception("what was not kept is not looked through; trying again")
+            await asyncio.sleep(UPKEEP_S)
+
+    def _make_means(self, zygote_process: ZygoteKeeper) -> Means:
         config = self._config
         bus = AgentBus(config.nats_url, config.nats_seed)
         cache = self._node_dir / "cache"
@@ -257,8 +273,7 @@ class NodeAgent:
             watch=FolderWatch(),
             node=self._node_facts(),
             starting=Threads(STARTS_AT_ONCE, "nabla-start"),
-            zygote_socket=zygote_process.socket_path,
-            revive_zygote=zygote_process.revive,
+            zygote=zygote_process,
         )
 
     def _node_facts(self) -> NodeFacts:
@@ -279,29 +294,6 @@ class NodeAgent:
             disk_reserve_bytes=config.disk_reserve_bytes,
             network=self._network,
         )
-
-
-class _Zygote:
-    """The zygote process of this agent; it ends by itself when the agent does."""
-
-    def __init__(self, folder: Path) -> None:
-        path = folder / "zygote.sock"
-        if len(str(path)) > LONGEST_SOCKET_PATH:
-            path = Path(tempfile.mkdtemp(prefix="nabla-agent-")) / "zygote.sock"
-        self.socket_path = path
-        self._guard = threading.Lock()
-        self._process: subprocess.Popen[bytes] = zygote.start_zygote(path)
-
-    def revive(self) -> None:
-        """Starts another one if it died. Called from threads."""
-        with self._guard:
-            if self._process.poll() is not None:
-                self._process = zygote.start_zygote(self.socket_path)
-
-    def end(self) -> None:
-        self._process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(5)
 
 
 def stop_all(node_dir: Path, grace_s: float, reason: str) -> int:

@@ -40,14 +40,14 @@ def fingerprint(config: AgentConfig) -> str:
     return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()
 
 
-def node_own(config: AgentConfig, environment: Mapping[str, str]) -> AgentConfig:
+def node_own(config: AgentConfig, environment: Mapping[str, str], node_id: str) -> AgentConfig:
     """The configuration with the paths that this node has of its own, by the variables it was started with.
 
-    Nodes of one installation may share a machine, or have nothing where the executor's machine has it.
+    Nodes of one installation may share a machine, or have nothing where the executor's machine has it. `{node_id}` in
+    a path stands for the node's own id: for nodes that are started from one template and never come back.
     """
-    own: dict[str, Any] = {
-        name: environment[variable] for variable, name in NODE_VARIABLES.items() if environment.get(variable)
-    }
+    given = {name: environment.get(variable, "") for variable, name in NODE_VARIABLES.items()}
+    own: dict[str, Any] = {name: path.replace("{node_id}", node_id[-16:]) for name, path in given.items() if path}
     return replace(config, **own)
 
 
@@ -56,7 +56,7 @@ class RayNodeAgent:
 
     def __init__(self, node_id: str, config: AgentConfig) -> None:
         self._fingerprint = fingerprint(config)
-        config = node_own(config, os.environ)
+        config = node_own(config, os.environ, node_id)
         if config.traces:
             set_up_traces("agent", Path(config.node_dir) / "traces")
         self._agent = NodeAgent(node_id, config, HeadQuestion(_ask_head).answered)
@@ -72,6 +72,9 @@ class RayNodeAgent:
 
     async def drop(self, execution_id: str) -> None:
         await self._pass_on(self._agent.drop(execution_id))
+
+    async def held_order(self, execution_id: str) -> StartOrder | None:
+        return await self._pass_on(self._agent.held_order(execution_id))
 
     async def look(self, believed: Mapping[str, str]) -> tuple[str, AgentView]:
         """The fingerprint of its configuration, and what it has to say."""

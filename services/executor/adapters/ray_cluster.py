@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
@@ -80,6 +80,14 @@ class RayCluster:
 
     async def drop(self, node_id: str, execution_id: str) -> None:
         await self._in_thread(self._calling, CALL_LIMIT_S, self._nodes.call, node_id, "drop", execution_id)
+
+    async def held_order(self, node_id: str, execution_id: str) -> StartOrder | None:
+        call = functools.partial(self._nodes.call, node_id, "held_order", execution_id)
+        found: StartOrder | None = await self._in_thread(self._calling, CALL_LIMIT_S, call)
+        return found
+
+    async def ask_for(self, bundles: Sequence[Mapping[str, float]]) -> None:
+        await self._in_thread(self._calling, CALL_LIMIT_S, self._reservations.ask_for, bundles)
 
     async def close(self) -> None:
         """Leaves the cluster as it is: agents, reservations and jobs live on. Nothing is called after it."""

@@ -67,6 +67,13 @@ class RayReservations:
             groups = placement_group_table().values()
             return frozenset(group["name"] for group in groups if group["name"] and group["state"] != "REMOVED")
 
+    def ask_for(self, bundles: Sequence[Mapping[str, float]]) -> None:
+        """Ray keeps it until it is asked for something else; its autoscaler counts bundles that fit already."""
+        from ray.autoscaler.sdk import request_resources
+
+        with self._connection.in_use():
+            request_resources(bundles=[dict(bundle) for bundle in bundles])
+
 
 def _gpu_indices(group: Any, parts: Sequence[Part]) -> tuple[tuple[int, ...], ...]:
     """The GPUs that Ray gave each bundle, read once inside of it; of all at the same time."""

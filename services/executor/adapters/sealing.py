@@ -36,7 +36,7 @@ from libs.common.errors import NablaError, Refusal
 from libs.common.waiting import end
 from services.executor.adapters import transfer
 from services.executor.adapters.agent_bus import FIRST_DELAY_S, LONGEST_DELAY_S, AgentBus, patiently_ask
-from services.executor.adapters.transfer import TransferBroken
+from services.executor.adapters.transfer import TransferBroken, TransferRefused
 from services.executor.adapters.unpacking import BadArchive, inner_path
 
 MAX_FILES = 10_000
@@ -51,6 +51,8 @@ AT_ONCE = 4
 # A seal refused because a file is missing or differs: this often after uploads that brought nothing new. Of a large
 # set storage asks for one part after the other, and those are no failures.
 SEAL_TRIES = 3
+# The object store refuses the same files this often, each time by new URLs.
+REFUSED_TRIES = 4
 # So many of the files that are left out are named; of the others only the number is told.
 NAMED = 5
 _LONGEST_NAME = 120
@@ -116,6 +118,21 @@ class Owner:
     rank: int = 0
 
 
+class _Refusals:
+    """Tells URLs that ran out during a long upload from a store that takes nothing."""
+
+    def __init__(self) -> None:
+        self._asked: set[str] = set()
+        self._count = 0
+
+    def note(self, error: TransferBroken, asked: set[str]) -> None:
+        """Raises the error when so many times in a row the store refused, and took nothing in between."""
+        self._count = self._count + 1 if isinstance(error, TransferRefused) and asked == self._asked else 1
+        self._asked = asked
+        if isinstance(error, TransferRefused) and self._count >= REFUSED_TRIES:
+            raise error
+
+
 class Sealing:
     """Uploads for all attempts of a node."""
 
@@ -168,9 +185,14 @@ class Sealing:
         return (await self._ask(order, ModelVersion, owner, key)).version
 
     async def _seal(self, kind: str, owner: Owner, folder: Path, key: str, listing: Listing) -> Fileset | None:
-        """Opens, uploads and seals; again from the start, under a new key, when URLs have run out."""
+        """Opens, uploads and seals; again from the start, under a new key, when URLs have run out.
+
+        Raises:
+            TransferRefused: the store says no to new URLs too: that is for whoever runs it.
+        """
         delay_s, turn, tries = FIRST_DELAY_S, 0, 0
         uploaded: set[str] = set()
+        refusals = _Refusals()
         while listing.files:
             turn += 1
             order = OpenFileset(
@@ -208,6 +230,7 @@ class Sealing:
                     raise
                 reason: Exception = error
             except TransferBroken as error:
+                refusals.note(error, asked)
                 reason = error
             log.warning("upload is repeated", extra={"fileset_id": grant.fileset.id, "reason": str(reason)})
             await asyncio.sleep(delay_s)

@@ -25,6 +25,8 @@ from services.executor.domain.isolation import is_loopback
 
 CHUNK_BYTES = 1024 * 1024
 TIMEOUT_S = 60.0
+# Too slow, too early, too many: what a store says of a moment, and not of a request.
+PASSING = frozenset({408, 425, 429})
 T = TypeVar("T")
 
 
@@ -46,6 +48,10 @@ class Threads:
 
 class TransferBroken(NablaError):
     """The connection or the store failed: worth repeating, perhaps with a new URL."""
+
+
+class TransferRefused(TransferBroken):
+    """The store answers, and says no. A new URL may help, as old ones run out; the same answer again will not pass."""
 
 
 class WrongContent(NablaError):
@@ -80,7 +86,7 @@ def download(url: str, target: BinaryIO, size_bytes: int, sha256: str) -> None:
     except (OSError, http.client.HTTPException) as error:
         if is_full_disk(error):
             raise
-        raise TransferBroken(_told(error)) from error
+        raise _broken(error) from error
     if received != size_bytes:
         raise TransferBroken(f"{received} of {size_bytes} bytes came")
     if sha256 and digest.hexdigest() != sha256:
@@ -102,7 +108,7 @@ def upload(url: str, descriptor: int, size_bytes: int) -> None:
             with _answer(request) as answer:
                 answer.read()
         except (OSError, http.client.HTTPException) as error:
-            raise TransferBroken(_told(error)) from error
+            raise _broken(error) from error
 
 
 def digests_of(descriptor: int) -> Digests:
@@ -188,6 +194,11 @@ def _checked(url: str) -> str:
     if not url.startswith(("http://", "https://")):
         raise WrongContent("its URL is not one of http or https")
     return url
+
+
+def _broken(error: Exception) -> TransferBroken:
+    refused = isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500 and error.code not in PASSING
+    return TransferRefused(_told(error)) if refused else TransferBroken(_told(error))
 
 
 def _told(error: Exception) -> str:

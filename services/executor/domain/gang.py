@@ -67,7 +67,8 @@ def gang_order(
     peers = []
     for member, node_id in zip(ranks, facts.node_ids, strict=True):
         address = LOOPBACK if len(nodes) == 1 else addresses[node_id]
-        peers.append(Peer(member.number, member.role, member.index, nodes.index(node_id), seen[node_id], address))
+        where = nodes.index(node_id), seen[node_id], address, node_id
+        peers.append(Peer(member.number, member.role, member.index, *where))
         seen[node_id] += 1
     return GangOrder(kind, rank, tuple(peers), facts.first_port, facts.last_port, facts.key)
 

@@ -4,7 +4,8 @@ Every loop records first and acts after, and every act can be repeated: a crash 
 """
 
 from services.executor.loops.driver import Driver
+from services.executor.loops.scaler import Scaler
 from services.executor.loops.sweeper import Sweeper
 from services.executor.loops.watcher import Watcher
 
-__all__ = ["Driver", "Sweeper", "Watcher"]
+__all__ = ["Driver", "Scaler", "Sweeper", "Watcher"]

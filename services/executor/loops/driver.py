@@ -23,6 +23,8 @@ from services.executor.settings import ExecutorSettings
 from services.executor.store import NEVER_US, ExecutionRow, ExecutorUnit
 
 AT_ONCE = 32
+# Stops have places of their own: reservations may take a minute each, and people wait for a stop.
+STOPS_AT_ONCE = 16
 STOP_GRACE_S = 15.0
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ class Driver:
         self._woken = asyncio.Event()
         self._busy: dict[str, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
+        self._stop_slots = asyncio.Semaphore(STOPS_AT_ONCE)
 
     def wake(self) -> None:
         self._woken.set()
@@ -67,7 +70,7 @@ class Driver:
 
     async def _visit(self, row: ExecutionRow) -> None:
         try:
-            async with self._slots:
+            async with self._stop_slots if row.stop_reason and row.state != ENDED else self._slots:
                 with span("drive execution", row.traceparent, object=row.id, state=row.state):
                     await self._step(row)
         except (ClusterAway, TimeoutError) as error:
@@ -97,6 +100,7 @@ class Driver:
         if forbidden := await self._refusal(row):
             await self._end(row, "refused", forbidden)
             return
+        crash_point("executor.before_reserve")
         try:
             await self._store.run(lambda unit: _take_ports(unit, row.attempt_id))
             gpus = await self._cluster.reserve(reservation_of(row))
@@ -107,6 +111,7 @@ class Driver:
         else:
             crash_point("executor.after_reserve")
             reserved, order = await self._store.run(lambda unit: self._note_reserved(unit, row, gpus))
+            crash_point("executor.before_tell")
             await self._tell(reserved, order)
 
     async def _refusal(self, row: ExecutionRow) -> str:
@@ -187,7 +192,9 @@ class Driver:
         if row.state == ACCEPTED:
             await self._end(row, "stopped", row.stop_reason)
             return
+        crash_point("executor.before_stop")
         known = await self._cluster.stop(row.node_id, row.id, STOP_GRACE_S, row.stop_reason)
+        crash_point("executor.after_stop")
         if not known and row.state == RESERVED:
             await self._end(row, "stopped", row.stop_reason)
             return
@@ -200,7 +207,9 @@ class Driver:
         async with self._store.view() as view:
             is_over = all(each.state == ENDED for each in await view.of_attempts([row.attempt_id]))
         if is_over:
+            crash_point("executor.before_release")
             await self._cluster.release(row.attempt_id)
+            crash_point("executor.after_release")
         keep_until_us = (row.ended_us or 0) + int(await self._keep_folder_s(row.node_id) * 1_000_000)
         if not row.log_sealed:
             await self._visit_at(row, NEVER_US)
@@ -219,7 +228,9 @@ class Driver:
         async with self._store.view() as view:
             present = {node.id for node in await view.nodes() if node.state != GONE}
         if row.node_id in present:
+            crash_point("executor.before_drop")
             await self._cluster.drop(row.node_id, row.id)
+            crash_point("executor.after_drop")
         await self._visit_at(row, NEVER_US)
 
     async def _look_again(self, row: ExecutionRow, after_s: float | None) -> None:

@@ -29,12 +29,13 @@ from services.executor.handlers import node_snapshot, take_report
 from services.executor.loops.endings import ExecutorStore, end_execution
 from services.executor.ports import AgentView, Cluster, ClusterAway, NodeView
 from services.executor.settings import ExecutorSettings
-from services.executor.store import NEVER_US, ExecutionRow, ExecutorUnit, known_node, node_row
+from services.executor.store import NEVER_US, ExecutionRow, ExecutorUnit, Trace, known_node, node_row
 
 # The inventory is sent this often even unchanged: it is the executor's sign of life.
 REPORT_S = 5.0
 # A start may be on its way to the agent this long before its absence there means anything.
 ON_ITS_WAY_US = 30 * 1_000_000
+FORGOTTEN_AT_ONCE = 20
 PLATFORM_TEAM = "platform"
 
 log = logging.getLogger(__name__)
@@ -124,16 +125,32 @@ class Watcher:
     async def _plan(self) -> _Plan:
         async with self._store.view() as view:
             unfinished, draining = await view.unfinished(), await view.draining()
+            is_wanted = bool(await view.demand(to_us(utc_now())))
         believed: dict[str, dict[str, str]] = {}
         for execution_id, _, node_id, state in unfinished:
             believed.setdefault(node_id, {})[execution_id] = state
-        resting = frozenset(node.id for node in self._nodes if self._rests(node, node.id in draining, believed))
-        return _Plan(believed, draining, resting)
+        wanted = {node.id for node in self._nodes} - draining if is_wanted else set()
+        return _Plan(believed, draining, self._resting(draining, wanted | set(believed)))
 
-    def _rests(self, node: KnownNode, draining: bool, believed: Mapping[str, object]) -> bool:
+    def _resting(self, draining: frozenset[str], waking: set[str]) -> frozenset[str]:
+        """Which nodes shall have no agent.
+
+        Args:
+            waking: those with something to do. What waits for room may fit on a node that rests: all are woken then,
+                and rest again when nothing comes of it.
+        """
+        idle_s = self._settings.autoscale_idle_s if self._settings.autoscale_limit else None
         now_s = self._clock_s()
-        is_busy = node.id in believed or node.busy_s >= self._looked_s
-        return may_rest(replace(node, draining=draining), is_busy=is_busy, now_s=now_s, idle_s=None)
+        return frozenset(
+            node.id
+            for node in self._nodes
+            if may_rest(
+                replace(node, draining=node.id in draining),
+                is_busy=node.id in waking or node.busy_s >= self._looked_s,
+                now_s=now_s,
+                idle_s=idle_s,
+            )
+        )
 
     async def _learn(self, view: NodeView) -> None:
         """Applies what the agent knows better, and settles differences about which attempts there are."""
@@ -143,29 +160,55 @@ class Watcher:
             await self._store.run(partial(self._take, report=report))
         async with self._store.view() as unit:
             here = {row.id: row for row in await unit.attempts_on([view.id])}
-            strays = [row for row in await unit.executions(view.agent.held - set(here)) if row.state == ENDED]
+            others = view.agent.held - set(here)
+            known = await unit.traces_of(others)
         for row in here.values():
             if row.id not in view.agent.held:
                 await self._miss(row)
-        for row in strays:
-            if row.reason == "lost":
-                await self._stop_stray(view.id, row)
-            if row.visit_us == NEVER_US and row.log_sealed:
-                await self._store.run(partial(self._drop_later, attempt_id=row.id, node_id=view.id))
+        for attempt_id, trace in known.items():
+            await self._settle(view.id, attempt_id, trace)
+        for attempt_id in sorted(others - set(known))[:FORGOTTEN_AT_ONCE]:
+            await self._take_up(view.id, attempt_id)
+
+    async def _settle(self, node_id: str, attempt_id: str, trace: Trace) -> None:
+        """An attempt that its node holds, and that is over or said to be elsewhere."""
+        if trace.state == ENDED and trace.reason == "lost":
+            await self._stop_stray(node_id, attempt_id)
+        if trace.state == ENDED and trace.may_go:
+            await self._store.run(partial(self._drop_later, attempt_id=attempt_id, node_id=node_id))
+
+    async def _take_up(self, node_id: str, attempt_id: str) -> None:
+        """An attempt that this executor has never heard of: its database is older than the attempt.
+
+        The order that the node was given makes its row again, so that it can be stopped, authenticated and reported;
+        where it stands, the agent says at the next look.
+        """
+        try:
+            order = await self._cluster.held_order(node_id, attempt_id)
+        except (ClusterAway, TimeoutError) as error:
+            log.warning(
+                "a forgotten attempt is not taken up yet", extra={"attempt_id": attempt_id, "reason": str(error)}
+            )
+            return
+        if order:
+            log.warning("a forgotten attempt is taken up", extra={"attempt_id": attempt_id, "node_id": node_id})
+            await self._store.run(lambda unit: unit.take_up(order, node_id))
 
     async def _drop_later(self, unit: ExecutorUnit, attempt_id: str, node_id: str) -> None:
         """The node was away when the folder was to go, or is here again under another id."""
         row = await unit.execution(attempt_id)
         if row and row.visit_us == NEVER_US:
-            visit_us = to_us(unit.now) + int(self._settings.revisit_s * 1_000_000)
+            # A node that drains waits for nothing else.
+            after_s = 0.0 if node_id in await unit.draining() else self._settings.revisit_s
+            visit_us = to_us(unit.now) + int(after_s * 1_000_000)
             await unit.change(row, node_id=node_id, visit_us=visit_us)
 
-    async def _stop_stray(self, node_id: str, row: ExecutionRow) -> None:
+    async def _stop_stray(self, node_id: str, attempt_id: str) -> None:
         """Ends what was given up and lives; told again at each look until its agent has heard it."""
         try:
-            await self._cluster.stop(node_id, row.id, 0.0, "the attempt was given up")
+            await self._cluster.stop(node_id, attempt_id, 0.0, "the attempt was given up")
         except (ClusterAway, TimeoutError) as error:
-            log.warning("a stray is not stopped yet", extra={"attempt_id": row.id, "reason": str(error)})
+            log.warning("a stray is not stopped yet", extra={"attempt_id": attempt_id, "reason": str(error)})
 
     async def _take(self, unit: ExecutorUnit, report: Execution) -> None:
         row = await unit.of_rank(report.attempt_id, report.rank)

@@ -339,8 +339,8 @@ def _has_processes(group: Path) -> bool:
 async def test_a_dead_zygote_is_replaced(config: AgentConfig, neighbours: Neighbours) -> None:
     async with running(config) as agent:
         assert agent._zygote
-        agent._zygote._process.kill()
-        agent._zygote._process.wait()
+        agent._zygote.process.kill()
+        agent._zygote.process.wait()
         asked = order("echo back")
         await agent.start(asked)
         await ended(agent, asked.attempt_id)
@@ -352,7 +352,7 @@ async def test_a_stop_is_heard_while_no_zygote_answers(config: AgentConfig, neig
     waiting = [order("echo never") for _ in range(3)]
     async with running(config) as agent:
         assert agent._zygote
-        zygote = agent._zygote._process
+        zygote = agent._zygote.process
         zygote.send_signal(signal.SIGSTOP)
         try:
             for asked in waiting:

@@ -10,28 +10,21 @@ import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from libs.common.contracts.messages import (
-    ExecutionEnded,
-    JobTemplate,
-    Node,
-    NodesReported,
     Resources,
-    StartExecution,
     StopExecution,
 )
-from libs.common.ids import new_id
-from libs.common.service import Service
 from services.executor.adapters.ray_cluster import RayCluster, connect
-from services.executor.app import agent_config, build
+from services.executor.app import agent_config
 from services.executor.ports import ClusterAway
 from services.executor.routes import routes
 from services.executor.settings import ExecutorSettings
+from tests.integration.executor.on_ray import Onlooker, running, start, stdout
 from tests.integration.executor.world import TEAM, Neighbours, ObjectStore, grants, meet_neighbours, until
 from tests.support.nats import NatsServer, running_nats
 from tests.support.ray import RayHead, running_ray
@@ -89,65 +82,11 @@ def settings(home: Path, server: NatsServer, ray_head: RayHead, objects: ObjectS
     )
 
 
-@asynccontextmanager
-async def running(settings: ExecutorSettings) -> AsyncIterator[Service]:
-    service = build(settings)
-    async with service.running():
-        yield service
-
-
-class Onlooker:
-    """Hears events as they are published."""
-
-    def __init__(self) -> None:
-        self.nodes: tuple[Node, ...] = ()
-        self.detail = ""
-        self.ended: dict[str, ExecutionEnded] = {}
-
-    async def listen(self, neighbours: Neighbours) -> None:
-        async def hear(raw) -> None:  # type: ignore[no-untyped-def]
-            if raw.subject.endswith(NodesReported.ROUTE.type):
-                report = NodesReported.from_wire(raw.data)
-                self.nodes, self.detail = report.nodes, report.detail
-            elif raw.subject.endswith(ExecutionEnded.ROUTE.type):
-                event = ExecutionEnded.from_wire(raw.data)
-                self.ended[event.execution.attempt_id] = event
-
-        await neighbours.client.subscribe("nabla.evt.>", cb=hear)
-
-    async def ready_node(self) -> str:
-        async def find() -> str:
-            return next((node.id for node in self.nodes if node.state == "ready"), "")
-
-        found: str = await until(find, 40)
-        return found
-
-    async def end_of(self, attempt_id: str, timeout_s: float = 60):  # type: ignore[no-untyped-def]
-        async def find() -> ExecutionEnded | None:
-            return self.ended.get(attempt_id)
-
-        return (await until(find, timeout_s)).execution
-
-
 @pytest.fixture
 async def onlooker(neighbours: Neighbours) -> Onlooker:
     looking = Onlooker()
     await looking.listen(neighbours)
     return looking
-
-
-def start(node_id: str, *command: str, **template: object) -> StartExecution:
-    return StartExecution(
-        attempt_id=new_id("attempt"),
-        job_id=new_id("job"),
-        number=1,
-        node_id=node_id,
-        template=JobTemplate(command=command, **template),
-    )
-
-
-async def stdout(neighbours: Neighbours, job_id: str) -> list[str]:
-    return [line.text for line in await neighbours.log(job_id) if line.stream == "stdout"]
 
 
 async def test_the_executor_answers_before_ray_is_there(

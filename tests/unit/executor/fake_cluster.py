@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from libs.common.clock import utc_now
@@ -49,6 +49,7 @@ class FakeCluster:
     calls: int = 0
     isolation: str = "bwrap"
     resting: frozenset[str] = frozenset()
+    asked_for: list[list[dict[str, float]]] = field(default_factory=list)
 
     async def look(
         self, believed: Mapping[str, Mapping[str, str]], resting: Collection[str] = ()
@@ -99,6 +100,14 @@ class FakeCluster:
         known = self.attempts.get((node_id, execution_id))
         if known and known.state == "ended":
             del self.attempts[node_id, execution_id]
+
+    async def held_order(self, node_id: str, attempt_id: str) -> StartOrder | None:
+        self._check_agent(node_id)
+        return next((order for order in self.orders if order.attempt_id == attempt_id), None)
+
+    async def ask_for(self, bundles: Sequence[Mapping[str, float]]) -> None:
+        self._check()
+        self.asked_for.append([dict(bundle) for bundle in bundles])
 
     async def close(self) -> None:
         return

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+import asyncio
+from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlmodel
-from sqlalchemy import select
 
 from libs.common.clock import to_us, utc_now
 from libs.common.contracts.envelope import Envelope
-from libs.common.contracts.message import Message
 from libs.common.contracts.messages import (
-    MESSAGES,
     AuthenticateAttempt,
     Execution,
     JobTemplate,
@@ -29,123 +25,17 @@ from libs.common.contracts.messages import (
     StartExecution,
     StopExecution,
 )
-from libs.common.errors import Conflict, Forbidden, Refusal, Unauthenticated, Unavailable
-from libs.common.ids import new_id, secret_hash
-from libs.common.migrations import migrate
-from libs.common.store import Store
+from libs.common.errors import Conflict, Forbidden, Unauthenticated, Unavailable
+from libs.common.ids import secret_hash
 from services.executor import handlers
-from services.executor.loops import Driver, Sweeper, Watcher
-from services.executor.routes import routes
+from services.executor.loops import Driver, Watcher
+from services.executor.ports import Reservation
 from services.executor.settings import ExecutorSettings
-from services.executor.store import SKELETON, ExecutionRow, ExecutorUnit, TokenRow
+from services.executor.store import TokenRow
+from tests.unit.executor.bench import SERVICE, TEAM, Bench, start
 from tests.unit.executor.fake_cluster import NODE, FakeCluster
 
 pytestmark = pytest.mark.unit
-TEAM = "t0team"
-SERVICE = Principal(kind="service", id="scheduler", team_id=TEAM)
-
-
-class FakeLogs:
-    """Storage, as far as it is asked."""
-
-    def __init__(self) -> None:
-        self.sealed: set[str] = set()
-        self.asked: list[str] = []
-        self.refusals: list[Refusal] = []
-
-    async def is_sealed(self, team_id: str, job_id: str) -> bool:
-        assert team_id == TEAM
-        self.asked.append(job_id)
-        if self.refusals:
-            raise self.refusals.pop(0)
-        return job_id in self.sealed
-
-
-@dataclass
-class Bench:
-    """An executor without its bus: messages go in, outbox rows come out."""
-
-    store: Store[ExecutorUnit]
-    cluster: FakeCluster
-    settings: ExecutorSettings
-    now_s: float = 1000.0
-
-    def __post_init__(self) -> None:
-        self.driver = Driver(self.store, self.cluster, self.settings)
-        self.watcher = Watcher(self.store, self.cluster, self.settings, self.driver.wake, lambda: self.now_s)
-        self.logs = FakeLogs()
-        self.sweeper = Sweeper(self.store, self.cluster, self.logs, self.settings, self.driver.wake)
-
-    async def deliver(self, message: Message, **envelope: Any) -> None:
-        """The same delivery twice, as the bus may do."""
-        route = next(route for route in routes().routes if route.message is type(message))
-        call = self.envelope(message, SERVICE, **envelope)
-        for _ in range(2):
-            outcomes = await self.store.run(lambda unit: self._apply(unit, route.handler, message, call))
-            assert outcomes is None
-
-    def envelope(self, message: Message, sender: Principal, **fields: Any) -> Envelope:
-        return Envelope(
-            id=new_id("event"),
-            type=message.ROUTE.type,
-            source="test",
-            time=utc_now(),
-            team_id=TEAM,
-            sender=sender,
-            **fields,
-        )
-
-    async def _apply(self, unit: ExecutorUnit, handler: Any, message: Message, call: Envelope) -> None:
-        await handler(message, unit, call)
-
-    async def work(self) -> None:
-        """Visits until nothing is due."""
-        for _ in range(6):
-            await self.driver.look_for_work()
-            await self.driver.settle()
-
-    async def row(self, attempt_id: str) -> ExecutionRow:
-        async with self.store.view() as view:
-            found = await view.execution(attempt_id)
-        assert found
-        return found
-
-    async def emitted(self) -> list[tuple[str, Message]]:
-        outbox = SKELETON.outbox
-        async with self.store.view() as view:
-            rows = (await view.execute(select(outbox).order_by(outbox.c.id))).all()
-        found = []
-        for row in rows:
-            name = row.subject.split(".", 3)[3]
-            kind = next(each for each in MESSAGES if hasattr(each, "ROUTE") and each.ROUTE.type == name)
-            found.append((name.removesuffix(".v1"), kind.from_wire(row.body)))
-        return found
-
-    async def names(self) -> list[str]:
-        return [name for name, _ in await self.emitted() if name != "node.reported"]
-
-
-@pytest.fixture
-async def bench(database_url: str, tmp_path: Path) -> AsyncIterator[Bench]:
-    store = Store(database_url, ExecutorUnit, SKELETON, "executor")
-    await migrate(store.writer, "executor")
-    settings = ExecutorSettings(home=tmp_path, reconcile_s=0.0, keep_folder_s=0.0, node_fence_s=10.0, revisit_s=0.0)
-    made = Bench(store, FakeCluster(), settings)
-    await made.watcher.look()
-    yield made
-    await store.close()
-
-
-def start(**changes: Any) -> StartExecution:
-    values: dict[str, Any] = {
-        "attempt_id": new_id("attempt"),
-        "job_id": new_id("job"),
-        "number": 1,
-        "project_id": "pr0",
-        "node_id": NODE,
-        "template": JobTemplate(command=("echo hello",)),
-    }
-    return StartExecution(**values | changes)
 
 
 def report(asked: StartExecution, state: str, **facts: Any) -> ReportExecution:
@@ -614,3 +504,34 @@ async def test_without_walls_a_job_is_refused_where_others_could_come_in(bench: 
     row = await bench.row(refused.attempt_id)
     assert (row.state, row.reason) == ("ended", "refused")
     assert "listens on 0.0.0.0" in row.detail
+
+
+@dataclass
+class SlowCluster(FakeCluster):
+    """Reserves GPUs only when it is told to, as cold workers do."""
+
+    warm: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def reserve(self, wanted: Reservation) -> tuple[tuple[int, ...], ...]:
+        if any(part.gpu_count for part in wanted.parts):
+            await self.warm.wait()
+        return await super().reserve(wanted)
+
+
+async def test_a_stop_does_not_wait_behind_reservations(bench: Bench) -> None:
+    cluster = SlowCluster()
+    driver = Driver(bench.store, cluster, bench.settings)
+    runs = start()
+    await bench.deliver(runs)
+    await driver.look_for_work()
+    await driver.settle()
+    for _ in range(40):
+        await bench.deliver(start(template=JobTemplate(command=("true",), resources=Resources(gpu_count=1))))
+    await driver.look_for_work()
+    await bench.deliver(StopExecution(attempt_id=runs.attempt_id, reason="cancelled"))
+    await driver.look_for_work()
+    async with asyncio.timeout(30):
+        while not cluster.stops:
+            await asyncio.sleep(0.01)
+    cluster.warm.set()
+    await driver.settle()

@@ -35,8 +35,9 @@ from services.executor.domain.gang import (
     missing_addresses,
     port_of,
 )
+from tests.unit.executor.bench import TEAM, Bench
 from tests.unit.executor.fake_cluster import NODE
-from tests.unit.executor.test_executor import TEAM, Bench, start
+from tests.unit.executor.test_executor import start
 
 pytestmark = pytest.mark.unit
 

@@ -17,6 +17,7 @@ from libs.common.errors import Conflict
 from services.executor.adapters import sealing, transfer
 from services.executor.adapters.agent_bus import AgentBus
 from services.executor.adapters.sealing import NotKept, Owner, Sealing
+from services.executor.adapters.unkept import bound_unkept
 from services.storage.domain import filesets
 from services.storage.domain.filesets import entries_of
 
@@ -53,13 +54,16 @@ class FakeBus:
 class Store(ThreadingHTTPServer):
     """Takes what is PUT; tells the bus of it unless it loses everything."""
 
-    def __init__(self, bus: FakeBus, loses: bool = False) -> None:
+    def __init__(self, bus: FakeBus, loses: bool = False, refusals: int = 0) -> None:
+        left = [refusals]
+
         class Handler(BaseHTTPRequestHandler):
             def do_PUT(self) -> None:
                 self.rfile.read(int(self.headers["Content-Length"]))
-                if not loses:
+                left[0] -= 1
+                if left[0] < 0 and not loses:
                     bus.has.add(self.path.removeprefix("/"))
-                self.send_response(200)
+                self.send_response(403 if left[0] >= 0 else 200)
                 self.end_headers()
 
             def log_message(self, *_: Any) -> None:
@@ -272,6 +276,38 @@ async def test_uploads_that_never_arrive_are_told_as_not_kept(keeper: Sealing, b
     with Store(bus, loses=True), pytest.raises(NotKept, match="have not arrived"):
         await keeper.seal_artifacts(OWNER, tmp_path)
     assert len(bus.opened) == 1 + sealing.SEAL_TRIES
+
+
+async def test_a_store_that_refuses_every_url_is_not_asked_for_ever(
+    keeper: Sealing, bus: FakeBus, tmp_path: Path
+) -> None:
+    (tmp_path / "a").touch()
+    bus.part = 1
+    with Store(bus, refusals=1000), pytest.raises(transfer.TransferRefused, match="403"):
+        await keeper.seal_artifacts(OWNER, tmp_path)
+    assert len(bus.opened) == sealing.REFUSED_TRIES
+
+
+async def test_urls_that_ran_out_are_replaced(keeper: Sealing, bus: FakeBus, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).touch()
+    bus.part = 1
+    with Store(bus, refusals=sealing.REFUSED_TRIES - 1):
+        assert await kept_by(keeper, tmp_path) == 2
+
+
+def test_what_was_not_kept_goes_by_age_and_size_the_oldest_first(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(b"x" * 100_000)
+    now_s = (tmp_path / "c").lstat().st_ctime
+    bound_unkept(tmp_path, 10**9, 3600.0, now_s)
+    assert len(list(tmp_path.iterdir())) == 3
+    bound_unkept(tmp_path, 250_000, 3600.0, now_s)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "c"]
+    bound_unkept(tmp_path, 10**9, 3600.0, now_s + 7200.0)
+    assert list(tmp_path.iterdir()) == []
+    bound_unkept(tmp_path / "nowhere", 0, 0.0, now_s)
 
 
 def test_a_tree_of_any_depth_and_without_permissions_is_deleted(deep: Path) -> None:
