@@ -105,7 +105,7 @@ async def start_experiment(message: StartExperiment, unit: SchedulerUnit, call: 
         team_id=principal.team_id,
         project_id=message.project_id,
         name=message.name,
-        kind="single",
+        kind="gang" if template.gang.type else "single",
         created_by=principal.id,
         created_us=unit.now_us,
     )

@@ -752,7 +752,7 @@ class Experiment(Message):
     team_id: str = ""
     project_id: str = ""
     name: str = ""
-    # single; later gang and search.
+    # single, or gang; later search.
     kind: str = ""
     created_by: str = ""
     created_at: datetime | None = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import shutil
 import socket
 from collections.abc import AsyncIterator
@@ -160,6 +162,46 @@ async def test_mpirun_starts_a_process_on_every_rank(agent: NodeAgent, neighbour
     for order in told[1:]:
         await agent.stop(order.execution_id, 0.0, "its work is done")
     await ends(neighbours, told, {0, 1, 2})
+
+
+def torch_prefix() -> str:
+    """An environment with torch: the one named by NABLA_TEST_TORCH, or nothing."""
+    prefix = os.environ.get("NABLA_TEST_TORCH", "")
+    return prefix if prefix and list(Path(prefix).glob("lib/python3*/site-packages/torch/__init__.py")) else ""
+
+
+NO_TORCH = (
+    "no PyTorch at hand: `python -m venv /tmp/torch && /tmp/torch/bin/pip install torch`, a CPU build, and "
+    "NABLA_TEST_TORCH=/tmp/torch"
+)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not torch_prefix(), reason=NO_TORCH)
+async def test_two_ranks_of_the_example_learn_what_one_does(
+    config: AgentConfig, neighbours: Neighbours
+) -> None:
+    workspace = neighbours.put_workspace({"train.py": (ROOT / "examples" / "ddp" / "train.py").read_bytes()})
+    own = Environment(kind="venv", path=str(Path(torch_prefix()).resolve()))
+    losses = []
+    async with running(config) as agent:
+        for size in (1, 2):
+            told = orders(
+                "torch",
+                (Role(name="worker", count=size),),
+                ("python", "train.py"),
+                environment=own,
+                workspace_id=workspace,
+            )
+            for order in told:
+                await agent.start(order)
+            ended = await ends(neighbours, told, set(range(size)), 120.0)
+            assert set(ended.values()) == {0}, await lines(neighbours, told)
+            result = json.loads(neighbours.sealed("artifacts", told[0].job_id)["result.json"])
+            assert result["ranks"] == size
+            losses.append(result["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] < 0.5
 
 
 USE_RAY = """
