@@ -208,7 +208,8 @@ def _lock(installation: Installation) -> Iterator[TextIO]:
 def _start_servers(supervisor: Supervisor, installation: Installation) -> None:
     settings = installation.settings
     if not settings.ray_address:
-        write_private(installation.run / "ray.json", json.dumps({"address": f"127.0.0.1:{installation.ports['ray']}"}))
+        address = f"{installation.inner_host}:{installation.ports['ray']}"
+        write_private(installation.run / "ray.json", json.dumps({"address": address}))
         supervisor.add_server(servers.ray_head(installation))
     if not settings.s3_endpoint:
         supervisor.add_server(servers.seaweed(installation))
@@ -244,6 +245,9 @@ def service_environment(installation: Installation) -> dict[str, str]:
     )
     if settings.database_url:
         env["NABLA_DATABASE_URL"] = settings.database_url
+    if settings.node_address:
+        door = f"http://{settings.node_address}:{installation.ports['front_door']}"
+        env |= {"NABLA_NODE_ADDRESS": settings.node_address, "NABLA_NODE_FRONT_DOOR": door}
     if settings.ray_address:
         env["NABLA_RAY_ADDRESS"] = settings.ray_address
         env["NABLA_RAY_NAMESPACE"] = settings.ray_namespace

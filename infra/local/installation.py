@@ -75,8 +75,13 @@ class Installation:
         return f"http://localhost:{self.ports['front_door']}"
 
     @property
+    def inner_host(self) -> str:
+        """Where the bus and Ray listen: on loopback, unless other machines shall reach them."""
+        return self.settings.node_address or "127.0.0.1"
+
+    @property
     def nats_url(self) -> str:
-        return self.settings.nats_url or f"nats://127.0.0.1:{self.ports['nats']}"
+        return self.settings.nats_url or f"nats://{self.inner_host}:{self.ports['nats']}"
 
     @property
     def s3_endpoint(self) -> str:
@@ -136,7 +141,8 @@ def claim_ports(installation: Installation) -> tuple[Installation, list[str]]:
     moved: list[str] = []
     with neighbours(installation.home) as taken:
         for name, wanted in wishes.items():
-            port = next_free(settings.host if name == "front_door" else "127.0.0.1", wanted, taken)
+            inner = settings.node_address if name in ("nats", "ray") else ""
+            port = next_free(settings.host if name == "front_door" else inner or "127.0.0.1", wanted, taken)
             if port != wanted and name == "front_door":
                 moved.append(f"port {wanted} is taken: using {port}, from now on")
             taken.add(port)

@@ -61,6 +61,11 @@ def end_processes(home: Path, patience_s: float, limit_s: float = 30.0) -> None:
         time.sleep(LOOK_S)
 
 
+def living_attempts(attempts: Path) -> list[str]:
+    """The attempts that run below this folder."""
+    return [path.name for path in attempts.glob("*") if AttemptFolder(path).shim_is_alive()]
+
+
 def end_attempts(attempts: Path, patience_s: float = 3.0) -> None:
     """Kills the shims that are left, with each its sandbox, and removes their control groups."""
     left: list[tuple[Path, ...]] = []

@@ -77,7 +77,7 @@ def nats_server(installation: Installation, config: str) -> Server:
     write_private(file, config)
     program = find_program("nats-server", installation.settings.nats_server)
     port = installation.ports["nats"]
-    return Server("nats", [program, "-c", str(file)], lambda: answers(port))
+    return Server("nats", [program, "-c", str(file)], lambda: answers(port, installation.inner_host))
 
 
 def seaweed(installation: Installation) -> Server:
@@ -187,7 +187,7 @@ def ray_head(installation: Installation) -> Server:
         "start",
         "--head",
         "--block",
-        "--node-ip-address=127.0.0.1",
+        f"--node-ip-address={installation.inner_host}",
         f"--port={port}",
         f"--temp-dir={installation.ray_folder}",
         f"--dashboard-agent-listen-port={installation.ports['ray_agent']}",
@@ -201,7 +201,7 @@ def ray_head(installation: Installation) -> Server:
     ]
     # Ray would wait half a minute for the node agent, which lives as long as Ray does.
     env = ray_environment(installation) | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
-    return Server("ray", command, lambda: answers(port), env=env, stop_s=20.0)
+    return Server("ray", command, lambda: answers(port, installation.inner_host), env=env, stop_s=20.0)
 
 
 def object_store_bytes() -> int:

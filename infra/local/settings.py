@@ -45,6 +45,9 @@ class LocalSettings(BaseSettings):
     # "always" survives a power cut at a twentieth of the bus's throughput.
     nats_sync: str = ""
     log_level: str = "INFO"
+    # An address of this machine by which other machines reach it: they can become nodes then (`nabla node token`). Ray
+    # and the bus listen there, and nothing on that network is encrypted: it is for one that you trust.
+    node_address: str = ""
     # What jobs get; auto takes bwrap where the kernel allows it.
     isolation: Literal["auto", "bwrap", "process"] = "auto"
 
@@ -68,6 +71,12 @@ class LocalSettings(BaseSettings):
         if url and "{service}" not in url:
             raise ValueError("needs {service} where the name of the database goes: each service has its own")
         return url
+
+    @model_validator(mode="after")
+    def _a_door_for_nodes(self) -> LocalSettings:
+        if self.node_address and self.host != "0.0.0.0":
+            raise ValueError('node_address needs host = "0.0.0.0" beside it: nodes reach the front door too')
+        return self
 
     @model_validator(mode="after")
     def _keys_for_their_store(self) -> LocalSettings:

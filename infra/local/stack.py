@@ -75,7 +75,7 @@ def nats_config(installation: Installation) -> str:
     grants = local_nats.all_grants()
     folder = installation.keys / "nats"
     return local_nats.config_text(
-        host="127.0.0.1",
+        host=installation.inner_host,
         port=installation.ports["nats"],
         store=installation.home / "data" / "nats",
         public_keys={grant.user: nats_public_key(folder, grant.user) for grant in grants},

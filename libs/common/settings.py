@@ -36,6 +36,8 @@ class Settings(BaseSettings):
     traces: bool = True
     # The front door as people and jobs reach it.
     front_door: str = "http://127.0.0.1:8080"
+    # The address of this machine by which nodes on other machines reach it; empty: there are none.
+    node_address: str = ""
     # Browsers reach tenant content on NAME.<apps_domain>.
     apps_domain: str = "apps.localhost"
     # Seconds between reconciliation passes.

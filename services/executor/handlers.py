@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -20,6 +21,7 @@ from libs.common.contracts.messages import (
     ExecutionFinishing,
     ExecutionPage,
     ExecutionRunning,
+    JobTemplate,
     ListExecutions,
     ListNodes,
     LogSealed,
@@ -28,6 +30,7 @@ from libs.common.contracts.messages import (
     NodePage,
     NodeToken,
     ReportExecution,
+    Resources,
     StartExecution,
     StopExecution,
 )
@@ -41,6 +44,7 @@ from services.executor.domain.execution import (
     RUNNING,
     TABLE,
     TRIGGER_OF_REPORT,
+    amounts_for,
     facts_of,
     short_reason,
 )
@@ -184,8 +188,26 @@ async def authenticate_attempt(message: AuthenticateAttempt, unit: ExecutorUnit,
 
 
 async def list_nodes(message: ListNodes, unit: ExecutorUnit, call: Envelope) -> NodePage:
-    nodes = tuple(node_snapshot(row) for row in await unit.nodes())
+    """With what attempts hold of each node, of all teams; whose they are is told of the asking team's alone."""
+    held: dict[str, list[tuple[str, Resources]]] = {}
+    for node_id, team_id, job_id, template in await unit.holders():
+        shown = job_id if team_id == call.principal.team_id else ""
+        held.setdefault(node_id, []).append((shown, JobTemplate.from_wire(template.encode()).resources))
+    nodes = tuple(_with_use(node_snapshot(row), held.get(row.id, ())) for row in await unit.nodes())
     return NodePage(items=nodes, detail=await unit.cluster_detail())
+
+
+def _with_use(node: Node, held: Sequence[tuple[str, Resources]]) -> Node:
+    amounts = [amounts_for(resources) for _, resources in held]
+    return node.model_copy(
+        update={
+            "cpu_used": sum(each["CPU"] for each in amounts),
+            "memory_used_bytes": int(sum(each.get("memory", 0) for each in amounts)),
+            "gpu_used": sum(each.get("GPU", 0) for each in amounts),
+            "attempt_count": len(held),
+            "job_ids": tuple(sorted({job_id for job_id, _ in held if job_id})),
+        }
+    )
 
 
 async def learn_demand(message: DemandChanged, unit: ExecutorUnit, call: Envelope) -> None:
@@ -202,6 +224,7 @@ async def drain_node(message: DrainNode, unit: ExecutorUnit, call: Envelope) -> 
         await unit.undrain([row.id])
     else:
         await unit.drain(row.id)
+        await unit.hasten(row.id)
     return node_snapshot(row).model_copy(update={"draining": not message.undo})
 
 

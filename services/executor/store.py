@@ -255,6 +255,11 @@ class ExecutorUnit(UnitOfWork):
         query = select(ExecutionRow.id, ExecutionRow.attempt_id, ExecutionRow.node_id, ExecutionRow.state)
         return (await self.session.exec(query.where(ExecutionRow.state != ENDED))).all()
 
+    async def holders(self) -> Sequence[tuple[str, str, str, str]]:
+        """Node, team, job and template of all that holds something on a node."""
+        columns = select(ExecutionRow.node_id, ExecutionRow.team_id, ExecutionRow.job_id, ExecutionRow.template)
+        return (await self.session.exec(columns.where(ExecutionRow.state != ENDED))).all()
+
     async def due(self) -> Sequence[ExecutionRow]:
         """Executions with something to do, longest due first; at most PAGE."""
         query = (
@@ -363,6 +368,12 @@ class ExecutorUnit(UnitOfWork):
     async def drain(self, node_id: str) -> None:
         if await self.session.get(DrainRow, node_id) is None:
             self.session.add(DrainRow(node_id=node_id, since_us=to_us(self.now)))
+
+    async def hasten(self, node_id: str) -> None:
+        """What waits on this node to be cleaned up later is due now."""
+        ended = and_(col(ExecutionRow.node_id) == node_id, col(ExecutionRow.state) == ENDED)
+        later = col(ExecutionRow.visit_us) < NEVER_US
+        await self.session.exec(update(ExecutionRow).where(ended, later).values(visit_us=0))
 
     async def undrain(self, node_ids: Iterable[str]) -> None:
         await self.session.exec(delete(DrainRow).where(col(DrainRow.node_id).in_(list(node_ids))))

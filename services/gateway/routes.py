@@ -50,6 +50,10 @@ SENDS = (
     m.ListDeployments,
     m.ListNodes,
     m.ListMachines,
+    m.DrainNode,
+    m.CreateNodeToken,
+    m.CheckNodeToken,
+    m.AdmitNode,
     m.GetService,
 )
 

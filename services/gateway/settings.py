@@ -31,4 +31,10 @@ class GatewaySettings(Settings):
     def origins(self) -> Origins:
         door = urlsplit(self.front_door).hostname or "localhost"
         door = f"[{door}]" if ":" in door else door
-        return origins_of(door, self.allowed_hosts, self.content_host, self.apps_domain)
+        nodes = (self.node_address,) if self.node_address else ()
+        return origins_of(door, (*self.allowed_hosts, *nodes), self.content_host, self.apps_domain)
+
+    @property
+    def door_port(self) -> int:
+        url = urlsplit(self.front_door)
+        return url.port or (443 if url.scheme == "https" else 80)

@@ -37,6 +37,7 @@ class ServingSettings(Settings):
             gateway=_gateway_address(self.home / "run" / "gateway.json"),
             objects=f"{'https' if self.s3_secure else 'http'}://{self.s3_address}",
             bucket=self.s3_bucket,
+            node_address=self.node_address,
         )
 
 

@@ -14,7 +14,7 @@ from nabla.record import Record
 pytestmark = pytest.mark.contract
 
 # Made by the gateway, or an envelope around others.
-ONLY_IN_REST = {"SignInLink", "Status"}
+ONLY_IN_REST = {"NodeInvitation", "SignInLink", "Status"}
 # What only the services themselves need of a message.
 NOT_FOR_CLIENTS = {"record_revision", "revision", "desired_state", "scopes"}
 SHARED = sorted(kind.__name__ for kind in Record.__subclasses__() if kind.__module__ == objects.__name__)

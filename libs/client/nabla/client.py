@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nabla.resources.filesets import Filesets
     from nabla.resources.jobs import Jobs
     from nabla.resources.models import Models
+    from nabla.resources.nodes import Nodes
     from nabla.resources.projects import Projects
     from nabla.resources.tokens import Tokens
 
@@ -100,6 +101,12 @@ class Client:
         from nabla.resources.deployments import Deployments
 
         return Deployments(self._transport)
+
+    @cached_property
+    def nodes(self) -> Nodes:
+        from nabla.resources.nodes import Nodes
+
+        return Nodes(self._transport)
 
     @cached_property
     def tokens(self) -> Tokens:

@@ -474,6 +474,30 @@ class Node(Record):
     isolation: str = ""
     isolation_detail: str = ""
     seen_at: Optional[datetime] = None
+    gpu_memory_bytes: int = 0
+    address: str = ""
+    runtimes: Tuple[str, ...] = ()
+    draining: bool = False
+    network: str = ""
+    cpu_used: float = 0.0
+    memory_used_bytes: int = 0
+    gpu_used: float = 0.0
+    attempt_count: int = 0
+    job_ids: Tuple[str, ...] = ()
+
+
+class NodePage(Record):
+    items: Tuple[Node, ...] = ()
+    detail: str = ""
+
+
+class NodeInvitation(Record):
+    """How one machine may become a node, once."""
+
+    command: str = ""
+    expires_at: Optional[datetime] = None
+    python_version: str = ""
+    ray_version: str = ""
 
 
 class Status(Record):

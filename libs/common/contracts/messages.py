@@ -1104,6 +1104,13 @@ class Node(Message):
     draining: bool = False
     # How far its sandboxes' networks go: full (own address, peers, internet), loopback, host.
     network: str = ""
+    # Held by attempts now, as lists of nodes tell it; the executor's own reports do not.
+    cpu_used: float = 0.0
+    memory_used_bytes: Int64 = 0
+    gpu_used: float = 0.0
+    attempt_count: int = 0
+    # Of the asking team's.
+    job_ids: tuple[str, ...] = ()
 
 
 class NodesReported(Message):

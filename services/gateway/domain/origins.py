@@ -63,6 +63,11 @@ def origins_of(front_door_host: str, extra_hosts: tuple[str, ...], content_host:
     return Origins(LOOPBACK | hosts, interface, content.lower())
 
 
+def is_own_machine(host_header: str) -> bool:
+    """Whether by this name only the machine itself is reached."""
+    return host_name(host_header) in LOOPBACK
+
+
 def host_name(host_header: str) -> str:
     """The name in a Host header, in lower case, without its port."""
     text = host_header.strip().lower()

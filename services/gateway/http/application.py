@@ -14,6 +14,7 @@ from services.gateway.http import (
     filesets,
     jobs,
     models,
+    nodes,
     projects,
     status,
     streams,
@@ -22,7 +23,7 @@ from services.gateway.http.middleware import BoundedBodies, GuardedResponses, Kn
 from services.gateway.http.parts import API, Parts
 from services.gateway.web import pages, sessions
 
-RESOURCES = (accounts, projects, filesets, experiments, jobs, models, deployments, streams, status, docs)
+RESOURCES = (accounts, projects, filesets, experiments, jobs, models, deployments, nodes, streams, status, docs)
 ROUTERS = (*(resource.router for resource in RESOURCES), status.public, docs.page, sessions.router)
 DESCRIPTION = """\
 Errors are `application/problem+json` with `detail` (what and why) and `remedy` (what to do). Lists are pages: give

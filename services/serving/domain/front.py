@@ -31,6 +31,7 @@ class Base:
         front_door: as people and jobs reach it, "http://127.0.0.1:8080".
         gateway: "http://host:port", or empty while it is not up.
         objects: "http://host:port" of the object store.
+        node_address: as nodes on other machines reach the front door; empty: as it says itself.
     """
 
     front_door: str
@@ -38,6 +39,7 @@ class Base:
     gateway: str
     objects: str
     bucket: str
+    node_address: str = ""
 
     @property
     def ui_host(self) -> str:
@@ -48,7 +50,9 @@ class Base:
     def path_hosts(self) -> tuple[str, ...]:
         """Hosts of what programs reach by path; never the UI's."""
         given = urlsplit(self.front_door).hostname or ""
-        return tuple(dict.fromkeys(host for host in ("127.0.0.1", given) if host and host != self.ui_host))
+        return tuple(
+            dict.fromkeys(host for host in ("127.0.0.1", given, self.node_address) if host and host != self.ui_host)
+        )
 
     @property
     def ui_origins(self) -> tuple[str, ...]:

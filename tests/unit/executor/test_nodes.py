@@ -89,6 +89,22 @@ async def test_a_draining_node_keeps_its_agent_while_a_log_of_it_is_not_stored(b
     assert await nodes_of(bench) == {NODE: "ready draining"}
 
 
+async def test_what_a_node_keeps_for_a_while_goes_when_it_is_drained(bench: Bench) -> None:
+    settings = bench.settings.model_copy(update={"keep_folder_s": 3600.0})
+    bench.driver = Driver(bench.store, bench.cluster, settings)
+    asked = start()
+    await bench.deliver(asked)
+    await bench.work()
+    bench.cluster.report(NODE, asked.attempt_id, state="ended", reason="exited", exit_code=0)
+    await bench.watcher.look()
+    await bench.deliver(LogSealed(job_id=asked.job_id))
+    await bench.work()
+    assert (NODE, asked.attempt_id) in bench.cluster.attempts
+    await drain(bench)
+    await bench.work()
+    assert (NODE, asked.attempt_id) not in bench.cluster.attempts
+
+
 async def test_a_drained_node_that_leaves_is_gone_at_once_and_its_drain_forgotten(bench: Bench) -> None:
     bench.cluster.alive.add(OTHER)
     await bench.watcher.look()

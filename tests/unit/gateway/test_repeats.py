@@ -72,6 +72,8 @@ BODIES: dict[str, tuple[Any, Any]] = {
         {"project_id": "digits", "fileset_id": "fs1"},
         {"project_id": "digits", "fileset_id": "fs2"},
     ),
+    "/api/v1/nodes/tokens": (None, None),
+    "/api/v1/nodes/{node_id}/drain": (None, None),
     "/api/v1/projects": ({"name": "digits"}, {"name": "letters"}),
     "/api/v1/projects/{project}/archive": (None, None),
     "/api/v1/projects/{project}/move": ({"team_id": "t2"}, {"team_id": "t3"}),
@@ -79,6 +81,8 @@ BODIES: dict[str, tuple[Any, Any]] = {
     "/api/v1/sign-in-links": (None, None),
     "/api/v1/tokens": ({"name": "a"}, {"name": "b"}),
 }
+# Its answer holds a secret, and is kept for no repeat.
+NOT_REPEATED = {"/api/v1/nodes/admission"}
 ANYBODY = Rule("viewer", "read", attempts=True, services=frozenset({"gateway"}))
 
 
@@ -107,7 +111,7 @@ class Owner:
             given = {"fileset": m.Fileset(id=f"fs{next(self._numbers)}")}
         if reply is m.Run:
             given = {"job_id": f"js{next(self._numbers)}"}
-        assert given or reply is m.SignIn, reply
+        assert given or reply in (m.SignIn, m.NodeToken), reply
         return reply(**given)
 
     async def answer(self, question: Message, _view: UnitOfWork, _call: Envelope) -> Message:
@@ -178,7 +182,7 @@ async def running(folder: Path) -> AsyncIterator[Platform]:
     inbox, owner = Inbox(store, "everything"), Owner()
     bus = Wireless("gateway", "nats://127.0.0.1:1")
     bus.receiver = bus_module._Receiver(bus, owner.routes(), {"": inbox})
-    settings = GatewaySettings(home=folder, front_door="http://127.0.0.1:8080")
+    settings = GatewaySettings(home=folder, front_door="http://127.0.0.1:8080", node_address="10.0.0.1")
     parts = parts_with(BusOwners(bus), settings, FakeHints(), FakeEventLog(), FakeClock())
     applying = asyncio.create_task(inbox.run())
     transport = httpx.ASGITransport(cast("Any", application(parts)))
@@ -190,7 +194,7 @@ async def running(folder: Path) -> AsyncIterator[Platform]:
 
 async def test_every_post_route_of_the_api_is_known_here(platform: Platform) -> None:
     document = (await platform.client.get("/api/v1/openapi.json")).json()
-    assert {path for path, methods in document["paths"].items() if "post" in methods} == set(BODIES)
+    assert {path for path, methods in document["paths"].items() if "post" in methods} - NOT_REPEATED == set(BODIES)
 
 
 @pytest.mark.parametrize("path", BODIES)

@@ -28,6 +28,8 @@ COMMANDS = {
     "logout": ("account", "logout", "Forget the token of a server."),
     "whoami": ("account", "whoami", "Show who you are to which server."),
     "contexts": ("contexts", "contexts", "Choose between saved servers."),
+    "nodes": ("nodes", "nodes", "List the machines that jobs run on, and drain them."),
+    "node": ("nodes", "node", "Make another machine a node, or take this one off."),
     "tokens": ("tokens", "tokens", "Create and revoke API tokens."),
     "up": ("platform", "up", "Start the platform on this machine."),
     "down": ("platform", "down", "Stop the platform on this machine."),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 STATE_STYLES = {
     "running": "cyan", "starting": "cyan", "building": "cyan", "succeeded": "green", "ready": "green",
     "active": "green", "failed": "red", "timed_out": "red", "unreachable": "yellow", "waiting": "yellow",
-    "silent": "yellow", "gone": "red", "cancelled": "dim", "archived": "dim", "deleted": "dim",
+    "silent": "yellow", "resting": "dim", "gone": "red", "cancelled": "dim", "archived": "dim", "deleted": "dim",
 }  # fmt: skip
 _LIBRARY = re.compile(r"(?:<urllib3|HTTPS?Connection(?:Pool)?\(|\(?['\"]?Connection aborted).*")
 _REASON = re.compile(
