@@ -30,11 +30,16 @@ _WAIT_S = 10.0
 
 
 class Route(NamedTuple):
-    """Connections to the listener go to this address, a resolved one."""
+    """Connections to the listener go to this address, a resolved one.
+
+    Args:
+        peers: the addresses from which they may come; None for any.
+    """
 
     listener: socket.socket
     family: socket.AddressFamily
     address: tuple[str, int]
+    peers: frozenset[str] | None = None
 
 
 class Way:
@@ -87,7 +92,7 @@ def open_front_door(network: int, doors: Sequence[FrontDoor], uid: int | None) -
 
 def expose(network: int, ports: Sequence[int], uid: int | None) -> tuple[Way, dict[int, int]]:
     """Serve free ports of the host's loopback from inside the namespace: (the way, inside -> host)."""
-    routes = [Route(_listen("127.0.0.1", 0), socket.AF_INET, ("127.0.0.1", port)) for port in ports]
+    routes = [Route(listen("127.0.0.1", 0), socket.AF_INET, ("127.0.0.1", port)) for port in ports]
     host_ports = {route.address[1]: int(route.listener.getsockname()[1]) for route in routes}
     way = _way(routes, network, uid)
     way.serve()
@@ -103,7 +108,7 @@ def relay(routes: Sequence[Route]) -> NoReturn:
     _Relay(routes).run()
 
 
-def _listen(host: str, port: int, kind: int = socket.SOCK_STREAM, shared: bool = False) -> socket.socket:
+def listen(host: str, port: int, kind: int = socket.SOCK_STREAM, shared: bool = False) -> socket.socket:
     listener = socket.socket(socket.AF_INET, kind)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT if shared else socket.SO_REUSEADDR, 1)
     listener.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
@@ -142,7 +147,7 @@ def _run_helper(channel: socket.socket, network: int, ports: Sequence[tuple[int,
     try:
         signal.alarm(int(_WAIT_S))
         _enter(network, uid)
-        listeners = [_listen("127.0.0.1", port, kind, shared=True) for kind, port in ports]
+        listeners = [listen("127.0.0.1", port, kind, shared=True) for kind, port in ports]
         socket.send_fds(channel, [b"ok"], [listener.fileno() for listener in listeners])
     except OSError as error:
         channel.send(str(error).encode())
@@ -204,7 +209,10 @@ class _Relay:
     def _accept(self, number: int) -> None:
         route = self._routes[number]
         try:
-            client, _ = route.listener.accept()
+            client, peer = route.listener.accept()
+            if route.peers is not None and peer[0] not in route.peers:
+                client.close()
+                return
             target = socket.socket(route.family, socket.SOCK_STREAM)
         except BlockingIOError:
             return

@@ -76,6 +76,8 @@ def open_network(spec: Network, attempt_id: str, node_dir: Path) -> OpenNetwork 
     if spec.leads_out and os.geteuid() != 0:
         try:
             opened.ways.append(network_pasta.carry(opened.descriptor, spec.gang, node_dir / "networks"))
+            if spec.gang and spec.peers:
+                opened.ways.append(network_pasta.admit_peers(opened.descriptor, spec.gang, node_dir / "networks"))
         except OSError:
             opened.close()
             raise

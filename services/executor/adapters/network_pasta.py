@@ -2,6 +2,9 @@
 
 It makes each connection of the sandbox anew, as a connection of its own user on the node. So the sandbox has the node's
 address and may use it, and what must not be reached is refused inside (network_rules), before pasta sees it.
+
+What comes in from a gang's peers is not pasta's: of what it accepts for a sandbox, Debian 12's passt loses the answers.
+A relay listens on the gang's ports (TCP), takes peers alone, and serves them from inside.
 """
 
 from __future__ import annotations
@@ -9,13 +12,14 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import time
 from functools import partial
 from pathlib import Path
 
 from services.executor.adapters import kernel
-from services.executor.adapters.forward import Way
+from services.executor.adapters.forward import Route, Way, listen, relay
 from services.executor.adapters.network_host import find_tool
 from services.executor.domain.network import Gang
 
@@ -25,7 +29,7 @@ _ROUND_S = 0.5
 # IPv4 alone; nothing of the node's loopback or behind the name of its router; no port, either way, unless told.
 _OPTIONS = (
     *("--foreground", "--quiet", "--config-net", "--ipv4-only", "--no-map-gw", "--no-ra", "--no-ndp", "--no-dhcp"),
-    *("--no-dhcpv6", "--tcp-ns", "none", "--udp-ns", "none"),
+    *("--no-dhcpv6", "--tcp-ports", "none", "--udp-ports", "none", "--tcp-ns", "none", "--udp-ns", "none"),
 )
 
 
@@ -48,18 +52,39 @@ def carry(network: int, gang: Gang | None, folder: Path) -> Way:
     return way
 
 
+def admit_peers(network: int, gang: Gang, folder: Path) -> Way:
+    """Have the peers' nodes reach the gang's ports in the network. Raises OSError."""
+    way = Way(partial(_stand_at_the_gate, network, gang, folder), [network])
+    way.serve()
+    return way
+
+
+def _stand_at_the_gate(network: int, gang: Gang, folder: Path) -> None:
+    _take_turn(folder / f"{gang.name}.gate")
+    shim, peers = os.getppid(), frozenset(gang.peer_addresses)
+    routes = [
+        Route(listen(gang.node_address, port), socket.AF_INET, (gang.node_address, port), peers)
+        for port in range(gang.first_port, gang.last_port + 1)
+    ]
+    kernel.enter_network(network)
+    kernel.end_with_parent(signal.SIGKILL, shim)  # it was forgotten on the way
+    relay(routes)
+
+
+def _take_turn(path: Path) -> None:
+    """Wait for the process of another rank on this node to be gone; held until this one is."""
+    fcntl.flock(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600), fcntl.LOCK_EX)
+
+
 def _stand_by(network: int, gang: Gang | None, folder: Path) -> None:
     """In a process of its own: returns when pasta has ended."""
     if gang:
-        lock = os.open(folder / f"{gang.name}.pasta", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _take_turn(folder / f"{gang.name}.pasta")
     program, me = find_tool("pasta"), os.getpid()
     if program is None:
         raise FileNotFoundError("pasta is not installed")
     inside = _process_inside(network)
-    ports = f"{gang.first_port}-{gang.last_port}" if gang and gang.peer_addresses else "none"
-    command = [program, *_OPTIONS, "--tcp-ports", ports, "--udp-ports", ports]
-    command += ["--userns", f"/proc/{inside}/ns/user", "--netns", f"/proc/{inside}/ns/net"]
+    command = [program, *_OPTIONS, "--userns", f"/proc/{inside}/ns/user", "--netns", f"/proc/{inside}/ns/net"]
     subprocess.run(
         command,
         stdin=subprocess.DEVNULL,

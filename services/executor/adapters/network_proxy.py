@@ -7,6 +7,7 @@ answers differently the second time gains nothing, and a redirect is a new reque
 from __future__ import annotations
 
 import contextlib
+import encodings.idna  # noqa: F401  (names are looked up as the job's uid, which may not read Python's own folder)
 import socket
 import threading
 from collections.abc import Sequence

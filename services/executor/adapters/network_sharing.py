@@ -36,7 +36,8 @@ def leave(folder: Path, name: str, last: Callable[[], None]) -> None:
         if holders:
             _file(folder, name).write_text(json.dumps(holders))
         else:
-            _file(folder, name).unlink(missing_ok=True)
+            for path in folder.glob(f"{name}.*"):
+                path.unlink()
             last()
 
 
@@ -47,7 +48,8 @@ def forget_the_dead(folder: Path) -> None:
     with _locked(folder):
         for path in folder.glob("*.json"):
             if not _living(folder, path.stem):
-                path.unlink()
+                for left in folder.glob(f"{path.stem}.*"):
+                    left.unlink()
 
 
 def _taken_over(holder: dict[str, Any]) -> int | None:

@@ -159,6 +159,7 @@ class NodeAgent:
             return
         self._runs.pop(execution_id, None)
         await asyncio.to_thread(_remove_attempt, self._attempts / execution_id)
+        await asyncio.to_thread(self._forget_networks)
 
     async def held_order(self, execution_id: str) -> StartOrder | None:
         """For an executor whose database is older than this attempt."""
@@ -220,9 +221,15 @@ class NodeAgent:
         """How far sandboxes reach here, and an end to what killed shims left of theirs."""
         self._network_probe = network_probe.probe(self._probe.isolation, self._network)
         self._network = replace(self._network, reach=self._network_probe.reach)
-        network_sharing.forget_the_dead(self._node_dir / "networks")
-        if self._has_wall:
-            network_host.close_dead_gates(self._network.installation)
+        self._forget_networks()
+
+    def _forget_networks(self) -> None:
+        """Gangs' alone leave anything, and only when a shim was killed."""
+        folder = self._node_dir / "networks"
+        if folder.is_dir():
+            network_sharing.forget_the_dead(folder)
+            if self._has_wall:
+                network_host.close_dead_gates(self._network.installation)
 
     async def _keep_wall(self) -> None:
         """Others flush a host's filters: sandboxes keep their own wall, and have the host's back in a while."""

@@ -24,6 +24,7 @@ JOB_UID = 30_001 if os.geteuid() == 0 else None
 PATIENCE_S = 60.0
 
 T = TypeVar("T")
+_numbers = itertools.count()  # of all nodes together: an attempt's name is its own on this machine
 
 
 def wheel_bwrap() -> str | None:
@@ -57,7 +58,6 @@ class Node:
         self._control_groups = control_groups
         self.start_zygote()
         self.folders: list[AttemptFolder] = []
-        self._numbers = itertools.count()
 
     def start_zygote(self) -> None:
         if self._control_groups or os.geteuid() != 0:
@@ -68,7 +68,7 @@ class Node:
     def prepare(self, command: list[str] | str, **fields: Any) -> AttemptFolder:
         defaults: dict[str, Any] = {"run_as_uid": JOB_UID, "bwrap_path": find_bwrap(wheel_bwrap())}
         spec = AttemptSpec(
-            attempt_id=f"t{os.getpid()}-{next(self._numbers)}",
+            attempt_id=f"t{os.getpid()}-{next(_numbers)}",
             job_id="js1",
             command=command,
             **defaults | fields,

@@ -152,6 +152,7 @@ class World:
             f"address add {address}/24 dev up0\nlink set up0 up\nroute add default via {ROUTER}\n",
             machine.name,
         )
+        machine.inside(lambda: Path("/proc/sys/net/ipv4/ip_forward").write_text("0"))  # whatever this machine has
         return machine, address
 
     def __enter__(self) -> Self:

@@ -178,9 +178,7 @@ NO_TORCH = (
 
 @pytest.mark.full
 @pytest.mark.skipif(not torch_prefix(), reason=NO_TORCH)
-async def test_two_ranks_of_the_example_learn_what_one_does(
-    config: AgentConfig, neighbours: Neighbours
-) -> None:
+async def test_two_ranks_of_the_example_learn_what_one_does(config: AgentConfig, neighbours: Neighbours) -> None:
     workspace = neighbours.put_workspace({"train.py": (ROOT / "examples" / "ddp" / "train.py").read_bytes()})
     own = Environment(kind="venv", path=str(Path(torch_prefix()).resolve()))
     losses = []

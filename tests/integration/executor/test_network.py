@@ -206,7 +206,7 @@ def test_nothing_is_left(place: Place, how: str) -> None:
 
 def left_of(place: Place) -> tuple[object, ...]:
     machine = place.node.machine
-    filters = machine.run("nft", "list", "tables") if place.node.uid is None else ""
+    filters = set(machine.run("nft", "list", "tables").splitlines()) if place.node.uid is None else set[str]()
     return machine.interfaces(), machine.run("ip", "route"), filters, pastas(machine)
 
 
@@ -272,7 +272,8 @@ def test_ranks_of_a_gang_talk_both_ways_between_nodes_and_nobody_else_gets_in(ga
     folders = [gangs.serve(of, networks[of], 21_005) for of in (0, 1)]
     for of in (0, 1):
         at = f"{addresses[1 - of]}:21005"
-        assert ask(nodes[of], networks[of], at) == {at: f"rank {1 - of} sees {addresses[of]}"}
+        seen = addresses[of] if nodes[of].uid is None else addresses[1 - of]  # a relay's connections are its own
+        assert ask(nodes[of], networks[of], at) == {at: f"rank {1 - of} sees {seen}"}
     for address in addresses:  # a machine that is no peer
         heard = json.loads(gangs.third.run("python3", "-c", REACH, f"{address}:21005"))
         assert "sees" not in heard[f"{address}:21005"]
@@ -349,3 +350,89 @@ def test_a_machine_forwards_nothing_for_its_neighbours(gangs: Gangs) -> None:
     gangs.nodes[1][0].machine.listen("elsewhere", "8.8.8.8", 80)
     heard = json.loads(gangs.third.run("python3", "-c", REACH, "8.8.8.8:80"))
     assert "sees" not in heard["8.8.8.8:80"]
+
+
+# What a program does that knows of a proxy: each request in argv, and the status that came of it.
+BY_PROXY = """
+import json, os, sys, urllib.error, urllib.request
+found = {}
+for url in sys.argv[1:]:
+    try:
+        with urllib.request.urlopen(url, timeout=20) as answer:
+            found[url] = answer.read().decode()
+    except urllib.error.HTTPError as error:
+        found[url] = f"{error.code} {error.read().decode().strip()}"
+    except OSError as error:
+        found[url] = str(error)
+print(json.dumps(found))
+"""
+
+
+class WebServer:
+    """Answers each request with a text, or sends it elsewhere."""
+
+    def __init__(self, machine: Machine, address: str, port: int, location: str = "") -> None:
+        self._listener = machine.inside(lambda: socket.create_server((address, port)))
+        self._location = location
+        self.asked: list[str] = []
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                with connection, contextlib.suppress(OSError):
+                    self.asked.append(connection.recv(65536).decode())
+                    moved = f"HTTP/1.1 302 Found\r\nLocation: {self._location}\r\n"
+                    head = moved if self._location else "HTTP/1.1 200 OK\r\n"
+                    connection.sendall(f"{head}Content-Length: 7\r\nConnection: close\r\n\r\nwelcome".encode())
+
+
+@pytest.fixture(scope="module")
+def by_proxy() -> Iterator[Place]:
+    if why_no_network():
+        pytest.skip(why_no_network())
+    with World() as world:
+        machine, address = world.neighbour()
+        with node_on(machine, resolver="") as node:
+            yield Place(world, node, address)
+
+
+def test_with_loopback_alone_a_proxy_leads_to_public_addresses_and_no_others(by_proxy: Place) -> None:
+    world = by_proxy.world
+    welcoming = WebServer(world.router, PUBLIC, 80)
+    WebServer(world.router, PUBLIC, 81, f"http://{PRIVATE}:5432/")
+    network = Network(policy="internet", reach="loopback", installation=by_proxy.node.installation)
+    public, moved = f"http://{PUBLIC}/a?b=c", f"http://{PUBLIC}:81/"
+    # The second form of an address that is refused in its first; 2130706433 is 127.0.0.1.
+    refused = [f"http://{place}/" for place in by_proxy.refused if not place.startswith("127.")]
+    refused += ["http://2130706433:6379/", "http://[::ffff:10.99.0.5]:5432/", f"https://{PRIVATE}:5432/"]
+    found = by_proxy.reached(network, public, moved, *refused, command=BY_PROXY)
+    assert found.pop(public) == "welcome"
+    assert welcoming.asked[0].startswith("GET /a?b=c HTTP/1.1\r\n")
+    assert "proxy" not in welcoming.asked[0].lower()
+    assert found.pop(moved).startswith("403 nabla: 10.99.0.5 is not a public address")
+    assert [heard for heard in found.values() if "403" not in heard] == []
+
+
+def test_the_proxy_carries_a_tunnel_whole(by_proxy: Place) -> None:
+    script = (
+        "import http.client, json\n"
+        "c = http.client.HTTPConnection('127.0.0.1', 3128); "
+        f"c.set_tunnel('{PUBLIC}', 443); c.connect()\n"
+        "print(json.dumps({'heard': c.sock.recv(99).decode()}))"
+    )
+    network = Network(policy="internet", reach="loopback", installation=by_proxy.node.installation)
+    assert by_proxy.reached(network, command=script) == {"heard": f"public sees {by_proxy.address}"}
+
+
+def test_a_sandbox_goes_on_without_the_hosts_wall_and_still_reaches_nothing_of_the_host(by_proxy: Place) -> None:
+    """Somebody flushed the host's filters: what is inside holds by itself."""
+    by_proxy.node.machine.run("nft", "flush", "ruleset")
+    found = by_proxy.reached(by_proxy.network("internet"), "127.0.0.1:8080", *by_proxy.refused)
+    assert found.pop("127.0.0.1:8080") == "front door sees 127.0.0.1"
+    refused_all(found, by_proxy.refused)
+    by_proxy.node.raise_wall()
+    assert by_proxy.reached(by_proxy.network("internet"), f"{PUBLIC}:443") == {
+        f"{PUBLIC}:443": f"public sees {by_proxy.address}"
+    }

@@ -115,6 +115,27 @@ async def test_a_job_is_run_and_its_log_begins_with_its_environment(
     assert states == ["running", "finishing", "ended"]
 
 
+async def test_a_job_has_the_network_that_it_asks_for_and_the_node_says_how_far_it_goes(
+    config: AgentConfig, neighbours: Neighbours
+) -> None:
+    port = config.front_door.rsplit(":", 1)[1]
+    knock = f"exec 3<>/dev/tcp/127.0.0.1/{port} && echo open"
+    async with running(config) as agent:
+        view = await agent.look({})
+        if view.isolation != "bwrap":
+            pytest.skip(view.isolation_detail)
+        heard = {}
+        for network in ("none", "platform", ""):
+            asked = order("bash", "-c", knock, network=network)
+            await agent.start(asked)
+            heard[network] = (await ended(agent, asked.attempt_id)).exit_code
+            told = (await neighbours.log(asked.job_id))[1].text
+            assert f"network: {network or config.job_network}" in told
+    assert heard == {"none": 1, "platform": 0, "": 0}
+    assert view.network in ("full", "loopback")
+    assert f"network: {view.network}" in view.isolation_detail
+
+
 async def test_an_order_told_twice_is_run_once(config: AgentConfig, neighbours: Neighbours) -> None:
     async with running(config) as agent:
         asked = order("echo once >> /storage/ran; echo done")

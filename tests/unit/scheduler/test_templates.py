@@ -53,6 +53,7 @@ def test_a_bare_template_gets_its_defaults():
         ("models", {"models": (ModelOutput(path="/etc"),)}),
         ("name", {"name": "x" * 201}),
         ("name", {"name": "a\nb"}),
+        ("network", {"network": "intranet"}),
         ("kind", {"kind": "replica"}),
     ],
 )

@@ -71,7 +71,7 @@ _OPTIONS = (
         default="torch",
         show_default=True,
         help="torch: equal workers, as torchrun starts them. grpc: a master, workers and parameter servers, which find "
-        "TF_CONFIG. mpi: a master that runs mpirun over the workers. ray: COMMAND on the head of a private Ray cluster.",
+        "TF_CONFIG. mpi: a master that runs mpirun over workers. ray: COMMAND on the head of a private Ray cluster.",
     ),
     click.option(
         "--workers",
