@@ -38,6 +38,7 @@ from libs.common.contracts.messages import (
     StopExecution,
 )
 from libs.common.errors import Conflict, Invalid, NotFound, Unauthenticated
+from libs.common.ids import new_secret
 from libs.common.telemetry import meter
 from services.executor.domain.admission import TICKET_LIFE, is_good, why_closed
 from services.executor.domain.doors import SSH, DoorTicket, why_not
@@ -51,8 +52,9 @@ from services.executor.domain.execution import (
     facts_of,
     short_reason,
 )
+from services.executor.domain.gang import execution_ids
 from services.executor.ports import DoorTickets, Ticket
-from services.executor.store import ExecutionRow, ExecutorUnit, NodeRow, NodeTokenRow
+from services.executor.store import NEVER_US, ExecutionRow, ExecutorUnit, NodeRow, NodeTokenRow
 
 log = logging.getLogger(__name__)
 
@@ -66,42 +68,60 @@ _start_latency = meter().create_histogram(
 
 async def accept_execution(message: StartExecution, unit: ExecutorUnit, call: Envelope) -> None:
     """Commits the intent; the driving loop reserves and starts. Known already: nothing happens."""
-    known = await unit.execution(message.attempt_id)
+    known = await unit.of_rank(message.attempt_id, 0)
     if known:
         if known.job_id != message.job_id or known.number != message.number:
             detail = f"attempt {message.attempt_id} is number {known.number} of job {known.job_id}."
             raise Conflict("attempt_differs", detail, "Give each attempt an id of its own.")
         return
-    row = ExecutionRow(
-        id=message.attempt_id,
-        job_id=message.job_id,
-        number=message.number,
-        team_id=call.team_id,
-        project_id=message.project_id,
-        experiment_id=message.experiment_id,
-        node_id=message.node_id,
-        template=message.template.to_wire().decode(),
-        traceparent=call.traceparent,
-        accepted_us=to_us(unit.now),
-    )
-    unit.session.add(row)
+    gang = _gang_facts(message)
+    nodes = gang["node_ids"] if gang else [message.node_id]
+    for id_, (rank, node_id) in zip(
+        execution_ids(message.attempt_id, len(nodes), is_gang=bool(gang)), enumerate(nodes), strict=True
+    ):
+        unit.session.add(
+            ExecutionRow(
+                id=id_,
+                attempt_id=message.attempt_id,
+                rank=rank,
+                gang=gang,
+                job_id=message.job_id,
+                number=message.number,
+                team_id=call.team_id,
+                project_id=message.project_id,
+                experiment_id=message.experiment_id,
+                node_id=node_id,
+                template=message.template.to_wire().decode(),
+                traceparent=call.traceparent,
+                accepted_us=to_us(unit.now),
+                # Rank 0 reserves for all; the others are due when it has.
+                visit_us=NEVER_US if rank else 0,
+            )
+        )
+
+
+def _gang_facts(message: StartExecution) -> dict[str, Any]:
+    """What the ranks of a gang have in common, without ports yet; empty for a job of one process."""
+    if not message.seats:
+        return {}
+    node_ids = [seat.node_id for seat in sorted(message.seats, key=lambda seat: seat.rank)]
+    return {"node_ids": node_ids, "first_port": 0, "key": new_secret("nblg")}
 
 
 async def stop_execution(message: StopExecution, unit: ExecutorUnit, call: Envelope) -> None:
-    """Records the wish; the loop repeats it until the execution has ended.
+    """Records the wish for every rank that has not ended; the loop repeats it until all have.
 
     A stop may overtake its start, so one for an attempt unknown here leaves nothing: the scheduler repeats it.
     """
-    row = await unit.execution(message.attempt_id)
-    if row is None or row.state == ENDED:
-        return
-    reason = row.stop_reason or short_reason(message.reason) or "stopped"
-    await unit.change(row, stop_reason=reason, visit_us=0)
+    for row in await unit.of_attempts([message.attempt_id]):
+        if row.state != ENDED:
+            reason = row.stop_reason or short_reason(message.reason) or "stopped"
+            await unit.change(row, stop_reason=reason, visit_us=0)
 
 
 async def apply_report(message: ReportExecution, unit: ExecutorUnit, call: Envelope) -> None:
     """Moves the execution to what a node agent saw."""
-    row = await unit.execution(message.execution.attempt_id)
+    row = await unit.of_rank(message.execution.attempt_id, message.execution.rank)
     if row is None:
         log.warning("report of an unknown attempt", extra={"attempt_id": message.execution.attempt_id})
         return
@@ -146,7 +166,7 @@ async def _tell_others(unit: ExecutorUnit, row: ExecutionRow) -> None:
         event(execution=row.snapshot()),
         team_id=row.team_id,
         project_id=row.project_id,
-        object_id=row.id,
+        object_id=row.attempt_id,
         revision=row.revision,
         attempt=row.number,
     )
@@ -160,7 +180,7 @@ async def note_sealed_log(message: LogSealed, unit: ExecutorUnit, call: Envelope
 
 
 async def list_executions(message: ListExecutions, unit: ExecutorUnit, call: Envelope) -> ExecutionPage:
-    rows = await unit.executions(message.attempt_ids[:500])
+    rows = await unit.of_attempts(message.attempt_ids[:500])
     return ExecutionPage(items=tuple(row.snapshot() for row in rows if row.team_id == call.principal.team_id))
 
 
@@ -181,7 +201,7 @@ class Doors:
         field, detail, remedy = why_not(message.kind, message.port, message.public_key)
         if field:
             raise Invalid("bad_door", detail, remedy, field=field)
-        row = await _running_execution(unit, message.job_id, call.principal.team_id)
+        row = await _running_execution(unit, message, call.principal.team_id)
         node = next((node for node in await unit.nodes() if node.id == row.node_id), None)
         if node is None or not node.door:
             detail = f"The node of job {row.job_id} is out of contact, so nobody can enter."
@@ -189,7 +209,12 @@ class Doors:
         public_key = message.public_key.strip() if message.kind == SSH else ""
         ticket = DoorTicket(row.id, message.kind, message.port, public_key, call.principal.id)
         opened = DoorOpened(
-            job_id=row.job_id, attempt_id=row.id, kind=message.kind, port=message.port, by=call.principal.id
+            job_id=row.job_id,
+            attempt_id=row.attempt_id,
+            rank=row.rank,
+            kind=message.kind,
+            port=message.port,
+            by=call.principal.id,
         )
         await unit.emit(opened, team_id=row.team_id, project_id=row.project_id, object_id=row.id, attempt=row.number)
         return Door(
@@ -198,14 +223,18 @@ class Doors:
             expires_at=unit.now + timedelta(seconds=self._tickets.hold_s),
             host_key=self._tickets.host_key_line(row.id),
             job_id=row.job_id,
-            attempt_id=row.id,
+            attempt_id=row.attempt_id,
         )
 
 
-async def _running_execution(unit: ExecutorUnit, job_id: str, team_id: str) -> ExecutionRow:
-    rows = [row for row in await unit.executions_of_job(job_id) if row.team_id == team_id]
+async def _running_execution(unit: ExecutorUnit, message: OpenDoor, team_id: str) -> ExecutionRow:
+    job_id, rank = message.job_id, message.rank
+    executions = await unit.executions_of_job(job_id)
+    rows = [row for row in executions if row.team_id == team_id and row.rank == rank]
     if not rows:
-        raise NotFound("job_not_found", f"No job {job_id[:60]} has run yet.", "See `nabla jobs list --state running`.")
+        of_rank = f" with a rank {rank}" if rank else ""
+        detail = f"No job {job_id[:60]}{of_rank} has run yet."
+        raise NotFound("job_not_found", detail, "See `nabla jobs list --state running`.")
     newest = max(rows, key=lambda row: row.number)
     if newest.state != RUNNING:
         detail = f"Job {job_id} is not running now (its attempt {newest.number} is {newest.state})."

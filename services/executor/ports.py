@@ -9,6 +9,7 @@ from typing import Protocol
 from libs.common.contracts.messages import Execution, JobTemplate
 from libs.common.errors import NablaError
 from services.executor.domain.doors import DoorTicket
+from services.executor.domain.execution import execution_id
 
 
 class ClusterAway(NablaError):
@@ -24,10 +25,9 @@ class NoRoom(NablaError):
 
 
 @dataclass(frozen=True, slots=True)
-class Reservation:
-    """What one attempt holds on its node; its name in the cluster is the attempt id. Amounts as Ray names them."""
+class Part:
+    """What one rank holds on its node. Amounts as Ray names them."""
 
-    attempt_id: str
     node_id: str
     amounts: Mapping[str, float]
 
@@ -37,8 +37,63 @@ class Reservation:
 
 
 @dataclass(frozen=True, slots=True)
+class Reservation:
+    """What an attempt holds, by rank; its name in the cluster is the attempt id."""
+
+    attempt_id: str
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """One rank of a gang as the others see it.
+
+    Args:
+        index: which of its role it is, from 0.
+        node_rank: which of the gang's nodes it is on, from 0, in the order of the ranks.
+        local_rank: which of the gang's ranks on that node it is, from 0.
+        address: of its node, or loopback when the whole gang is on one.
+    """
+
+    rank: int
+    role: str
+    index: int
+    node_rank: int
+    local_rank: int
+    address: str
+    node_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GangOrder:
+    """What a rank must know of its gang.
+
+    Args:
+        first_port, last_port: on every node of the gang these ports are the gang's alone, and lead to its peers.
+        key: a secret that the ranks of this attempt share, and nobody else knows.
+    """
+
+    type: str
+    rank: int
+    peers: tuple[Peer, ...]
+    first_port: int
+    last_port: int
+    key: str = field(repr=False)
+
+    @property
+    def me(self) -> Peer:
+        return self.peers[self.rank]
+
+
+@dataclass(frozen=True, slots=True)
 class StartOrder:
-    """Everything a node agent must know to run an attempt. `token` is the attempt's own: the agent alone has it."""
+    """Everything a node agent must know to run one process of an attempt.
+
+    Args:
+        template: what this process is to run.
+        token: the attempt's own: the agent alone has it.
+        gang: None for a job of one process.
+    """
 
     attempt_id: str
     job_id: str
@@ -51,6 +106,16 @@ class StartOrder:
     team_uid: int
     gpu_indices: tuple[int, ...] = ()
     traceparent: str = ""
+    gang: GangOrder | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.gang.rank if self.gang else 0
+
+    @property
+    def execution_id(self) -> str:
+        """Names this process among all, on its node as in the executor."""
+        return execution_id(self.attempt_id, self.gang.rank if self.gang else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +177,8 @@ class AgentView:
     """An agent's answer.
 
     Args:
-        held: attempts with a folder on this node.
-        news: attempts whose state differs from the one that the executor believes in.
+        held: executions with a folder on this node.
+        news: executions whose state differs from the one that the executor believes in.
         runtimes: what it can run besides plain processes.
         network: how far its sandboxes' networks go.
         door: "host:port" at which its running jobs are entered.
@@ -164,7 +229,7 @@ class Nodes(Protocol):
         """The living nodes, each with an agent that is started where there was none.
 
         Args:
-            believed: node id -> attempt id -> the state that the executor has for it.
+            believed: node id -> execution id -> the state that the executor has for it.
             resting: nodes that shall have no agent: one that is there leaves.
 
         Raises:
@@ -173,8 +238,8 @@ class Nodes(Protocol):
 
 
 class Reservations(Protocol):
-    async def reserve(self, wanted: Reservation) -> tuple[int, ...]:
-        """Holds the resources on the node until released, and answers the indices of the GPUs among them.
+    async def reserve(self, wanted: Reservation) -> tuple[tuple[int, ...], ...]:
+        """Holds the resources of all ranks until released, or of none, and answers the indices of each one's GPUs.
 
         Repeating it is harmless. Raises ClusterAway, NodeAway or NoRoom.
         """
@@ -191,14 +256,14 @@ class Agents(Protocol):
 
     async def start(self, node_id: str, order: StartOrder) -> None: ...
 
-    async def stop(self, node_id: str, attempt_id: str, grace_s: float, reason: str) -> bool:
-        """Asks for the end; False when the node has never heard of the attempt, which then never starts there."""
+    async def stop(self, node_id: str, execution_id: str, grace_s: float, reason: str) -> bool:
+        """Asks for the end; False when the node has never heard of the execution, which then never starts there."""
 
-    async def drop(self, node_id: str, attempt_id: str) -> None:
-        """Deletes what is left of an attempt that has ended."""
+    async def drop(self, node_id: str, execution_id: str) -> None:
+        """Deletes what is left of an execution that has ended."""
 
-    async def held_order(self, node_id: str, attempt_id: str) -> StartOrder | None:
-        """The order that an attempt on the node was started with; None when it is not there."""
+    async def held_order(self, node_id: str, execution_id: str) -> StartOrder | None:
+        """The order that an execution on the node was started with; None when it is not there."""
 
 
 class Logs(Protocol):

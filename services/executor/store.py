@@ -16,6 +16,7 @@ from libs.common.ids import secret_hash
 from libs.common.store import Skeleton, UnitOfWork
 from services.executor.domain.demand import HOLDS_S
 from services.executor.domain.execution import ACCEPTED, ENDED, STARTING
+from services.executor.domain.gang import GangFacts
 from services.executor.domain.inventory import KnownNode
 from services.executor.ports import StartOrder
 
@@ -29,7 +30,11 @@ class Base(SQLModel, registry=registry()):
 
 
 class ExecutionRow(Base, table=True):
-    """`visit_us`: when the driving loop has to look at it next; it is what bounds a pass and orders it.
+    """One process of an attempt. A gang has a row for each rank, which are made together and reserved together.
+
+    `gang`: of a gang, on which node each rank is, its ports and its secret; empty for a job of one process.
+
+    `visit_us`: when the driving loop has to look at it next; it is what bounds a pass and orders it.
 
     `asked_us`: when it ended, and from then on when storage was last asked whether its log is sealed.
     """
@@ -38,11 +43,15 @@ class ExecutionRow(Base, table=True):
     __table_args__ = (
         Index("executions_visit", "visit_us"),
         Index("executions_job", "job_id"),
+        Index("executions_attempt", "attempt_id", "rank", unique=True),
         Index("executions_ended", "ended_us"),
         Index("executions_unsealed", "asked_us", sqlite_where=_UNSEALED, postgresql_where=_UNSEALED),
     )
 
     id: str = Field(primary_key=True, max_length=40)
+    attempt_id: str = Field(max_length=40)
+    rank: int = 0
+    gang: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
     job_id: str = Field(max_length=40)
     number: int
     team_id: str = Field(max_length=40)
@@ -73,7 +82,8 @@ class ExecutionRow(Base, table=True):
 
     def snapshot(self) -> Execution:
         return Execution(
-            attempt_id=self.id,
+            attempt_id=self.attempt_id,
+            rank=self.rank,
             job_id=self.job_id,
             number=self.number,
             team_id=self.team_id,
@@ -95,11 +105,20 @@ class ExecutionRow(Base, table=True):
         )
 
     def read_template(self) -> JobTemplate:
+        """The job's whole template: that of the rank follows from it."""
         return JobTemplate.from_wire(self.template.encode())
+
+    def read_gang(self) -> GangFacts | None:
+        if not self.gang:
+            return None
+        return GangFacts(tuple(self.gang["node_ids"]), self.gang["first_port"], self.gang["key"])
 
 
 class TokenRow(Base, table=True):
-    """Hashes of attempt tokens. An order repeated after a crash has a new token, and the earlier may be in use."""
+    """Hashes of the tokens of attempts; `attempt_id` is the execution's: each rank has its own token.
+
+    An order repeated after a crash has a new one, and the earlier may be in use.
+    """
 
     __tablename__ = "attempt_tokens"
 
@@ -195,12 +214,30 @@ SKELETON = Skeleton(Base.metadata)
 class ExecutorUnit(UnitOfWork):
     """One transaction of the executor."""
 
-    async def execution(self, attempt_id: str) -> ExecutionRow | None:
-        return await self.session.get(ExecutionRow, attempt_id)
+    async def execution(self, execution_id: str) -> ExecutionRow | None:
+        return await self.session.get(ExecutionRow, execution_id)
 
-    async def executions(self, attempt_ids: Iterable[str]) -> Sequence[ExecutionRow]:
-        query = select(ExecutionRow).where(col(ExecutionRow.id).in_(list(attempt_ids)))
+    async def executions(self, execution_ids: Iterable[str]) -> Sequence[ExecutionRow]:
+        query = select(ExecutionRow).where(col(ExecutionRow.id).in_(list(execution_ids)))
         return (await self.session.exec(query)).all()
+
+    async def of_attempts(self, attempt_ids: Iterable[str]) -> Sequence[ExecutionRow]:
+        """All ranks of these attempts, in their order."""
+        query = select(ExecutionRow).where(col(ExecutionRow.attempt_id).in_(list(attempt_ids)))
+        return (await self.session.exec(query.order_by(ExecutionRow.attempt_id, col(ExecutionRow.rank)))).all()
+
+    async def of_rank(self, attempt_id: str, rank: int) -> ExecutionRow | None:
+        query = select(ExecutionRow).where(ExecutionRow.attempt_id == attempt_id, ExecutionRow.rank == rank)
+        return (await self.session.exec(query)).first()
+
+    async def ports_taken(self, node_ids: Iterable[str]) -> frozenset[int]:
+        """The first ports of the gangs that have not ended and have a rank on one of these nodes."""
+        wanted = set(node_ids)
+        query = select(ExecutionRow.gang).where(
+            col(ExecutionRow.node_id).in_(list(wanted)), ExecutionRow.state != ENDED
+        )
+        gangs = (await self.session.exec(query)).all()
+        return frozenset(gang["first_port"] for gang in gangs if gang)
 
     async def traces_of(self, attempt_ids: Collection[str]) -> dict[str, Trace]:
         """What is known of these attempts, without the templates: agents list all that they have, every two seconds."""
@@ -216,10 +253,10 @@ class ExecutorUnit(UnitOfWork):
     async def executions_of_job(self, job_id: str) -> Sequence[ExecutionRow]:
         return (await self.session.exec(select(ExecutionRow).where(ExecutionRow.job_id == job_id))).all()
 
-    async def unfinished(self) -> Sequence[tuple[str, str, str]]:
-        """Id, node and state of each, without the templates: this is read every two seconds."""
-        query = select(ExecutionRow.id, ExecutionRow.node_id, ExecutionRow.state).where(ExecutionRow.state != ENDED)
-        return (await self.session.exec(query)).all()
+    async def unfinished(self) -> Sequence[tuple[str, str, str, str]]:
+        """Id, attempt, node and state of each, without the templates: this is read every two seconds."""
+        query = select(ExecutionRow.id, ExecutionRow.attempt_id, ExecutionRow.node_id, ExecutionRow.state)
+        return (await self.session.exec(query.where(ExecutionRow.state != ENDED))).all()
 
     async def holders(self) -> Sequence[tuple[str, str, str, str]]:
         """Node, team, job and template of all that holds something on a node."""
@@ -256,8 +293,8 @@ class ExecutorUnit(UnitOfWork):
         unchanged = (col(ExecutionRow.id) == row.id, col(ExecutionRow.revision) == row.revision)
         await self.session.exec(update(ExecutionRow).where(*unchanged).values(visit_us=at_us))
 
-    async def forget_tokens(self, attempt_ids: Sequence[str]) -> None:
-        await self.session.exec(delete(TokenRow).where(col(TokenRow.attempt_id).in_(attempt_ids)))
+    async def forget_tokens(self, execution_ids: Sequence[str]) -> None:
+        await self.session.exec(delete(TokenRow).where(col(TokenRow.attempt_id).in_(execution_ids)))
 
     async def forget_ended(self, before_us: int) -> int:
         """Deletes what ended before, with its tokens; at most PAGE. How many there were."""
@@ -270,10 +307,13 @@ class ExecutorUnit(UnitOfWork):
 
     async def take_up(self, order: StartOrder, node_id: str) -> None:
         """The row that an order must have had. Its project's archive, limits and the like are the scheduler's."""
-        if await self.execution(order.attempt_id):
+        if await self.execution(order.execution_id):
             return
         row = ExecutionRow(
-            id=order.attempt_id,
+            id=order.execution_id,
+            attempt_id=order.attempt_id,
+            rank=order.rank,
+            gang=_gang_columns(order),
             job_id=order.job_id,
             number=order.number,
             team_id=order.team_id,
@@ -289,10 +329,10 @@ class ExecutorUnit(UnitOfWork):
             visit_us=NEVER_US,
         )
         self.session.add(row)
-        await self.keep_token(secret_hash(order.token), order.attempt_id)
+        await self.keep_token(secret_hash(order.token), order.execution_id)
 
-    async def keep_token(self, token_hash: str, attempt_id: str) -> None:
-        self.session.add(TokenRow(token_hash=token_hash, attempt_id=attempt_id))
+    async def keep_token(self, token_hash: str, execution_id: str) -> None:
+        self.session.add(TokenRow(token_hash=token_hash, attempt_id=execution_id))
 
     async def execution_of_token(self, token_hash: str) -> ExecutionRow | None:
         token = await self.session.get(TokenRow, token_hash)
@@ -367,6 +407,13 @@ class ExecutorUnit(UnitOfWork):
     async def attempts_on(self, node_ids: Iterable[str]) -> Sequence[ExecutionRow]:
         query = select(ExecutionRow).where(col(ExecutionRow.node_id).in_(list(node_ids)), ExecutionRow.state != ENDED)
         return (await self.session.exec(query)).all()
+
+
+def _gang_columns(order: StartOrder) -> dict[str, Any]:
+    if order.gang is None:
+        return {}
+    node_ids = [peer.node_id for peer in order.gang.peers]
+    return {"node_ids": node_ids, "first_port": order.gang.first_port, "key": order.gang.key}
 
 
 # What a node's row and its picture in memory share, under the same names.

@@ -105,7 +105,7 @@ async def start_experiment(message: StartExperiment, unit: SchedulerUnit, call: 
         team_id=principal.team_id,
         project_id=message.project_id,
         name=message.name,
-        kind="single",
+        kind="gang" if template.gang.type else "single",
         created_by=principal.id,
         created_us=unit.now_us,
     )
@@ -163,7 +163,7 @@ async def get_job(message: GetJob, view: SchedulerUnit, call: Envelope) -> JobDe
     entries = await view.timeline(message.job_id)
     return JobDetail(
         job=job_message(case),
-        attempts=tuple(attempt_message(attempt) for attempt in await view.attempts(message.job_id)),
+        attempts=tuple(attempt_message(case.job.template, attempt) for attempt in await view.attempts(message.job_id)),
         timeline=tuple(
             TimelineEntry(
                 at=from_us(entry.at_us),

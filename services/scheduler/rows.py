@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import fields
 from itertools import groupby
 from typing import Any
 
 from sqlalchemy import Row, select
 
-from libs.common.contracts.messages import JobTemplate
+from libs.common.contracts.messages import Execution, JobTemplate
 from libs.common.telemetry import current_traceparent
-from services.scheduler.domain.model import Attempt, Case, Job
+from services.scheduler.domain.model import Attempt, Case, Job, Member
 from services.scheduler.domain.policy import Demand
 from services.scheduler.domain.shapes import Parts, Shape, parts_of
 from services.scheduler.tables import ATTEMPTS, JOBS, PROJECTS
 
 _JOB_FIELDS = tuple(item.name for item in fields(Job))
-_ATTEMPT_FIELDS = tuple(item.name for item in fields(Attempt))
-# Held as JSON, where the model has tuples and mappings.
-_ATTEMPT_LISTS = ("node_ids", "gpu_indices")
-_ATTEMPT_MAPS = ("addresses", "origin")
+# Members are held in columns of another form: where they are, and what was heard of each.
+_ATTEMPT_FIELDS = tuple(item.name for item in fields(Attempt) if item.name != "members")
+_MEMBER_FIELDS = ("node_ids", "seen")
 _NEWEST = "newest_"
 # In these nothing may run.
 CLOSED = ("archived", "deleted")
 CASES = select(
     *(JOBS.c[name] for name in _JOB_FIELDS),
-    *(ATTEMPTS.c[name].label(_NEWEST + name) for name in _ATTEMPT_FIELDS),
+    *(ATTEMPTS.c[name].label(_NEWEST + name) for name in (*_ATTEMPT_FIELDS, *_MEMBER_FIELDS)),
 ).outerjoin_from(JOBS, ATTEMPTS, JOBS.c.attempt_id == ATTEMPTS.c.id)
 PLACES = select(
     JOBS.c.id.label("job_id"), JOBS.c.state, JOBS.c.detail, ATTEMPTS.c.node_ids, ATTEMPTS.c.forgotten
@@ -45,6 +45,7 @@ DEMANDS = (
         JOBS.c.max_wait_us,
         ATTEMPTS.c.node_ids,
         ATTEMPTS.c.gpu_indices,
+        ATTEMPTS.c.seen,
         ATTEMPTS.c.ended_us.label("attempt_ended_us"),
         PROJECTS.c.state.label("project_state"),
     )
@@ -90,8 +91,31 @@ def changing_columns(job: Job) -> dict[str, Any]:
 
 def attempt_columns(attempt: Attempt) -> dict[str, Any]:
     plain = {name: getattr(attempt, name) for name in _ATTEMPT_FIELDS} | {"node_id": attempt.node_id}
-    lists = {name: json.dumps(plain[name]) for name in _ATTEMPT_LISTS}
-    return plain | lists | {name: json.dumps(plain[name]) for name in _ATTEMPT_MAPS}
+    return plain | {
+        "node_ids": json.dumps(attempt.node_ids),
+        "seen": _seen_text(attempt.members),
+        "gpu_indices": json.dumps(attempt.gpu_indices),
+        "addresses": json.dumps(attempt.addresses),
+        "origin": json.dumps(attempt.origin),
+    }
+
+
+def _seen_text(members: Sequence[Member]) -> str:
+    """Nothing for one process alone: the attempt's own columns say what is known of it."""
+    if len(members) == 1:
+        return ""
+    return json.dumps([member.seen.model_dump(mode="json", exclude_defaults=True) for member in members])
+
+
+def _members(row: Row[Any], prefix: str) -> tuple[Member, ...]:
+    node_ids = json.loads(row._mapping[prefix + "node_ids"])
+    text = row._mapping[prefix + "seen"]
+    if text:
+        seen = [Execution.model_validate(each) for each in json.loads(text)]
+    else:
+        state = "" if row._mapping[prefix + "ended_us"] is None else "ended"
+        seen = [Execution(state=state, revision=row._mapping[prefix + "execution_revision"])]
+    return tuple(Member(rank, *each) for rank, each in enumerate(zip(node_ids, seen, strict=True)))
 
 
 def step_of(case: Case) -> tuple[str, ...]:
@@ -122,9 +146,10 @@ def read_case(row: Row[Any]) -> Case:
 
 def read_attempt(row: Row[Any], prefix: str) -> Attempt:
     values = {name: row._mapping[prefix + name] for name in _ATTEMPT_FIELDS}
-    values |= {name: json.loads(values[name]) for name in _ATTEMPT_MAPS}
-    values |= {name: tuple(json.loads(values[name])) for name in _ATTEMPT_LISTS}
-    return Attempt(**values)
+    values["addresses"] = json.loads(values["addresses"])
+    values["origin"] = json.loads(values["origin"])
+    values["gpu_indices"] = tuple(json.loads(values["gpu_indices"]))
+    return Attempt(**values, members=_members(row, prefix))
 
 
 def parts_text(parts: Parts) -> str:
@@ -151,6 +176,11 @@ def read_demand(row: Row[Any], now_us: int) -> Demand | None:
             preferred=node_ids if len(node_ids) > 1 else (),
         )
     if node_ids and row.attempt_ended_us is None:
-        gpus = tuple(json.loads(row.gpu_indices))
-        return Demand(**fixed, node_ids=node_ids, gpu_indices=(gpus,) if len(node_ids) == 1 else ())
+        return Demand(**fixed, node_ids=node_ids, gpu_indices=_gpus_by_rank(row))
     return None
+
+
+def _gpus_by_rank(row: Row[Any]) -> tuple[tuple[int, ...], ...]:
+    if not row.seen:
+        return (tuple(json.loads(row.gpu_indices)),)
+    return tuple(tuple(each.get("gpu_indices", ())) for each in json.loads(row.seen))

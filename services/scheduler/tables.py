@@ -64,6 +64,8 @@ class AttemptRow(Base, table=True):
     """One try of a job; `checked_us` is when the executor was last heard of it, or asked.
 
     `node_ids` is where its processes are, by rank; `node_id` is the first of them.
+    `seen` is what was heard of each rank of a gang, as JSON; empty for a job of one process, of which the other columns
+    say all.
     """
 
     __tablename__ = "attempts"
@@ -77,6 +79,8 @@ class AttemptRow(Base, table=True):
     number: int
     node_id: str
     node_ids: str = Field(sa_type=Text)
+    seen: str = Field(sa_type=Text)
+    decided_by: int | None
     state: str
     detail: str = Field(sa_type=Text)
     exit_code: int | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from libs.common.clock import to_us
 from libs.common.contracts.envelope import Envelope
@@ -148,22 +148,32 @@ class FilesetHandlers:
 
     async def list_files(self, message: ListFiles, view: StorageUnit, call: Envelope) -> FilePage:
         """The files of a set, or of a job's newest sealed artifacts; a job that has none yet gives an empty page."""
-        row = await self._asked_for(message, view, call.principal)
-        if row is None:
+        rows = await self._asked_for(message, view, call.principal)
+        if not rows:
             return FilePage()
-        limit = page_limit(message.limit)
-        found = await view.filesets.files(row.id, _after(message.cursor), limit + 1)
-        items = await asyncio.to_thread(self._downloads, row, found[:limit], message.endpoint)
-        more = encode_cursor(str(found[limit - 1].number)) if len(found) > limit else ""
-        return FilePage(fileset=fileset_of(row), items=items, next_cursor=more)
+        limit, (rank, after) = page_limit(message.limit), _after(message.cursor)
+        items: list[File] = []
+        for row in rows:
+            if row.rank < rank:
+                continue
+            room = limit - len(items)
+            found = await view.filesets.files(row.id, after if row.rank == rank else -1, room + 1)
+            items += await asyncio.to_thread(self._downloads, row, found[:room], message.endpoint)
+            if len(found) > room:
+                last = found[room - 1].number if room else -1
+                more = encode_cursor(f"{row.rank}.{last + 1}")
+                return FilePage(fileset=fileset_of(rows[0]), items=tuple(items), next_cursor=more)
+        return FilePage(fileset=fileset_of(rows[0]), items=tuple(items))
 
-    async def _asked_for(self, message: ListFiles, view: StorageUnit, asker: Principal) -> FilesetRow | None:
+    async def _asked_for(self, message: ListFiles, view: StorageUnit, asker: Principal) -> Sequence[FilesetRow]:
+        """One set, or those of all ranks of a job."""
         if message.fileset_id:
-            return await visible(view, message.fileset_id, asker)
+            return [await visible(view, message.fileset_id, asker)]
         if not message.job_id:
             raise Invalid("fileset_or_job", "Neither a file set nor a job is named.", "Name one of them.")
-        row = await view.filesets.newest_artifacts(asker.team_id, message.job_id)
-        return row if row is not None and may_see(row, asker) else None
+        return [
+            row for row in await view.filesets.newest_artifacts(asker.team_id, message.job_id) if may_see(row, asker)
+        ]
 
     async def _reusable(self, request: OpenFileset, entries: Sequence[Entry], team_id: str) -> FilesetRow | None:
         """A sealed workspace of the team with this digest, or the same request's own set, still open or sealed."""
@@ -171,10 +181,11 @@ class FilesetHandlers:
             for row in await view.filesets.with_digest(team_id, request.kind, request.digest):
                 if row.kind == "workspace" and row.state == SEALED:
                     return row
-                same = (row.project_id, row.job_id, row.attempt) == (
+                same = (row.project_id, row.job_id, row.attempt, row.rank) == (
                     request.project_id,
                     request.job_id,
                     request.attempt,
+                    request.rank,
                 )
                 if same and entries == tuple(_entry(file) for file in await view.filesets.files(row.id)):
                     return row
@@ -204,7 +215,10 @@ class FilesetHandlers:
             key = object_key(row.kind, row.id, file.number)
             return self._signer.get_url(endpoint, key, file.version, file.path.rsplit("/", 1)[-1])
 
-        return tuple(_file(_entry(file), url(file)) for file in files)
+        # What other ranks than the first left is beside what the first did, in folders of their own.
+        folder = f"rank-{row.rank}/" if row.rank else ""
+        entries = ((_entry(file), url(file)) for file in files)
+        return tuple(_file(replace(entry, path=folder + entry.path), link) for entry, link in entries)
 
 
 def allowed_opening(message: OpenFileset, asker: Principal) -> OpenFileset:
@@ -298,6 +312,7 @@ async def _added(unit: StorageUnit, opening: Opening, call: Envelope) -> Fileset
         size_bytes=sum(entry.size_bytes for entry in opening.entries),
         job_id=request.job_id,
         attempt=request.attempt,
+        rank=request.rank,
         created_us=now_us,
         touched_us=now_us,
     )
@@ -319,10 +334,11 @@ def _file(entry: Entry, url: str) -> File:
     return File(path=entry.path, size_bytes=entry.size_bytes, md5=entry.md5, sha256=entry.sha256, url=url)
 
 
-def _after(cursor: str) -> int:
+def _after(cursor: str) -> tuple[int, int]:
+    """The rank whose files are next, and the number of the file before them."""
     if not cursor:
-        return -1
-    text = decode_cursor(cursor)
-    if not text.isdecimal() or int(text) >= MAX_FILES:
+        return 0, -1
+    rank, _, number = decode_cursor(cursor).partition(".")
+    if not (rank.isdecimal() and number.isdecimal()) or int(number) > MAX_FILES:
         raise Invalid("bad_cursor", "The cursor is not one that this API gave.", "Start without a cursor.")
-    return int(text)
+    return int(rank), int(number) - 1

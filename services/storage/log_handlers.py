@@ -158,7 +158,10 @@ class LogHandlers:
             await unit.save_log(row, {"job_revision": job.revision, "project_id": job.project_id})
         attempt = job.attempt
         if row.state != SEALED and attempt.id and not await unit.logs.attempt(job.id, attempt.id):
-            await unit.logs.add(AttemptRow(job_id=job.id, attempt_id=attempt.id, number=attempt.number))
+            ranks = max(1, len(attempt.members))
+            await unit.logs.add(
+                AttemptRow(job_id=job.id, attempt_id=attempt.id, number=attempt.number, rank_count=ranks)
+            )
         return row
 
     async def _log_for(self, frame: LogFrame, unit: StorageUnit, call: Envelope) -> LogRow | None:

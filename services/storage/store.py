@@ -42,6 +42,7 @@ class FilesetRow(Base, table=True):
     size_bytes: int = Field(sa_column=Column(BigInteger, nullable=False))
     job_id: str = Field(max_length=40)
     attempt: int
+    rank: int = 0
     created_us: int = Field(sa_column=Column(BigInteger, nullable=False))
     # When upload URLs were last given.
     touched_us: int = Field(sa_column=Column(BigInteger, nullable=False))
@@ -82,12 +83,13 @@ class LogRow(Base, table=True):
 
 
 class AttemptRow(Base, table=True):
-    """An attempt that the scheduler started, whose last frame is awaited."""
+    """An attempt that the scheduler started; the last frame of each of its ranks is awaited."""
 
     __tablename__ = "log_attempt"
     job_id: str = Field(primary_key=True, max_length=40)
     attempt_id: str = Field(primary_key=True, max_length=40)
     number: int
+    rank_count: int = 1
 
 
 class SourceRow(Base, table=True):
@@ -182,8 +184,8 @@ class Filesets:
         )
         return (await self._session.exec(query)).all()
 
-    async def newest_artifacts(self, team_id: str, job_id: str) -> FilesetRow | None:
-        """The sealed artifacts of the job's greatest attempt that has some."""
+    async def newest_artifacts(self, team_id: str, job_id: str) -> Sequence[FilesetRow]:
+        """The sealed artifacts of the job's greatest attempt that has some, those of each rank, by rank."""
         query = (
             select(FilesetRow)
             .where(
@@ -192,10 +194,14 @@ class Filesets:
                 col(FilesetRow.team_id) == team_id,
                 col(FilesetRow.state) == SEALED,
             )
-            .order_by(col(FilesetRow.attempt).desc(), col(FilesetRow.id).desc())
-            .limit(1)
+            .order_by(col(FilesetRow.attempt).desc(), col(FilesetRow.rank), col(FilesetRow.id).desc())
         )
-        return (await self._session.exec(query)).first()
+        found: dict[int, FilesetRow] = {}
+        for row in (await self._session.exec(query)).all():
+            first = next(iter(found.values()), row)
+            if row.attempt == first.attempt:
+                found.setdefault(row.rank, row)
+        return list(found.values())
 
     async def add(self, row: FilesetRow, entries: Sequence[Entry]) -> None:
         self._session.add(row)
@@ -291,12 +297,12 @@ class Logs:
             self._session.add(row)
         return row
 
-    async def attempts_and_sources(self, job_id: str) -> tuple[list[str], list[tuple[str, bool]]]:
-        attempts = select(AttemptRow.attempt_id).where(col(AttemptRow.job_id) == job_id)
+    async def attempts_and_sources(self, job_id: str) -> tuple[dict[str, int], list[tuple[str, bool]]]:
+        attempts = select(AttemptRow.attempt_id, AttemptRow.rank_count).where(col(AttemptRow.job_id) == job_id)
         sources = select(SourceRow.attempt_id, SourceRow.last).where(col(SourceRow.job_id) == job_id)
         started = (await self._session.exec(attempts)).all()
         heard = (await self._session.exec(sources)).all()
-        return list(started), list(heard)
+        return dict(started), list(heard)
 
     async def hold(self, row: HeldRow) -> None:
         """Keeps an early frame; of two that begin at the same line the one with more lines."""

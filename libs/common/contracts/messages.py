@@ -800,7 +800,7 @@ class Experiment(Message):
     team_id: str = ""
     project_id: str = ""
     name: str = ""
-    # single; later gang and search.
+    # single, or gang; later search.
     kind: str = ""
     created_by: str = ""
     created_at: datetime | None = None
@@ -886,6 +886,8 @@ class OpenFileset(Message):
     attempt: int = 0
     # The front door as the client reached it ("host:port"): URLs are signed for it.
     endpoint: str = ""
+    # Of artifacts: which process of the attempt left them.
+    rank: int = 0
 
 
 class FilesetGrant(Message):

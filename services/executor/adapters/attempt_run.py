@@ -41,7 +41,7 @@ from services.executor.adapters.usage import Subject
 from services.executor.adapters.zygote_keeper import ZygoteKeeper
 from services.executor.domain.execution import ENDED, FINISHING, RUNNING, STARTING, short_reason
 from services.executor.domain.network import MalformedNetwork
-from services.executor.ports import StartOrder
+from services.executor.ports import GangOrder, Peer, StartOrder
 
 LOOK_S = 1.0
 STARTED_PATIENCE_S = 0.2
@@ -83,7 +83,7 @@ class AttemptRun:
         self._means = means
         self._changed = asyncio.Event()
         self._log_changed = asyncio.Event()
-        identity = Identity(order.job_id, order.attempt_id, order.number)
+        identity = Identity(order.job_id, order.attempt_id, order.number, order.rank)
         self._log = AttemptLog(folder.path, identity, self._send_frame, self._log_changed, self._show)
         self._keeping = Keeping(folder, order, self._log, means.sealing, means.node)
         self._preparing = Preparing(
@@ -158,7 +158,7 @@ class AttemptRun:
             try:
                 await self._log.ship()
             except Exception:
-                log.exception("the log is shipped again", extra={"attempt_id": self.order.attempt_id})
+                log.exception("the log is shipped again", extra={"attempt_id": self.order.execution_id})
                 await asyncio.sleep(SHIP_AGAIN_S)
             else:
                 return
@@ -167,7 +167,7 @@ class AttemptRun:
         """Stages and starts, unless that was done before; whatever forbids it becomes the attempt's end."""
         if self._folder.read_exit() or self._folder.read_shim():
             return
-        attempt_id = self.order.attempt_id
+        attempt_id = self.order.execution_id
         starting = try_within_reason(self._prepare_and_start, "start the job", attempt_id, _is_refusal)
         try:
             await self._or_stopped(starting)
@@ -201,7 +201,7 @@ class AttemptRun:
         await self._never_started("refused", str(error))
 
     def _span(self, step: str) -> AbstractContextManager[object]:
-        return span(f"agent {step}", self.order.traceparent, object=self.order.attempt_id)
+        return span(f"agent {step}", self.order.traceparent, object=self.order.execution_id)
 
     async def _or_stopped(self, work: Any) -> None:
         """Does the work, but leaves it when somebody asks for the end."""
@@ -290,8 +290,8 @@ class AttemptRun:
             return
         execution = self._execution(state)
         envelope = Envelope(
-            # The same for the same fact, so that a repetition is stored once; beneath 40 characters.
-            id=f"{self.order.attempt_id}-{state[0]}{execution.node_id[:8]}",
+            # The same for the same fact, so that a repetition is stored once; 40 characters at most.
+            id=f"{self.order.execution_id}-{state[0]}{execution.node_id[:8]}"[:40],
             type=ReportExecution.ROUTE.type,
             source="agent",
             time=utc_now(),
@@ -312,6 +312,7 @@ class AttemptRun:
         order, started, ended = self.order, self._folder.read_started(), self._folder.read_exit()
         seen = Execution(
             attempt_id=order.attempt_id,
+            rank=order.rank,
             job_id=order.job_id,
             number=order.number,
             team_id=order.team_id,
@@ -342,7 +343,7 @@ class AttemptRun:
 
     async def _send_frame(self, first_line: int, body: bytes) -> None:
         envelope = Envelope(
-            id=f"{self.order.attempt_id}-0-{first_line}",
+            id=f"{self.order.attempt_id}-{self.order.rank:x}-{first_line:x}",
             type=LogFrame.ROUTE.type,
             source="agent",
             time=utc_now(),
@@ -409,7 +410,15 @@ def read_order(folder: AttemptFolder) -> StartOrder | None:
     known = {field.name for field in fields(StartOrder)}  # an agent of another version may have written more
     template = JobTemplate.from_wire(plain["template"].encode())
     values = {name: value for name, value in plain.items() if name in known}
-    return StartOrder(**values | {"template": template, "gpu_indices": tuple(plain["gpu_indices"])})
+    gang = plain.get("gang")
+    return StartOrder(
+        **values
+        | {"template": template, "gpu_indices": tuple(plain["gpu_indices"]), "gang": _read_gang(gang) if gang else None}
+    )
+
+
+def _read_gang(plain: dict[str, Any]) -> GangOrder:
+    return GangOrder(**plain | {"peers": tuple(Peer(**peer) for peer in plain["peers"])})
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

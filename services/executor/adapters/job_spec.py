@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from libs.common import secret_refs
 from services.executor.adapters.attempt_folder import AttemptSpec, Bind, FrontDoor, Isolation
 from services.executor.adapters.isolation import closed_to
-from services.executor.domain.network import HOST, NONE, MalformedNetwork, Network, checked_policy, refusal
-from services.executor.ports import StartOrder
+from services.executor.domain.gang import first_free_port
+from services.executor.domain.gang_environment import (
+    GENERATED,
+    gang_command,
+    gang_variables,
+    generated_files,
+    peer_addresses,
+)
+from services.executor.domain.network import HOST, NONE, Gang, MalformedNetwork, Network, checked_policy, refusal
+from services.executor.ports import GangOrder, StartOrder
 
 # Where the in-job `nabla` package is inside a sandbox.
 SDK_INSIDE = "/opt/nabla"
 STOP_GRACE_S = 15.0
+# For the ranks of a gang on one node, in their own network: no machine and no sandbox has it.
+ALONE = "100.127.255.254"
+ALONE_IN_THE_WORLD = {"NABLA_RANK": "0", "NABLA_WORLD_SIZE": "1", "NABLA_LOCAL_RANK": "0"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +61,12 @@ def spec_for(order: StartOrder, environment_prefix: str, node: NodeFacts) -> Att
     uid = job_uid(order.team_uid, environment_prefix, node)
     host, port = door_of(node.front_door)
     env, secret_env = secret_refs.variables(job_variables(order, node))
-    network = network_of(template.network, node)
+    network = network_of(order, node)
     sdk = Bind(str(node.client_folder / "nabla"), f"{SDK_INSIDE}/nabla")
     return AttemptSpec(
-        attempt_id=order.attempt_id,
+        attempt_id=order.execution_id,
         job_id=order.job_id,
-        command=template.command[0] if len(template.command) == 1 else list(template.command),
+        command=command_of(order),
         env=env,
         secret_env=secret_env,
         cpu_count=template.resources.cpu_count or 1.0,
@@ -64,7 +76,7 @@ def spec_for(order: StartOrder, environment_prefix: str, node: NodeFacts) -> Att
         run_as_uid=uid,
         timeout_s=template.timeout_s or None,
         stop_grace_s=STOP_GRACE_S,
-        binds_ro=[sdk] if walled else [],
+        binds_ro=[sdk, *_generated(order, node)] if walled else [],
         binds_rw=[Bind(str(storage_of(order.team_id, node.storage_root, uid)), "/storage")],
         environment_prefix=environment_prefix,
         front_door=[FrontDoor(port, host, port)] if walled and network.policy != NONE else [],
@@ -78,12 +90,61 @@ def spec_for(order: StartOrder, environment_prefix: str, node: NodeFacts) -> Att
     )
 
 
-def network_of(wanted: str, node: NodeFacts) -> Network:
-    """The node's, with the policy that the job asks for. Raises MalformedNetwork."""
-    why_not = refusal(wanted, node.network.reach)
+def command_of(order: StartOrder) -> list[str] | str:
+    """What to run; one word alone is a line for the shell."""
+    if order.gang:
+        return gang_command(order.gang, order.template)
+    words = list(order.template.command)
+    return words[0] if len(words) == 1 else words
+
+
+def generate_files(order: StartOrder, node: NodeFacts) -> None:
+    """Writes what the platform makes for the job, where `_generated` shows it from."""
+    if order.gang is None:
+        return
+    folder = generated_folder(order, node)
+    for name, content in generated_files(order.gang, order.attempt_id).items():
+        folder.mkdir(mode=0o755, exist_ok=True)
+        path = folder / name
+        path.write_text(content)
+        path.chmod(0o755)
+
+
+def _generated(order: StartOrder, node: NodeFacts) -> list[Bind]:
+    folder = generated_folder(order, node)
+    return [Bind(str(folder), GENERATED)] if folder.exists() else []
+
+
+def generated_folder(order: StartOrder, node: NodeFacts) -> Path:
+    return node.node_dir / "attempts" / order.execution_id / "generated"
+
+
+def network_of(order: StartOrder, node: NodeFacts) -> Network:
+    """The node's, with the policy that the job asks for, and what the ranks of a gang share.
+
+    Raises:
+        MalformedNetwork: the text says why it cannot be, for the user to read.
+    """
+    wanted, gang = order.template.network, order.gang
+    nodes = {peer.node_rank for peer in gang.peers} if gang else ()
+    why_not = refusal(wanted, node.network.reach, max(1, len(nodes)))
     if why_not:
         raise MalformedNetwork(why_not)
-    return replace(node.network, policy=checked_policy(wanted)) if wanted else node.network
+    network = replace(node.network, policy=checked_policy(wanted)) if wanted else node.network
+    return replace(network, gang=_shared(order.attempt_id, gang)) if gang else network
+
+
+def _shared(attempt_id: str, gang: GangOrder) -> Gang:
+    """What the gang's ranks on this node share. On one node alone they need an address that is no machine's."""
+    alone = ip_address(gang.me.address).is_loopback
+    return Gang(
+        name=attempt_id,
+        node_address=ALONE if alone else gang.me.address,
+        peer_addresses=peer_addresses(gang),
+        first_port=gang.first_port,
+        last_port=gang.last_port,
+        first_free_port=first_free_port(gang),
+    )
 
 
 def told_network(network: Network) -> str:
@@ -121,20 +182,24 @@ def job_variables(order: StartOrder, node: NodeFacts) -> dict[str, str]:
     sdk = SDK_INSIDE if walled else str(node.client_folder)
     url = urlsplit(node.front_door)
     inside = f"{url.scheme}://127.0.0.1:{door_of(node.front_door)[1]}" if walled else node.front_door
-    return given | {
-        "PYTHONPATH": ":".join(filter(None, ["" if secret_refs.name_in(path) is not None else path, sdk])),
-        "NABLA_API_URL": inside,
-        "NABLA_TOKEN": order.token,
-        "NABLA_EXPERIMENT_ID": order.experiment_id,
-        "NABLA_PROJECT_ID": order.project_id,
-        "NABLA_TEAM_ID": order.team_id,
-        "NABLA_ATTEMPT": str(order.number),
-        "NABLA_RANK": "0",
-        "NABLA_WORLD_SIZE": "1",
-        "NABLA_NODE_ID": node.node_id,
-        # What the job asks of the API belongs to the trace that began with its submission.
-        "TRACEPARENT": order.traceparent,
-    }
+    generated = GENERATED if walled else str(generated_folder(order, node))
+    gang = gang_variables(order.gang, order.attempt_id, generated) if order.gang else ALONE_IN_THE_WORLD
+    return (
+        given
+        | gang
+        | {
+            "PYTHONPATH": ":".join(filter(None, ["" if secret_refs.name_in(path) is not None else path, sdk])),
+            "NABLA_API_URL": inside,
+            "NABLA_TOKEN": order.token,
+            "NABLA_EXPERIMENT_ID": order.experiment_id,
+            "NABLA_PROJECT_ID": order.project_id,
+            "NABLA_TEAM_ID": order.team_id,
+            "NABLA_ATTEMPT": str(order.number),
+            "NABLA_NODE_ID": node.node_id,
+            # What the job asks of the API belongs to the trace that began with its submission.
+            "TRACEPARENT": order.traceparent,
+        }
+    )
 
 
 def door_of(front_door: str) -> tuple[str, int]:

@@ -44,7 +44,7 @@ class Keeping:
         self._log = log
         self._sealing = sealing
         self._hostname = node.hostname
-        self._aside = node.node_dir / UNKEPT / order.attempt_id
+        self._aside = node.node_dir / UNKEPT / order.execution_id
         self._marker = folder.path / "sealed.json"
 
     def record(self) -> KeepingRecord:
@@ -65,7 +65,7 @@ class Keeping:
         if not self._marker.exists():
             step = partial(self._keep, ended)
             try:
-                await try_within_reason(step, "keep what the job left", self._order.attempt_id, is_full_disk)
+                await try_within_reason(step, "keep what the job left", self._order.execution_id, is_full_disk)
             except GivenUp as error:
                 said = f"{error}; it stays on {self._hostname} in {self._aside}"
                 self._log.say("unkept", said, tail=True)
@@ -75,7 +75,7 @@ class Keeping:
 
     async def _keep(self, ended: ExitRecord) -> None:
         order = self._order
-        owner = Owner(order.attempt_id, order.job_id, order.number, order.team_id, order.project_id)
+        owner = Owner(order.execution_id, order.job_id, order.number, order.team_id, order.project_id, order.rank)
         problems = await self._keep_artifacts(owner)
         if ended.reason == "exited" and ended.code == 0:
             problems += await self._keep_models(owner)

@@ -240,7 +240,9 @@ def _write_kernel_settings(spec: Network) -> None:
         "ipv4/ip_unprivileged_port_start": "0",  # the front door's port may be 80, and it is nobody else's here
     }
     if spec.gang:
-        settings["ipv4/ip_local_port_range"] = f"{spec.gang.first_port} {spec.gang.last_port}"
+        settings["ipv4/ip_local_port_range"] = (
+            f"{spec.gang.first_free_port or spec.gang.first_port} {spec.gang.last_port}"
+        )
     for name, value in settings.items():
         path = Path("/proc/sys/net", name)
         if path.exists():  # a kernel without IPv6 has none to switch off

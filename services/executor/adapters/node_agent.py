@@ -2,7 +2,7 @@
 
 A plain class, so that it can be tested without Ray; `ray_agent` makes a Ray actor of it. It owns the node folder:
 
-    attempts/<attempt id>/   see attempt_folder, attempt_run and attempt_log
+    attempts/<execution id>/ see attempt_folder, attempt_run and attempt_log
     tools/, fetching/        what the platform's own tools work in, see toolbox; emptied when an agent starts
     unkept/<attempt id>/     artifacts that the platform failed to keep: they stay until somebody takes them
     cache/                   workspaces by team, built environments by what went into them, downloads by team
@@ -154,36 +154,36 @@ class NodeAgent:
 
     async def start(self, order: StartOrder) -> None:
         """Commits the order and begins with it. Told again, nothing happens."""
-        async with self._writing.setdefault(order.attempt_id, asyncio.Lock()):
-            folder = AttemptFolder(self._attempts / order.attempt_id)
-            if order.attempt_id not in self._runs and read_order(folder) is None:
+        async with self._writing.setdefault(order.execution_id, asyncio.Lock()):
+            folder = AttemptFolder(self._attempts / order.execution_id)
+            if order.execution_id not in self._runs and read_order(folder) is None:
                 await asyncio.to_thread(write_order, folder, order)
             self._adopt(folder)
-        self._writing.pop(order.attempt_id, None)
+        self._writing.pop(order.execution_id, None)
 
-    async def stop(self, attempt_id: str, grace_s: float, reason: str) -> bool:
-        """Asks for the end; False for an attempt unknown here, which then ends before it starts, if it comes."""
-        run = self._runs.get(attempt_id)
+    async def stop(self, execution_id: str, grace_s: float, reason: str) -> bool:
+        """Asks for the end; False for an execution unknown here, which then ends before it starts, if it comes."""
+        run = self._runs.get(execution_id)
         if run:
             await asyncio.to_thread(run.stop, grace_s, reason)
             return True
-        folder = AttemptFolder(self._attempts / attempt_id)
+        folder = AttemptFolder(self._attempts / execution_id)
         folder.path.mkdir(mode=0o700, exist_ok=True)
         await asyncio.to_thread(folder.request_stop, grace_s, reason)
         return False
 
-    async def drop(self, attempt_id: str) -> None:
-        """Deletes the folder of an attempt whose end is reported; others are left alone."""
-        run = self._runs.get(attempt_id)
+    async def drop(self, execution_id: str) -> None:
+        """Deletes the folder of one whose end is reported; others are left alone."""
+        run = self._runs.get(execution_id)
         if run and not run.is_over:
             return
-        self._runs.pop(attempt_id, None)
-        await asyncio.to_thread(_remove_attempt, self._attempts / attempt_id)
+        self._runs.pop(execution_id, None)
+        await asyncio.to_thread(_remove_attempt, self._attempts / execution_id)
         await asyncio.to_thread(self._forget_networks)
 
-    async def held_order(self, attempt_id: str) -> StartOrder | None:
+    async def held_order(self, execution_id: str) -> StartOrder | None:
         """For an executor whose database is older than this attempt."""
-        run = self._runs.get(attempt_id)
+        run = self._runs.get(execution_id)
         return run.order if run else None
 
     async def look(self, believed: Mapping[str, str]) -> AgentView:
@@ -213,13 +213,13 @@ class NodeAgent:
 
     def _adopt(self, folder: AttemptFolder) -> None:
         order = read_order(folder)
-        if order is None or order.attempt_id in self._runs:
+        if order is None or order.execution_id in self._runs:
             return
         assert self._means, "open comes first"
         run = AttemptRun(folder, order, self._means)
-        self._runs[order.attempt_id] = run
+        self._runs[order.execution_id] = run
         if not run.is_over:
-            self._tasks[order.attempt_id] = asyncio.create_task(self._see_through(run))
+            self._tasks[order.execution_id] = asyncio.create_task(self._see_through(run))
 
     async def _see_through(self, run: AttemptRun) -> None:
         pause_s = RETRY_S
@@ -228,11 +228,11 @@ class NodeAgent:
                 try:
                     await run.run()
                 except Exception:
-                    log.exception("attempt is taken up again", extra={"attempt_id": run.order.attempt_id})
+                    log.exception("attempt is taken up again", extra={"attempt_id": run.order.execution_id})
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, LONGEST_RETRY_S)
         finally:
-            self._tasks.pop(run.order.attempt_id, None)
+            self._tasks.pop(run.order.execution_id, None)
 
     @property
     def _has_wall(self) -> bool:
@@ -364,7 +364,7 @@ def environments_in_use(attempts: Path) -> set[str]:
 
 def _is_news(run: AttemptRun, believed: Mapping[str, str]) -> bool:
     """An end that the bus has stored is no news to an executor that no longer waits for it."""
-    known = believed.get(run.order.attempt_id)
+    known = believed.get(run.order.execution_id)
     return run.phase != ENDED if known is None else run.phase != known
 
 

@@ -20,6 +20,7 @@ from services.executor.adapters.building import RECORD, write_new
 from services.executor.adapters.environments import Asker, EnvironmentRefused, Environments, Prepared
 from services.executor.adapters.job_spec import (
     NodeFacts,
+    generate_files,
     job_uid,
     network_of,
     spec_for,
@@ -95,11 +96,12 @@ class Preparing:
             if environment.record:
                 origin |= await self._keep_record(environment)
             uid = job_uid(order.team_uid, environment.prefix, node)
-            network = told_network(network_of(template.network, node))
+            network = told_network(network_of(order, node))
             self._log.say("node", f"node: {node.hostname}, isolation: {told_isolation(uid, node)}, network: {network}")
             if origin:
                 note = json.dumps(origin).encode()
                 await asyncio.to_thread(write_durably, self._folder.path / "origin.json", note)
+            await asyncio.to_thread(generate_files, order, node)
             # The order's own template: the values of secrets are on no disk.
             spec = await asyncio.to_thread(spec_for, order, environment.prefix, node)
             await asyncio.to_thread(AttemptFolder.create, node.node_dir, spec)

@@ -67,14 +67,14 @@ class RayNodeAgent:
     async def start(self, order: StartOrder) -> None:
         await self._pass_on(self._agent.start(order))
 
-    async def stop(self, attempt_id: str, grace_s: float, reason: str) -> bool:
-        return await self._pass_on(self._agent.stop(attempt_id, grace_s, reason))
+    async def stop(self, execution_id: str, grace_s: float, reason: str) -> bool:
+        return await self._pass_on(self._agent.stop(execution_id, grace_s, reason))
 
-    async def drop(self, attempt_id: str) -> None:
-        await self._pass_on(self._agent.drop(attempt_id))
+    async def drop(self, execution_id: str) -> None:
+        await self._pass_on(self._agent.drop(execution_id))
 
-    async def held_order(self, attempt_id: str) -> StartOrder | None:
-        return await self._pass_on(self._agent.held_order(attempt_id))
+    async def held_order(self, execution_id: str) -> StartOrder | None:
+        return await self._pass_on(self._agent.held_order(execution_id))
 
     async def look(self, believed: Mapping[str, str]) -> tuple[str, AgentView]:
         """The fingerprint of its configuration, and what it has to say."""

@@ -60,7 +60,7 @@ class RayCluster:
         await self._in_thread(self._looking, CONNECT_LIMIT_S, self._connection.join)
         return await self._in_thread(self._looking, CALL_LIMIT_S, self._nodes.look, believed, resting)
 
-    async def reserve(self, wanted: Reservation) -> tuple[int, ...]:
+    async def reserve(self, wanted: Reservation) -> tuple[tuple[int, ...], ...]:
         return await self._in_thread(
             self._reserving, GPU_READ_LIMIT_S + CALL_LIMIT_S, self._reservations.reserve, wanted
         )
@@ -74,15 +74,15 @@ class RayCluster:
     async def start(self, node_id: str, order: StartOrder) -> None:
         await self._in_thread(self._calling, CALL_LIMIT_S, self._nodes.call, node_id, "start", order)
 
-    async def stop(self, node_id: str, attempt_id: str, grace_s: float, reason: str) -> bool:
-        call = functools.partial(self._nodes.call, node_id, "stop", attempt_id, grace_s, reason)
+    async def stop(self, node_id: str, execution_id: str, grace_s: float, reason: str) -> bool:
+        call = functools.partial(self._nodes.call, node_id, "stop", execution_id, grace_s, reason)
         return bool(await self._in_thread(self._calling, CALL_LIMIT_S, call))
 
-    async def drop(self, node_id: str, attempt_id: str) -> None:
-        await self._in_thread(self._calling, CALL_LIMIT_S, self._nodes.call, node_id, "drop", attempt_id)
+    async def drop(self, node_id: str, execution_id: str) -> None:
+        await self._in_thread(self._calling, CALL_LIMIT_S, self._nodes.call, node_id, "drop", execution_id)
 
-    async def held_order(self, node_id: str, attempt_id: str) -> StartOrder | None:
-        call = functools.partial(self._nodes.call, node_id, "held_order", attempt_id)
+    async def held_order(self, node_id: str, execution_id: str) -> StartOrder | None:
+        call = functools.partial(self._nodes.call, node_id, "held_order", execution_id)
         found: StartOrder | None = await self._in_thread(self._calling, CALL_LIMIT_S, call)
         return found
 

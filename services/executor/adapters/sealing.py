@@ -108,13 +108,14 @@ class _FileLost(NablaError):
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Whose file sets these are."""
+    """Whose file sets these are; `attempt_id` tells them from those of all others, other ranks' too."""
 
     attempt_id: str
     job_id: str
     number: int
     team_id: str
     project_id: str
+    rank: int = 0
 
 
 class _Refusals:
@@ -207,6 +208,7 @@ class Sealing:
                 files=tuple(listing.files),
                 job_id=owner.job_id,
                 attempt=owner.number,
+                rank=owner.rank,
                 endpoint=self._endpoint,
             )
             turn_key = f"{key}-{kind}-{order.digest[:8]}-{turn}"  # one key never stands for two lists of files

@@ -1,4 +1,4 @@
-"""The life of an execution.
+"""The life of an execution: one process of an attempt, of which a gang has one for each rank.
 
 | from                          | driven by                                        | to        |
 |-------------------------------|--------------------------------------------------|-----------|
@@ -50,6 +50,16 @@ TABLE = TransitionTable(
     },
     terminal=frozenset({ENDED}),
 )
+
+
+def execution_id(attempt_id: str, rank: int | None) -> str:
+    """That of a gang's rank names the rank; a job of one process (None) goes by its attempt alone.
+
+    An attempt's id has a fixed length, so that no other's can be read out of it.
+    """
+    return attempt_id if rank is None else f"{attempt_id}r{rank}"
+
+
 TRIGGER_OF_REPORT = {RUNNING: "run", FINISHING: "finish", ENDED: "end"}
 
 

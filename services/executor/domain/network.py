@@ -52,6 +52,10 @@ class MalformedNetwork(ValueError):
 class Gang:
     """What the ranks of one gang on one node share: a network namespace of this name, which has the node's own
     address, and in it `first_port` to `last_port`, to which the peers' nodes reach 1:1, and this one to theirs.
+
+    Args:
+        first_free_port: from here on ports are given to whoever asks for any; those before it have owners, and who
+            waits for one of them to listen must not come upon himself there.
     """
 
     name: str
@@ -59,6 +63,7 @@ class Gang:
     peer_addresses: list[str] = field(default_factory=list)
     first_port: int
     last_port: int
+    first_free_port: int = 0
 
     def __post_init__(self) -> None:
         for address in (self.node_address, *self.peer_addresses):

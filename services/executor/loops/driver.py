@@ -7,16 +7,18 @@ import logging
 from collections.abc import Sequence
 
 from libs.common.clock import to_us, utc_now
+from libs.common.contracts.gangs import rank_template, ranks_of
 from libs.common.faults import crash_point
 from libs.common.ids import new_secret, secret_hash
 from libs.common.telemetry import span
 from libs.common.waiting import end, happens
 from services.executor.domain.execution import ACCEPTED, ENDED, RESERVED, amounts_for
+from services.executor.domain.gang import BLOCKS, free_block, gang_order, missing_addresses
 from services.executor.domain.inventory import GONE
 from services.executor.domain.isolation import PROCESS, refusal
 from services.executor.handlers import advance
 from services.executor.loops.endings import ExecutorStore, end_execution, load
-from services.executor.ports import Cluster, ClusterAway, NodeAway, NoRoom, Reservation, StartOrder
+from services.executor.ports import Cluster, ClusterAway, NodeAway, NoRoom, Part, Reservation, StartOrder
 from services.executor.settings import ExecutorSettings
 from services.executor.store import NEVER_US, ExecutionRow, ExecutorUnit
 
@@ -90,7 +92,7 @@ class Driver:
             await self._reserve_and_tell(row)
         elif row.state == RESERVED:
             # Somebody crashed between reserving and noting that the agent was told: a new token, and again.
-            await self._tell(row, *await self._store.run(lambda unit: self._prepare_order(unit, row.id)))
+            await self._tell(row, await self._store.run(lambda unit: self._prepare_order(unit, row.id)))
         else:
             await self._look_again(row, None)
 
@@ -98,40 +100,62 @@ class Driver:
         if forbidden := await self._refusal(row):
             await self._end(row, "refused", forbidden)
             return
-        amounts = amounts_for(row.read_template().resources)
         crash_point("executor.before_reserve")
         try:
-            gpus = await self._cluster.reserve(Reservation(row.id, row.node_id, amounts))
+            await self._store.run(lambda unit: _take_ports(unit, row.attempt_id))
+            gpus = await self._cluster.reserve(reservation_of(row))
         except NodeAway as error:
             await self._end(row, "lost", f"it never started: {error}")
         except NoRoom as error:
             await self._wait_for_room(row, error)
         else:
             crash_point("executor.after_reserve")
-            reserved, token, uid = await self._store.run(lambda unit: self._note_reserved(unit, row.id, gpus))
+            reserved, order = await self._store.run(lambda unit: self._note_reserved(unit, row, gpus))
             crash_point("executor.before_tell")
-            await self._tell(reserved, token, uid)
+            await self._tell(reserved, order)
 
     async def _refusal(self, row: ExecutionRow) -> str:
-        """Why the job may not run on this node as it is, or nothing."""
+        """Why the job may not run on its nodes as they are, or nothing."""
+        gang = row.read_gang()
+        wanted = set(gang.node_ids) if gang else {row.node_id}
         async with self._store.view() as view:
-            isolation = next((node.isolation for node in await view.nodes() if node.id == row.node_id), "")
-        if isolation != PROCESS:
+            classes = {node.isolation for node in await view.nodes() if node.id in wanted}
+        if PROCESS not in classes:
             return ""
         number = await self._store.run(lambda unit: unit.team_number(row.team_id))
-        return refusal(isolation, self._settings.host, number)
+        return refusal(PROCESS, self._settings.host, number)
 
     async def _note_reserved(
-        self, unit: ExecutorUnit, attempt_id: str, gpus: Sequence[int]
-    ) -> tuple[ExecutionRow, str, int]:
-        row = await advance(unit, await load(unit, attempt_id), "reserve", gpu_indices=list(gpus), detail="")
-        return row, *await self._prepare_order(unit, attempt_id)
+        self, unit: ExecutorUnit, lead: ExecutionRow, gpus: Sequence[Sequence[int]]
+    ) -> tuple[ExecutionRow, StartOrder]:
+        """Of all ranks at once: the others are due from now on."""
+        for row, indices in zip(await unit.of_attempts([lead.attempt_id]), gpus, strict=True):
+            reserved = await advance(unit, row, "reserve", gpu_indices=list(indices), detail="", visit_us=0)
+            if row.id == lead.id:
+                lead = reserved
+        return lead, await self._prepare_order(unit, lead.id)
 
-    async def _prepare_order(self, unit: ExecutorUnit, attempt_id: str) -> tuple[str, int]:
-        """A fresh token, of which only the hash is kept, and the uid of the team."""
-        row, token = await load(unit, attempt_id), new_secret("nbla")
+    async def _prepare_order(self, unit: ExecutorUnit, execution_id: str) -> StartOrder:
+        """With a fresh token, of which only the hash is kept, and the uid of the team."""
+        row, token = await load(unit, execution_id), new_secret("nbla")
         await unit.keep_token(secret_hash(token), row.id)
-        return token, self._settings.uid_base + await unit.team_number(row.team_id)
+        uid = self._settings.uid_base + await unit.team_number(row.team_id)
+        template = row.read_template()
+        ranks, gang = ranks_of(template), row.read_gang()
+        return StartOrder(
+            attempt_id=row.attempt_id,
+            job_id=row.job_id,
+            number=row.number,
+            team_id=row.team_id,
+            project_id=row.project_id,
+            experiment_id=row.experiment_id,
+            template=rank_template(template, ranks[row.rank]),
+            token=token,
+            team_uid=uid,
+            gpu_indices=tuple(row.gpu_indices),
+            traceparent=row.traceparent,
+            gang=gang_order(template.gang.type, gang, ranks, row.rank, await _addresses(unit)) if gang else None,
+        )
 
     async def _wait_for_room(self, row: ExecutionRow, error: NoRoom) -> None:
         waited_s = (to_us(utc_now()) - row.accepted_us) / 1_000_000
@@ -140,37 +164,22 @@ class Driver:
             return
         await self._end(row, "lost", f"it never started: {error}")
 
-    async def _note_waiting(self, unit: ExecutorUnit, attempt_id: str, why: str) -> None:
+    async def _note_waiting(self, unit: ExecutorUnit, execution_id: str, why: str) -> None:
         """Keeps why it does not start yet, for who asks; it is due again, after those that were due before."""
-        row = await load(unit, attempt_id)
+        row = await load(unit, execution_id)
         if row.state == ACCEPTED and row.detail != why:
             row = await unit.change(row, detail=why)
         await unit.visit_again(row, to_us(utc_now()))
 
-    async def _tell(self, row: ExecutionRow, token: str, uid: int) -> None:
+    async def _tell(self, row: ExecutionRow, order: StartOrder) -> None:
         if row.stop_reason or row.state == ENDED:
             return
-        await self._cluster.start(row.node_id, self._order(row, token, uid))
+        await self._cluster.start(row.node_id, order)
         crash_point("executor.after_tell")
         await self._store.run(lambda unit: self._note_told(unit, row.id))
 
-    def _order(self, row: ExecutionRow, token: str, uid: int) -> StartOrder:
-        return StartOrder(
-            attempt_id=row.id,
-            job_id=row.job_id,
-            number=row.number,
-            team_id=row.team_id,
-            project_id=row.project_id,
-            experiment_id=row.experiment_id,
-            template=row.read_template(),
-            token=token,
-            team_uid=uid,
-            gpu_indices=tuple(row.gpu_indices),
-            traceparent=row.traceparent,
-        )
-
-    async def _note_told(self, unit: ExecutorUnit, attempt_id: str) -> None:
-        row = await load(unit, attempt_id)
+    async def _note_told(self, unit: ExecutorUnit, execution_id: str) -> None:
+        row = await load(unit, execution_id)
         if row.state == ENDED:
             return
         visit_us = 0 if row.stop_reason else NEVER_US
@@ -195,9 +204,12 @@ class Driver:
         await end_execution(self._store, row.id, reason, detail)
 
     async def _clean_up(self, row: ExecutionRow) -> None:
-        crash_point("executor.before_release")
-        await self._cluster.release(row.id)
-        crash_point("executor.after_release")
+        async with self._store.view() as view:
+            is_over = all(each.state == ENDED for each in await view.of_attempts([row.attempt_id]))
+        if is_over:
+            crash_point("executor.before_release")
+            await self._cluster.release(row.attempt_id)
+            crash_point("executor.after_release")
         keep_until_us = (row.ended_us or 0) + int(await self._keep_folder_s(row.node_id) * 1_000_000)
         if not row.log_sealed:
             await self._visit_at(row, NEVER_US)
@@ -227,3 +239,35 @@ class Driver:
 
     async def _visit_at(self, row: ExecutionRow, at_us: int) -> None:
         await self._store.run(lambda unit: unit.visit_again(row, at_us))
+
+
+def reservation_of(row: ExecutionRow) -> Reservation:
+    """What the attempt of this row holds, with all its ranks."""
+    template, gang = row.read_template(), row.read_gang()
+    nodes = gang.node_ids if gang else (row.node_id,)
+    wishes = [rank_template(template, rank).resources for rank in ranks_of(template)]
+    parts = (Part(node_id, amounts_for(wish)) for node_id, wish in zip(nodes, wishes, strict=True))
+    return Reservation(row.attempt_id, tuple(parts))
+
+
+async def _take_ports(unit: ExecutorUnit, attempt_id: str) -> None:
+    """Gives a gang its ports, once.
+
+    Raises:
+        NoRoom: the other gangs on its nodes have all of them, or a node of it is not known well enough yet.
+    """
+    rows = await unit.of_attempts([attempt_id])
+    gang = rows[0].read_gang()
+    if gang is None or gang.first_port:
+        return
+    if missing := missing_addresses(gang, await _addresses(unit)):
+        raise NoRoom(f"nobody knows the address of the node {missing[0][:12]} yet, where other ranks would find it")
+    first_port = free_block(await unit.ports_taken(gang.node_ids))
+    if not first_port:
+        raise NoRoom(f"its nodes have {BLOCKS} gangs, and no ports left for one more")
+    for row in rows:
+        await unit.change(row, gang=row.gang | {"first_port": first_port})
+
+
+async def _addresses(unit: ExecutorUnit) -> dict[str, str]:
+    return {node.id: node.address for node in await unit.nodes()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from functools import partial
 
@@ -13,9 +13,10 @@ from sqlalchemy.exc import DBAPIError
 
 from libs.common.clock import to_us, utc_now
 from libs.common.errors import Refusal, StaleRevision, Unavailable
-from services.executor.domain.execution import ENDED, FINISHING, RUNNING, STARTING, amounts_for
+from services.executor.domain.execution import ENDED, FINISHING, RUNNING, STARTING
+from services.executor.loops.driver import reservation_of
 from services.executor.loops.endings import ExecutorStore, load
-from services.executor.ports import Cluster, ClusterAway, Logs, NodeAway, NoRoom, Reservation
+from services.executor.ports import Cluster, ClusterAway, Logs, NodeAway, NoRoom
 from services.executor.settings import ExecutorSettings
 from services.executor.store import PAGE, ExecutionRow, ExecutorUnit
 
@@ -86,24 +87,31 @@ class Sweeper:
         """One pass. Reservations with names unknown here belong to others."""
         reserved = await self._cluster.reserved()
         async with self._store.view() as view:
-            holders = await view.executions(reserved)
-            started = [each for each, _, state in await view.unfinished() if state in (STARTING, RUNNING, FINISHING)]
-            forgotten = await view.executions([each for each in started if each not in reserved][:PAGE])
-        for row in holders:
-            if row.state == ENDED:
-                await self._cluster.release(row.id)
-        for row in forgotten:
-            await self._reserve_again(row)
+            holders = await view.of_attempts(reserved)
+            started = {each for _, each, _, state in await view.unfinished() if state in (STARTING, RUNNING, FINISHING)}
+            forgotten = await view.of_attempts(sorted(started - reserved)[:PAGE])
+        for attempt_id, rows in _by_attempt(holders).items():
+            if all(row.state == ENDED for row in rows):
+                await self._cluster.release(attempt_id)
+        for rows in _by_attempt(forgotten).values():
+            await self._reserve_again(rows)
 
-    async def _reserve_again(self, row: ExecutionRow) -> None:
-        amounts = amounts_for(row.read_template().resources)
+    async def _reserve_again(self, rows: Sequence[ExecutionRow]) -> None:
+        attempt_id = rows[0].attempt_id
         try:
-            gpus = await self._cluster.reserve(Reservation(row.id, row.node_id, amounts))
+            gpus = await self._cluster.reserve(reservation_of(rows[0]))
         except (NodeAway, NoRoom) as error:
-            log.warning("a running attempt has no reservation", extra={"attempt_id": row.id, "reason": str(error)})
+            log.warning("a running attempt has no reservation", extra={"attempt_id": attempt_id, "reason": str(error)})
             return
-        if list(gpus) != row.gpu_indices:
-            log.warning("Ray counts other GPUs than the attempt uses", extra={"attempt_id": row.id})
+        if [list(indices) for indices in gpus] != [row.gpu_indices for row in rows]:
+            log.warning("Ray counts other GPUs than the attempt uses", extra={"attempt_id": attempt_id})
+
+
+def _by_attempt(rows: Iterable[ExecutionRow]) -> dict[str, list[ExecutionRow]]:
+    found: dict[str, list[ExecutionRow]] = {}
+    for row in rows:
+        found.setdefault(row.attempt_id, []).append(row)
+    return found
 
 
 async def _note_asked(unit: ExecutorUnit, attempt_id: str, sealed: bool) -> None:

@@ -127,8 +127,8 @@ class Watcher:
             unfinished, draining = await view.unfinished(), await view.draining()
             is_wanted = bool(await view.demand(to_us(utc_now())))
         believed: dict[str, dict[str, str]] = {}
-        for attempt_id, node_id, state in unfinished:
-            believed.setdefault(node_id, {})[attempt_id] = state
+        for execution_id, _, node_id, state in unfinished:
+            believed.setdefault(node_id, {})[execution_id] = state
         wanted = {node.id for node in self._nodes} - draining if is_wanted else set()
         return _Plan(believed, draining, self._resting(draining, wanted | set(believed)))
 
@@ -211,7 +211,7 @@ class Watcher:
             log.warning("a stray is not stopped yet", extra={"attempt_id": attempt_id, "reason": str(error)})
 
     async def _take(self, unit: ExecutorUnit, report: Execution) -> None:
-        row = await unit.execution(report.attempt_id)
+        row = await unit.of_rank(report.attempt_id, report.rank)
         if row is None:
             return
         try:

@@ -30,16 +30,27 @@ Attempt:
     placed, starting, running, finishing   preempted  preempt: stopped, though nobody wanted the job cancelled
     placed, starting, running, finishing   lost       lose: fenced, or its machine is gone
 
-Steps may be skipped, as a report may be overtaken by a later one; nothing ever moves back.
+Steps may be skipped, as a report may be overtaken by a later one; nothing ever moves back. An attempt of several
+processes moves when all of them have come so far; see `members`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from libs.common.clock import to_us
 from libs.common.contracts.messages import Execution, Retry, Seat, StartExecution, StopExecution
 from libs.common.transitions import TransitionTable
+from services.scheduler.domain.members import (
+    common_phase,
+    deciding,
+    ends_well,
+    is_being_ended,
+    seated,
+    takes,
+    title,
+    with_news,
+)
 from services.scheduler.domain.model import Attempt, Case, Job
 from services.scheduler.domain.shapes import memory_text
 
@@ -118,10 +129,10 @@ def admit(job: Job, now_us: int, actor: str) -> Case:
     return Case(replace(_move(job, "admit"), queued_us=now_us), cause="admitted", actor=actor)
 
 
-def place(job: Job, attempt_id: str, node_ids: tuple[str, ...], now_us: int) -> Case:
-    """A new attempt on a node for each of its processes, and the command that starts it."""
+def place(job: Job, attempt_id: str, node_ids: Iterable[str], now_us: int) -> Case:
+    """A new attempt with a node for each rank, and the command that starts it."""
     number = job.attempt_count + 1
-    fresh = Attempt(id=attempt_id, number=number, node_ids=node_ids, created_us=now_us)
+    fresh = Attempt(id=attempt_id, number=number, created_us=now_us, members=seated(node_ids))
     attempt = replace(fresh, state=ATTEMPTS.next_state(fresh.id, fresh.state, "place"))
     placed = replace(_move(job, "place"), attempt_count=number, started_us=None, exit_code=None)
     return Case(placed, attempt, (start_command(placed, attempt),), "placed")
@@ -139,7 +150,9 @@ def ask_to_stop(case: Case, now_us: int, actor: str = "") -> Case:
         return case
     unwanted = replace(job, desired_state=CANCELLED)
     if attempt and is_open(attempt):
-        return Case(replace(unwanted, detail=BEING_STOPPED), attempt, (stop_command(attempt),), "stop_asked", actor)
+        return Case(
+            replace(unwanted, detail=BEING_STOPPED), attempt, (stop_command(unwanted, attempt),), "stop_asked", actor
+        )
     ended = replace(_move(unwanted, "cancel", "stopped before it ran"), ended_us=now_us)
     return Case(ended, attempt, cause="stop_asked", actor=actor)
 
@@ -149,6 +162,7 @@ def follow_execution(case: Case, execution: Execution, now_us: int, jitter: floa
 
     A snapshot of another attempt than the job's newest, of one that has ended, or no newer than what was applied
     before, changes nothing. But an end counts whatever its revision: those of a restored database begin again.
+    When it decides how a gang ends, the ranks that still run are told to stop.
 
     Args:
         jitter: by chance between 0 and 1; how much of a new try's delay is waited, so that not all come back at once.
@@ -159,19 +173,36 @@ def follow_execution(case: Case, execution: Execution, now_us: int, jitter: floa
     if attempt.forgotten:
         attempt = replace(attempt, forgotten=False)
         case = regain_contact(Case(case.job, attempt))
-    if execution.revision <= attempt.execution_revision and execution.state != "ended":
+    if not takes(attempt, execution):
         return case
-    seen = _with_facts(attempt, execution)
-    match execution.state:
-        case "running":
-            return _running(case.job, _move_attempt(seen, "run"), "", now_us, "started")
-        case "finishing":
-            sealing = _move_attempt(seen, "finish")
-            return _running(case.job, sealing, "its artifacts are being sealed", now_us, "process_ended")
+    seen = with_news(case.job.template, attempt, execution)
+    if attempt.decided_by is None and is_being_ended(seen):
+        return replace(_moved(case.job, seen, now_us, jitter), commands=(stop_command(case.job, seen),))
+    return _moved(case.job, seen, now_us, jitter)
+
+
+def _moved(job: Job, seen: Attempt, now_us: int, jitter: float) -> Case:
+    match common_phase(seen.members):
         case "ended":
-            return _ended(case.job, seen, execution, now_us, jitter)
+            return _ended(job, seen, now_us, jitter)
+        case "running":
+            return _running(job, _move_attempt(seen, "run"), _why_ending(job, seen), now_us, "started")
+        case "finishing":
+            detail = _why_ending(job, seen) or "its artifacts are being sealed"
+            return _running(job, _move_attempt(seen, "finish"), detail, now_us, "process_ended")
         case _:
-            return _accepted(case.job, _move_attempt(seen, "accept"))
+            return _accepted(job, _move_attempt(seen, "accept"))
+
+
+def _why_ending(job: Job, attempt: Attempt) -> str:
+    """Of a gang whose end is decided while some of its ranks still run."""
+    if attempt.decided_by is None:
+        return ""
+    decided = attempt.members[attempt.decided_by]
+    if ends_well(decided.seen):
+        return "its work is done; the other ranks are being ended"
+    detail = outcome_of(job, decided.seen).detail
+    return f"{title(job.template, decided.rank)}: {detail}; the other ranks are being stopped"
 
 
 def lose_contact(case: Case, detail: str) -> Case:
@@ -206,7 +237,7 @@ def missing_commands(case: Case, *, known: bool) -> tuple[StartExecution | StopE
     if attempt is None or not is_open(attempt):
         return ()
     start = (start_command(job, attempt),) if not known and attempt.execution_revision < 0 else ()
-    stop = (stop_command(attempt),) if job.desired_state == CANCELLED else ()
+    stop = (stop_command(job, attempt),) if job.desired_state == CANCELLED or is_being_ended(attempt) else ()
     return (*start, *stop)
 
 
@@ -275,7 +306,6 @@ def is_open(attempt: Attempt) -> bool:
 
 
 def start_command(job: Job, attempt: Attempt) -> StartExecution:
-    seats = tuple(Seat(rank=rank, node_id=node_id) for rank, node_id in enumerate(attempt.node_ids))
     return StartExecution(
         attempt_id=attempt.id,
         job_id=job.id,
@@ -284,12 +314,20 @@ def start_command(job: Job, attempt: Attempt) -> StartExecution:
         node_id=attempt.node_id,
         experiment_id=job.experiment_id,
         template=job.template,
-        seats=seats if len(seats) > 1 else (),
+        seats=_seats(job, attempt),
     )
 
 
-def stop_command(attempt: Attempt) -> StopExecution:
-    return StopExecution(attempt_id=attempt.id, reason=CANCELLED)
+def _seats(job: Job, attempt: Attempt) -> tuple[Seat, ...]:
+    if not job.template.gang.type:
+        return ()
+    return tuple(Seat(rank=member.rank, node_id=member.node_id) for member in attempt.members)
+
+
+def stop_command(job: Job, attempt: Attempt) -> StopExecution:
+    """Stops what runs of the attempt: because somebody asked, or because the end of one of its ranks decided."""
+    reason = CANCELLED if job.desired_state == CANCELLED else _why_ending(job, attempt)
+    return StopExecution(attempt_id=attempt.id, reason=reason)
 
 
 def _accepted(job: Job, attempt: Attempt) -> Case:
@@ -307,8 +345,12 @@ def _running(job: Job, attempt: Attempt, detail: str, now_us: int, cause: str) -
     return Case(moved, replace(attempt, started_us=started_us), cause=cause, actor=EXECUTOR)
 
 
-def _ended(job: Job, attempt: Attempt, execution: Execution, now_us: int, jitter: float) -> Case:
-    outcome = outcome_of(job, execution)
+def _ended(job: Job, attempt: Attempt, now_us: int, jitter: float) -> Case:
+    decided = deciding(attempt)
+    execution, outcome = decided.seen, outcome_of(job, decided.seen)
+    if job.template.gang.type and not ends_well(execution) and job.desired_state != CANCELLED:
+        outcome = replace(outcome, detail=f"{title(job.template, decided.rank)}: {outcome.detail}")
+    attempt = replace(attempt, exit_code=execution.exit_code)
     over = replace(_move_attempt(attempt, outcome.attempt_trigger), ended_us=now_us, detail=outcome.detail)
     tries_left = _tries_left(job, outcome.retry)
     if tries_left > 0:
@@ -349,21 +391,6 @@ def _requeued(job: Job, outcome: Outcome, now_us: int, jitter: float) -> Job:
         queued_us=now_us,
         ready_us=now_us + int(delay_s * 1_000_000),
         started_us=None,
-    )
-
-
-def _with_facts(attempt: Attempt, execution: Execution) -> Attempt:
-    return replace(
-        attempt,
-        execution_revision=execution.revision,
-        detail=execution.detail,
-        exit_code=execution.exit_code,
-        isolation=execution.isolation or attempt.isolation,
-        peak_memory_bytes=max(execution.peak_memory_bytes, attempt.peak_memory_bytes),
-        addresses=execution.addresses or attempt.addresses,
-        gpu_indices=execution.gpu_indices or attempt.gpu_indices,
-        origin=execution.origin or attempt.origin,
-        started_us=to_us(execution.started_at) if execution.started_at else attempt.started_us,
     )
 
 

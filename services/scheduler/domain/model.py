@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from libs.common.contracts.messages import JobTemplate, StartExecution, StopExecution
+from libs.common.contracts.messages import Execution, JobTemplate, StartExecution, StopExecution
 
 DEFAULT_PRIORITY = 50
+UNHEARD_OF = Execution(revision=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One process of an attempt, and the newest snapshot of what the executor says of it."""
+
+    rank: int
+    node_id: str
+    seen: Execution = UNHEARD_OF
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,16 +24,18 @@ class Attempt:
     """One try of a job. Its number is the only fence: what an older one reports never changes the job.
 
     Args:
-        node_ids: where its processes are, by rank.
-        execution_revision: the newest snapshot applied of what the executor says; -1 before the first.
+        members: all its processes, by rank: one, or those of a gang.
+        decided_by: the rank whose end decided how the attempt ends, while others may still be ending.
+        execution_revision: the newest snapshot applied of what the executor says of any rank; -1 before the first.
         forgotten: the executor told of it before and says now that it knows of none: its database was restored.
     """
 
     id: str
     number: int
-    node_ids: tuple[str, ...]
     created_us: int
+    members: tuple[Member, ...]
     state: str = "created"
+    decided_by: int | None = None
     detail: str = ""
     exit_code: int | None = None
     started_us: int | None = None
@@ -39,7 +51,12 @@ class Attempt:
     @property
     def node_id(self) -> str:
         """Where its first process is."""
-        return self.node_ids[0]
+        return self.members[0].node_id
+
+    @property
+    def node_ids(self) -> tuple[str, ...]:
+        """Where its processes are, by rank."""
+        return tuple(member.node_id for member in self.members)
 
 
 @dataclass(frozen=True, slots=True)

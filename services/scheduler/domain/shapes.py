@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import NamedTuple
 
+from libs.common.contracts.gangs import rank_template, ranks_of
 from libs.common.contracts.messages import JobTemplate, Resources
 
 WHOLE_GPU = 1000
@@ -73,14 +74,7 @@ def shape_of(
 
 def parts_of(template: JobTemplate) -> Parts:
     """What each process of the job asks for, by rank: one for a single job."""
-    if not template.gang.roles:
-        return (_asked(template.resources),)
-    # A role that wishes for nothing asks for what the template does.
-    nothing = Resources()
-    asked = ((role.resources if role.resources != nothing else template.resources) for role in template.gang.roles)
-    return tuple(
-        shape for role, shape in zip(template.gang.roles, map(_asked, asked), strict=True) for _ in range(role.count)
-    )
+    return tuple(_asked(rank_template(template, rank).resources) for rank in ranks_of(template))
 
 
 def _asked(wish: Resources) -> Shape:

@@ -7,7 +7,9 @@ from datetime import datetime
 
 from libs.common.clock import from_us
 from libs.common.contracts import messages
+from libs.common.contracts.gangs import ranks_of
 from libs.common.contracts.message import Message
+from services.scheduler.domain.members import phase_of
 from services.scheduler.domain.model import Attempt, Case, Experiment
 
 EVENTS: dict[str, type[Message]] = {
@@ -44,12 +46,12 @@ def job_message(case: Case) -> messages.Job:
         started_at=_moment(job.started_us),
         ended_at=_moment(job.ended_us),
         exit_code=job.exit_code,
-        attempt=attempt_message(case.attempt) if case.attempt else messages.Attempt(),
+        attempt=attempt_message(job.template, case.attempt) if case.attempt else messages.Attempt(),
         created_by=job.created_by,
     )
 
 
-def attempt_message(attempt: Attempt) -> messages.Attempt:
+def attempt_message(template: messages.JobTemplate, attempt: Attempt) -> messages.Attempt:
     return messages.Attempt(
         id=attempt.id,
         number=attempt.number,
@@ -65,6 +67,28 @@ def attempt_message(attempt: Attempt) -> messages.Attempt:
         addresses=attempt.addresses,
         gpu_indices=attempt.gpu_indices,
         origin=attempt.origin,
+        members=_member_messages(template, attempt),
+    )
+
+
+def _member_messages(template: messages.JobTemplate, attempt: Attempt) -> tuple[messages.Member, ...]:
+    if not template.gang.type:
+        return ()
+    return tuple(
+        messages.Member(
+            rank=member.rank,
+            role=rank.role,
+            node_id=member.node_id,
+            state=phase_of(member),
+            reason=member.seen.reason,
+            detail=member.seen.detail,
+            exit_code=member.seen.exit_code,
+            isolation=member.seen.isolation,
+            peak_memory_bytes=member.seen.peak_memory_bytes,
+            addresses=member.seen.addresses,
+            gpu_indices=member.seen.gpu_indices,
+        )
+        for rank, member in zip(ranks_of(template), attempt.members, strict=True)
     )
 
 

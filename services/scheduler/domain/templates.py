@@ -10,6 +10,7 @@ from libs.common import secret_refs
 from libs.common.contracts.messages import JobTemplate, Resources, Retry
 from libs.common.errors import Invalid, TooLarge
 from libs.common.ids import is_id
+from services.scheduler.domain.gangs import checked_gang
 from services.scheduler.domain.machine_types import MachineTypes, filled_template
 from services.scheduler.domain.origins import check_origins
 
@@ -45,7 +46,9 @@ def checked_template(
     Raises:
         Invalid, TooLarge: naming the field, why it cannot be, and what to write.
     """
-    filled = filled_template(template, types or {}).model_copy(update={"kind": template.kind or "command"})
+    filled = filled_template(checked_gang(template), types or {}).model_copy(
+        update={"kind": template.kind or "command"}
+    )
     _check_kind(filled.kind, kinds)
     _check_name(filled.name)
     _check_command(filled.command)
@@ -53,6 +56,9 @@ def checked_template(
     _check_secrets(filled)
     _check_resources(filled.resources)
     for role in filled.gang.roles:
+        if role.command:
+            _check_command(role.command)
+        _check_env(role.env)
         _check_resources(role.resources)
     _check_limits(filled)
     _check_retry(filled.retry)

@@ -31,6 +31,8 @@ from services.scheduler.store import GONE, Inventory, Place, SchedulerStore, Sch
 from services.scheduler.tables import ATTEMPTS, JOBS
 
 ROWS = 100
+# Of which the executor tells in one answer; each is about a kilobyte.
+RANKS = 500
 # Jobs of each live state whose contact is looked at: few bytes each.
 PLACES = 1000
 # Each is a question of its own.
@@ -137,9 +139,9 @@ class Reconciler:
                 limit=ROWS,
             )
         told = {case.attempt.id: case.attempt.execution_revision >= 0 for case in due if case.attempt}
-        for team_id, ids in _attempts_by_team(due).items():
+        for team_id, ids in _attempts_by_team(due):
             try:
-                known = {item.attempt_id: item for item in await self._executor.executions(team_id, ids)}
+                known = await self._executor.executions(team_id, ids)
             except Refusal as refusal:
                 log.info("the executor does not tell its executions", extra={"reason": refusal.detail})
                 # The next pass begins with others.
@@ -147,7 +149,8 @@ class Reconciler:
                 if isinstance(refusal, Unavailable):
                     return
                 continue
-            forgotten = {each for each in ids if each not in known and told[each]}
+            named = {item.attempt_id for item in known}
+            forgotten = {each for each in ids if each not in named and told[each]}
             await self._store.run(partial(_converge, attempt_ids=ids, known=known, forgotten=forgotten))
 
     async def _review_reasons(self, unit: SchedulerUnit) -> None:
@@ -206,33 +209,43 @@ def _is_wrong(place: Place, ready: frozenset[str], detail: str) -> bool:
 
 
 async def _converge(
-    unit: SchedulerUnit, attempt_ids: list[str], known: dict[str, Execution], forgotten: Collection[str]
+    unit: SchedulerUnit, attempt_ids: list[str], known: Collection[Execution], forgotten: Collection[str]
 ) -> None:
     """Applies what the executor knows of these attempts, and sends again what it should know.
 
     Args:
         forgotten: those of which it had told before it was asked, and does not know now.
     """
-    for execution in known.values():
+    for execution in known:
         try:
             await apply_execution(unit, execution)
         except IllegalTransition as error:
             log.error(
                 "the executor tells what cannot be", extra={"attempt": execution.attempt_id, "reason": str(error)}
             )
+    named = {execution.attempt_id for execution in known}
     for case in await unit.cases(ATTEMPTS.c.id.in_(attempt_ids)):
         assert case.attempt
         if case.attempt.id in forgotten:
             await unit.save(case, forget(case))
-        commands = missing_commands(case, known=case.attempt.id in known)
+        commands = missing_commands(case, known=case.attempt.id in named)
         with span("scheduler repeat commands", case.job.traceparent, object=case.job.id):
             await unit.send(replace(case, commands=commands))
     await unit.mark_checked(ATTEMPTS, attempt_ids)
 
 
-def _attempts_by_team(cases: list[Case]) -> dict[str, list[str]]:
-    attempts: dict[str, list[str]] = defaultdict(list)
+def _attempts_by_team(cases: list[Case]) -> list[tuple[str, list[str]]]:
+    """What to ask in one question each: attempts of one team, and no more ranks than an answer holds."""
+    questions: list[tuple[str, list[str]]] = []
+    room: dict[str, int] = defaultdict(int)
+    asked: dict[str, list[str]] = {}
     for case in cases:
-        if case.attempt:
-            attempts[case.job.team_id].append(case.attempt.id)
-    return attempts
+        if case.attempt is None:
+            continue
+        team_id, ranks = case.job.team_id, len(case.attempt.members)
+        if room[team_id] < ranks:
+            room[team_id], asked[team_id] = RANKS, []
+            questions.append((team_id, asked[team_id]))
+        asked[team_id].append(case.attempt.id)
+        room[team_id] -= ranks
+    return questions

@@ -11,7 +11,8 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -82,16 +83,19 @@ def lost_lines(first_sequence: int, last_sequence: int, now: datetime) -> Slice:
     return Slice(first_sequence, (Batch(to_us(now), PLATFORM_STREAM, count),), text)
 
 
-def nothing_awaited(attempts: Iterable[str], closed_by_source: Iterable[tuple[str, bool]]) -> bool:
-    """Whether each started attempt has said its last line, on each rank that was heard.
+def nothing_awaited(rank_counts: Mapping[str, int], closed_by_source: Iterable[tuple[str, bool]]) -> bool:
+    """Whether each started attempt has said its last line, on each of its ranks.
 
     Args:
-        closed_by_source: (attempt id, its `last` frame came) of each attempt and rank.
+        rank_counts: how many ranks each attempt has.
+        closed_by_source: (attempt id, its `last` frame came) of each attempt and rank that was heard.
     """
-    closed: dict[str, bool] = {}
+    closed: Counter[str] = Counter()
     for attempt_id, last in closed_by_source:
-        closed[attempt_id] = closed.get(attempt_id, True) and last
-    return all(closed.values()) and all(attempt in closed for attempt in attempts)
+        if not last:
+            return False
+        closed[attempt_id] += 1
+    return all(closed[attempt_id] >= count for attempt_id, count in rank_counts.items())
 
 
 @dataclass(slots=True)

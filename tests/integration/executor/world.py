@@ -167,10 +167,11 @@ class Neighbours:
         frames = [LogFrame.from_wire(message.data or b"") for message in messages]
         return [frame for frame in frames if frame.job_id == job_id]
 
-    async def log(self, job_id: str) -> list[LogLine]:
-        """The whole log, demanding that no line is missing or double."""
+    async def log(self, job_id: str, rank: int = 0) -> list[LogLine]:
+        """The whole log of a rank, demanding that no line is missing or double."""
         lines: list[LogLine] = []
-        for frame in sorted(await self.frames(job_id), key=lambda frame: frame.first_line):
+        frames = [frame for frame in await self.frames(job_id) if frame.rank == rank]
+        for frame in sorted(frames, key=lambda frame: frame.first_line):
             assert frame.first_line == len(lines), "the frames do not follow each other"
             lines += Slice.from_message(frame.slice).of(frame.attempt, frame.rank).lines()
         return lines
@@ -265,7 +266,7 @@ async def reports(neighbours: Neighbours) -> list[ReportExecution]:
     """What agents have told the executor, where no executor takes it from the stream."""
     jetstream = neighbours.client.jetstream(timeout=5)
     state = (await jetstream.stream_info("CMD")).state
-    messages = [await jetstream.get_msg("CMD", number) for number in range(state.first_seq, state.last_seq + 1)]
+    messages = [await jetstream.get_msg("CMD", number) for number in range(max(state.first_seq, 1), state.last_seq + 1)]
     return [ReportExecution.from_wire(message.data or b"") for message in messages]
 
 

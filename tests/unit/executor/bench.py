@@ -63,18 +63,21 @@ class Bench:
     async def deliver(self, message: Message, **envelope: Any) -> None:
         """The same delivery twice, as the bus may do."""
         route = next(route for route in routes().routes if route.message is type(message))
-        call = Envelope(
+        call = self.envelope(message, SERVICE, **envelope)
+        for _ in range(2):
+            outcomes = await self.store.run(lambda unit: self._apply(unit, route.handler, message, call))
+            assert outcomes is None
+
+    def envelope(self, message: Message, sender: Principal, **fields: Any) -> Envelope:
+        return Envelope(
             id=new_id("event"),
             type=message.ROUTE.type,
             source="test",
             time=utc_now(),
             team_id=TEAM,
-            sender=SERVICE,
-            **envelope,
+            sender=sender,
+            **fields,
         )
-        for _ in range(2):
-            outcomes = await self.store.run(lambda unit: self._apply(unit, route.handler, message, call))
-            assert outcomes is None
 
     async def _apply(self, unit: ExecutorUnit, handler: Any, message: Message, call: Envelope) -> None:
         await handler(message, unit, call)

@@ -9,11 +9,15 @@ import pytest
 
 from libs.common.contracts.messages import JobTemplate
 from libs.common.ids import new_id
-from services.executor.ports import Cluster, NodeAway, NoRoom, Reservation, StartOrder
+from services.executor.ports import Cluster, NodeAway, NoRoom, Part, Reservation, StartOrder
 
 
 def reservation(node_id: str, **amounts: float) -> Reservation:
-    return Reservation(new_id("attempt"), node_id, amounts or {"CPU": 1.0})
+    return gang_reservation(node_id, amounts or {"CPU": 1.0})
+
+
+def gang_reservation(node_id: str, *amounts: dict[str, float]) -> Reservation:
+    return Reservation(new_id("attempt"), tuple(Part(node_id, each) for each in amounts))
 
 
 def order(*command: str) -> StartOrder:
@@ -47,8 +51,8 @@ class ClusterSuite:
 
     async def test_a_reservation_is_held_until_it_is_released(self, cluster: Cluster, node_id: str) -> None:
         wanted = reservation(node_id)
-        assert await cluster.reserve(wanted) == ()
-        assert await cluster.reserve(wanted) == ()
+        assert await cluster.reserve(wanted) == ((),)
+        assert await cluster.reserve(wanted) == ((),)
         assert wanted.attempt_id in await cluster.reserved()
         await cluster.release(wanted.attempt_id)
         await cluster.release(wanted.attempt_id)
@@ -85,10 +89,37 @@ class ClusterSuite:
     async def test_gpus_are_given_once(self, cluster: Cluster, node_id: str) -> None:
         both = [reservation(node_id, CPU=1.0, GPU=1.0) for _ in range(2)]
         given = [await cluster.reserve(wanted) for wanted in both]
-        assert sorted(given) == [(0,), (1,)]
+        assert sorted(given) == [((0,),), ((1,),)]
         assert [await cluster.reserve(wanted) for wanted in both] == given
         for wanted in both:
             await cluster.release(wanted.attempt_id)
+
+    async def test_a_gang_is_reserved_whole_or_not_at_all(self, cluster: Cluster, node_id: str) -> None:
+        room, small = reservation(node_id, CPU=1.0), {"CPU": 1.0}
+        await cluster.reserve(room)
+        gang = gang_reservation(node_id, small, small, {"CPU": 2.0})
+        with pytest.raises(NoRoom):
+            await cluster.reserve(gang)
+        between = reservation(node_id, CPU=3.0)
+        assert await cluster.reserve(between) == ((),)
+        for held in (room, between):
+            await cluster.release(held.attempt_id)
+
+        async def fits() -> bool:
+            try:
+                return await cluster.reserve(gang) == ((), (), ())
+            except NoRoom:
+                return False
+
+        await eventually(fits)
+        await cluster.release(gang.attempt_id)
+
+    async def test_each_rank_of_a_gang_has_gpus_of_its_own(self, cluster: Cluster, node_id: str) -> None:
+        gang = gang_reservation(node_id, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 1.0}, {"CPU": 1.0, "GPU": 1.0})
+        given = await cluster.reserve(gang)
+        assert (sorted(given[::2]), given[1]) == ([(0,), (1,)], ())
+        assert await cluster.reserve(gang) == given
+        await cluster.release(gang.attempt_id)
 
     async def test_an_attempt_is_started_once_stopped_and_dropped(self, cluster: Cluster, node_id: str) -> None:
         asked = order()

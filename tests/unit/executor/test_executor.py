@@ -512,8 +512,8 @@ class SlowCluster(FakeCluster):
 
     warm: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def reserve(self, wanted: Reservation) -> tuple[int, ...]:
-        if wanted.gpu_count:
+    async def reserve(self, wanted: Reservation) -> tuple[tuple[int, ...], ...]:
+        if any(part.gpu_count for part in wanted.parts):
             await self.warm.wait()
         return await super().reserve(wanted)
 

@@ -52,7 +52,9 @@ async def test_a_gang_is_told_its_seats_and_frees_all_of_them(world):
     waiting = await world.submit(resources=Resources(cpu_count=4))
     await world.restart()
     assert await world.place() == 0
-    await ends(world, job_id, reason="exited", exit_code=0)
+    for rank in range(3):
+        assert await world.place() == 0
+        await ends(world, job_id, rank=rank, reason="exited", exit_code=0)
     assert await world.place() == 1
     assert (await world.job(waiting)).state == "starting"
 
@@ -62,7 +64,8 @@ async def test_a_gang_that_is_tried_again_goes_where_it_was(world):
     await world.report_nodes(node("node3"), node("node4"))
     job_id = await world.submit(gang=gang, resources=Resources(cpu_count=4), max_retries=1)
     await world.place()
-    await ends(world, job_id, reason="exited", exit_code=1)
+    await ends(world, job_id, rank=1, reason="exited", exit_code=1)
+    await ends(world, job_id, rank=0, reason="stopped")
     await world.report_nodes(node("node1"), node("node2"), node("node3"), node("node4"))
     world.wait(2)
     assert await world.place() == 1

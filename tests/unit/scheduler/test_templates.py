@@ -45,7 +45,10 @@ def test_a_bare_template_gets_its_defaults():
         ("container.registry_password", {"container": Container(registry_password="plain text")}),
         ("source.password", {"source": Source(password="plain text")}),
         ("source.username", {"source": Source(username="secret:a/b")}),
-        ("gang.roles.0.env.A", {"gang": Gang(roles=(Role(env={"A": "secret:.."}),))}),
+        (
+            "gang.roles.0.env.A",
+            {"gang": Gang(type="torch", roles=(Role(name="worker", count=2, env={"A": "secret:.."}),))},
+        ),
         ("resources.cpu_count", {"resources": Resources(cpu_count=-1)}),
         ("resources.cpu_count", {"resources": Resources(cpu_count=math.nan)}),
         ("resources.cpu_count", {"resources": Resources(cpu_count=math.inf)}),

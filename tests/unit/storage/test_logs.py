@@ -15,7 +15,7 @@ from sqlalchemy import event, update
 from sqlmodel import col
 
 from libs.common.clock import to_us
-from libs.common.contracts.messages import JobCancelled, JobFailed, JobStarting, JobSucceeded, LogFrame, LogPage
+from libs.common.contracts.messages import JobCancelled, JobFailed, JobStarting, JobSucceeded, LogFrame, LogPage, Member
 from libs.common.errors import Invalid, Unavailable
 from libs.common.loglines import Slice
 from services.storage.domain.logs import LOG, nothing_awaited, packed_blocks, unpacked_block
@@ -35,10 +35,12 @@ def test_each_trigger_in_each_state(state: str, trigger: str, after: str) -> Non
 
 
 def test_a_log_is_awaited_until_each_started_attempt_has_said_its_last_line() -> None:
-    assert nothing_awaited([], [])
-    assert not nothing_awaited(["a"], [])
-    assert not nothing_awaited(["a"], [("a", True), ("a", False)])
-    assert nothing_awaited(["a"], [("a", True), ("b", True)])
+    assert nothing_awaited({}, [])
+    assert not nothing_awaited({"a": 1}, [])
+    assert not nothing_awaited({"a": 1}, [("a", True), ("a", False)])
+    assert nothing_awaited({"a": 1}, [("a", True), ("b", True)])
+    assert not nothing_awaited({"a": 2}, [("a", True)])
+    assert nothing_awaited({"a": 2}, [("a", True), ("a", True)])
 
 
 async def texts(world: World, limit: int = 0) -> list[str]:
@@ -141,6 +143,23 @@ async def test_the_log_is_sealed_when_the_job_ended_and_the_last_frame_came(worl
     await world.keeper.keep_logs()
     assert await texts(world) == ["a", "b"]
     assert len(await world.events()) == 1
+
+
+async def test_the_log_of_a_gang_is_whole_when_every_rank_has_said_its_last_line(world: World) -> None:
+    started = job(1, 1)
+    members = (Member(rank=0), Member(rank=1))
+    gang = started.model_copy(update={"attempt": started.attempt.model_copy(update={"members": members})})
+    await world.deliver(JobStarting(job=gang))
+    await world.deliver(frame(0, "a", last=True))
+    await world.deliver(JobSucceeded(job=job(2, 1)))
+    await world.keeper.keep_logs()
+    assert not (await world.page()).complete
+    await world.deliver(frame(0, "b", last=True, rank=1))
+    await world.keeper.keep_logs()
+    page = await world.page()
+    assert page.complete
+    assert [(line.rank, line.text) for line in page.lines] == [(0, "a"), (1, "b")]
+    assert await world.events() == ["nabla.evt.t1.log.sealed.v1"]
 
 
 @pytest.mark.parametrize("state", ["succeeded", "failed", "cancelled", "timed_out"])

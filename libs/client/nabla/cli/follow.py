@@ -136,8 +136,12 @@ class _Bar:
 
 
 def show_line(line: LogLine, dim: bool = False, to_stderr: bool = False) -> None:
-    """The job's output on the same stream it was written to; the platform's own words on standard error."""
-    text = click.style(line.text, dim=True) if line.stream == "nabla" and dim else line.text
+    """The job's output on the same stream it was written to; the platform's own words on standard error.
+
+    In a gang's log the lines of all ranks but the first say whose they are.
+    """
+    text = f"[rank {line.rank}] {line.text}" if line.rank else line.text
+    text = click.style(text, dim=True) if line.stream == "nabla" and dim else text
     click.echo(text, nl=not line.cut, err=to_stderr or _to_stderr(line))
 
 

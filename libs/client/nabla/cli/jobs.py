@@ -15,7 +15,7 @@ from nabla.cli.queueing import explain as explain_command
 from nabla.cli.session import Group, Session, pass_session
 from nabla.errors import ApiError
 from nabla.hints import LAST_LINES, readable_size
-from nabla.objects import Attempt, Job, JobDetail, LogLine
+from nabla.objects import Attempt, Job, JobDetail, LogLine, Member
 
 if TYPE_CHECKING:
     from nabla.client import Client
@@ -72,12 +72,21 @@ def get(session: Session, job: str) -> None:
 @click.argument("job")
 @click.option("--follow", "-f", is_flag=True, help="Until the job has ended.")
 @click.option("--tail", type=click.IntRange(0, MOST_LINES), help="Start with the last N lines.")
+@click.option("--rank", type=click.IntRange(0), help="Of a job of several processes, only this one's.")
 @pass_session
-def logs(session: Session, job: str, follow: bool, tail: int | None) -> None:
-    """Print a job's log. With --json one object a line. After --follow a failed job ends with its reason and a hint."""
+def logs(session: Session, job: str, follow: bool, tail: int | None, rank: int | None) -> None:
+    """Print a job's log. With --json one object a line. After --follow a failed job ends with its reason and a hint.
+
+    The processes of one job are told apart by their rank; lines without one are rank 0's.
+    """
     from nabla.cli.follow import conclude, in_sight, print_json_line, show_line
 
-    show = print_json_line if session.as_json else show_line
+    show_any = print_json_line if session.as_json else show_line
+
+    def show(line: LogLine) -> None:
+        if rank is None or line.rank == rank:
+            show_any(line)
+
     client = session.client()
     seen: deque[LogLine] = deque(maxlen=LAST_LINES)
     start = after = 0 if tail is None else _before_last(client, job, tail)
@@ -198,6 +207,11 @@ def _result(job: Job) -> object:
     return "" if job.exit_code is None else job.exit_code
 
 
+def _member(member: Member) -> tuple[object, ...]:
+    code = "" if member.exit_code is None else member.exit_code
+    return member.rank, member.role, member.state, code, member.node_id[:12], member.detail or member.reason
+
+
 def _show(found: JobDetail) -> None:
     job, template, attempt = found.job, found.job.template, found.job.attempt or Attempt()
     details(
@@ -223,6 +237,9 @@ def _show(found: JobDetail) -> None:
             ("ended", job.ended_at),
         ]
     )
+    if attempt.members:
+        click.echo()
+        table(("RANK", "ROLE", "STATE", "EXIT", "NODE", "DETAIL"), list(map(_member, attempt.members)), "")
     rows = [(entry.at, entry.state, entry.attempt or "", entry.detail) for entry in found.timeline]
     click.echo()
     table(("WHEN", "STATE", "ATTEMPT", "DETAIL"), rows, "No history yet.")

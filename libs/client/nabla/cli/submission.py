@@ -22,7 +22,7 @@ from nabla.cli.project_choice import choose_project
 from nabla.cli.session import Session
 from nabla.cli.values import size, span
 from nabla.hints import readable_size
-from nabla.objects import Experiment, JobTemplate, ModelOutput, Resources, Retry
+from nabla.objects import Experiment, Gang, JobTemplate, ModelOutput, Resources, Retry
 from nabla.paths import NoHome
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 ASK_ABOVE_BYTES = 1 << 30
 ASK_ABOVE_FILES = 50_000
+ALONE = Gang()
 F = TypeVar("F", bound=Callable[..., object])
 
 
@@ -68,9 +69,10 @@ class Options:
     yes: bool
 
 
-def submission_options(function: F) -> F:
+def submission_options(function: F, *, command_required: bool = True) -> F:
     """The options of a submission, in the order in which help shows them."""
-    for option in reversed(_OPTIONS):
+    argument = click.argument("command", nargs=-1, type=click.UNPROCESSED, required=command_required)
+    for option in reversed((*_OPTIONS, argument)):
         function = option(function)
     return function
 
@@ -125,12 +127,11 @@ _OPTIONS = (
     click.option("--no-workspace", is_flag=True, help="Send no folder along."),
     click.option("--detach", is_flag=True, help="Print the job's id and return at once."),
     click.option("--yes", is_flag=True, help="Answer questions with yes."),
-    click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True),
 )
 
 
-def submit_and_follow(session: Session, options: Options, folder: Path) -> int:
-    """Everything `nabla run` does. The answer is the exit code."""
+def submit_and_follow(session: Session, options: Options, folder: Path, gang: Gang = ALONE) -> int:
+    """Everything `nabla run` does; a gang's processes are told apart in the log. The answer is the exit code."""
     env, models = environment.parse(options.env), tuple(map(model_output, options.models))
     place = place_of(_said(options), folder)
     if place.folder:
@@ -161,6 +162,7 @@ def submit_and_follow(session: Session, options: Options, folder: Path) -> int:
         network=options.network or "",
         models=models,
         origin=origin,
+        gang=gang,
     )
     try:
         experiment = client.experiments.start(project, template.name, template)
