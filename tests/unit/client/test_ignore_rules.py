@@ -26,7 +26,8 @@ rules = st.builds(
     st.booleans(),
     st.lists(st.sampled_from(PIECES), min_size=1, max_size=3),
     st.booleans(),
-)
+    # pathspec takes `a/**/` for `a/`, which means a itself too.
+).filter(lambda rule: not rule.endswith("/**/"))
 files = st.dictionaries(st.sampled_from(FOLDERS), st.lists(rules, max_size=4), max_size=3)
 trees = st.sets(st.tuples(st.sampled_from(FOLDERS), st.sampled_from(NAMES)), min_size=1, max_size=8)
 

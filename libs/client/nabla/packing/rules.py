@@ -7,6 +7,7 @@ Three kinds of rule, strongest first: never (secrets and what only makes sense o
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -21,6 +22,7 @@ SECRETS = (
     ".git-credentials", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.ppk",
     "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*",
 )  # fmt: skip
+SLASH = "ps_d"
 MACHINE_FOLDERS = frozenset(
     {".venv", "venv", "node_modules", "__pycache__", ".git", ".hg", ".svn", ".nabla"}
     | {".mypy_cache", ".ruff_cache", ".pytest_cache", ".tox", ".nox", ".ipynb_checkpoints"}
@@ -95,7 +97,33 @@ def _layer(path: Path, base: str) -> tuple[Layer, ...]:
 def _verdict(layers: tuple[Layer, ...], path: str) -> bool | None:
     """The innermost file that says anything decides, as in git."""
     for layer in reversed(layers):
-        include = layer.spec.check_file(path[len(layer.base) :]).include
+        include = _said_of(layer.spec, path[len(layer.base) :])
         if include is not None:
             return include
     return None
+
+
+def _said_of(spec: GitIgnoreSpec, path: str) -> bool | None:
+    """The last pattern that means the path itself decides.
+
+    pathspec's own verdict also weighs patterns that mean a folder above; whoever walks folder by folder has asked
+    about those before, and a folder is then no longer taken for what is in it.
+    """
+    for pattern in reversed(list(spec.patterns)):
+        if pattern.include is not None and _means(pattern.regex, path):  # type: ignore[attr-defined]
+            include: bool = pattern.include
+            return include
+    return None
+
+
+def _means(pattern: re.Pattern[str], path: str) -> bool:
+    """Whether it is the path itself: in pathspec's expressions the group is the slash behind what a pattern means."""
+    bare = path.rstrip("/")
+    found = pattern.search(bare)
+    if found and not found.groupdict().get(SLASH):
+        return True
+    if bare == path:
+        return False
+    last = len(path) - 1
+    tries = (pattern.search(path), pattern.search(path, last))
+    return any(found.start(SLASH) == last for found in tries if found and found.groupdict().get(SLASH))
