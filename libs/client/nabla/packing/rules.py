@@ -110,9 +110,8 @@ def _said_of(spec: GitIgnoreSpec, path: str) -> bool | None:
     about those before, and a folder is then no longer taken for what is in it.
     """
     for pattern in reversed(list(spec.patterns)):
-        if pattern.include is not None and _means(pattern.regex, path):  # type: ignore[attr-defined]
-            include: bool = pattern.include
-            return include
+        if pattern.include is not None and pattern.regex is not None and _means(pattern.regex, path):
+            return pattern.include
     return None
 
 
