@@ -58,7 +58,7 @@ def open_front_door(network: int, doors: Sequence[FrontDoor], uid: int | None) -
     Connections wait in the listeners from now on, so the command can be let go.
     """
     targets = [_resolve(door.target_host, door.target_port) for door in doors]
-    listeners = _listen_inside(network, [door.listen_port for door in doors], uid)
+    listeners = _listen_inside(network, [door.listen_port for door in doors])
     way = Way([Route(s, *target) for s, target in zip(listeners, targets, strict=True)], None, uid)
     way.serve()
     return way
@@ -88,13 +88,13 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _listen_inside(network: int, ports: Sequence[int], uid: int | None) -> list[socket.socket]:
+def _listen_inside(network: int, ports: Sequence[int]) -> list[socket.socket]:
     """Have a forked helper enter the namespace, make the sockets there and pass them back."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         helper = os.fork()
         if helper == 0:
-            _run_helper(theirs, network, ports, uid)
+            _run_helper(theirs, network, ports)
         theirs.close()
         ours.settimeout(_WAIT_S)
         try:
@@ -106,10 +106,10 @@ def _listen_inside(network: int, ports: Sequence[int], uid: int | None) -> list[
     return [socket.socket(fileno=descriptor) for descriptor in descriptors]
 
 
-def _run_helper(channel: socket.socket, network: int, ports: Sequence[int], uid: int | None) -> NoReturn:
+def _run_helper(channel: socket.socket, network: int, ports: Sequence[int]) -> NoReturn:
     try:
         signal.alarm(int(_WAIT_S))
-        _enter(network, uid)
+        kernel.enter_network(network)
         listeners = [_listen("127.0.0.1", port) for port in ports]
         socket.send_fds(channel, [b"ok"], [listener.fileno() for listener in listeners])
     except OSError as error:
@@ -141,10 +141,10 @@ def _run_relay(routes: Sequence[Route], network: int | None, uid: int | None, sh
 
 
 def _enter(network: int | None, uid: int | None) -> None:
-    if uid is not None:
-        kernel.become(uid)
     if network is not None:
         kernel.enter_network(network)
+    if uid is not None:
+        kernel.become(uid)
 
 
 def keep_only(descriptors: Sequence[int]) -> None:

@@ -75,14 +75,27 @@ def enter_network(network: int) -> None:
     """Move this single-threaded process into a network namespace, without being root.
 
     Its owner is asked of the namespace, not of the process: bwrap moves on into a second user namespace,
-    which has no rights over the network that the first one made.
+    which has no rights over the network that the first one made. Root needs no rights from the owner, and keeps its
+    own: it may give up root afterwards.
     """
+    if os.geteuid() == 0:
+        _check(_libc.setns(network, CLONE_NEWNET), "setns net")
+        return
     owner = fcntl.ioctl(network, _NS_GET_USERNS)
     try:
         _check(_libc.setns(owner, CLONE_NEWUSER), "setns user")
         _check(_libc.setns(network, CLONE_NEWNET), "setns net")
     finally:
         os.close(owner)
+
+
+def enter_network_at(path: str) -> None:
+    """As `enter_network`, for a namespace that is kept at a path."""
+    network = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        enter_network(network)
+    finally:
+        os.close(network)
 
 
 def _check(result: int, what: str) -> None:

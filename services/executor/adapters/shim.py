@@ -33,7 +33,8 @@ from services.executor.adapters.attempt_folder import (
 )
 from services.executor.adapters.cgroup import Cgroup, Limits
 from services.executor.adapters.forward import Way
-from services.executor.adapters.launch import Job, LaunchRefused, launch, shell_code
+from services.executor.adapters.launch import clean_up, launch
+from services.executor.adapters.runtime import Job, LaunchRefused, shell_code
 from services.executor.adapters.spool import SpoolWriter, Stream
 
 _READ_BYTES = 256 * 1024
@@ -88,6 +89,7 @@ def see_through(path: str | os.PathLike[str]) -> None:
             started = folder.read_started()  # what it left is kept, although nobody knows how it ended
             record = _refused(f"the shim failed: {error!r}", started.at_us if started else None)
         undead = _end_all()
+        clean_up(folder)
         if undead and undead not in record.detail:
             record = replace(record, detail="; ".join(filter(None, (record.detail, undead))))
         _write_end(folder, record)
@@ -343,7 +345,7 @@ class _Attempt:
         self._kill_at = min(self._kill_at, kill_at)
 
     def _record(self, started_at_us: int, undead: str) -> ExitRecord:
-        code = shell_code(self._status or 0)
+        code = self._job.told_code(shell_code(self._status or 0), self._error_tail)
         if self._kill_at is None:
             self._explain(code)
         refused = self._reason == "refused"
@@ -352,7 +354,7 @@ class _Attempt:
             signal=code - 128 if 128 < code <= 128 + signal.NSIG and not refused else None,
             reason=self._reason,
             detail="; ".join(filter(None, (self._detail, undead))),
-            peak_rss_bytes=max(self._peak_bytes, _largest_child_bytes()),
+            peak_rss_bytes=max(self._peak_bytes, _largest_child_bytes() if self._job.is_largest_child else 0),
             started_at_us=None if refused else started_at_us,
             ended_at_us=_now_us(),
         )
