@@ -24,9 +24,11 @@ LEFT_OUT = ("/share/doc", "/share/man", "/share/locale", "/gconv", "/test/", "/_
 MARK = "made-for-tests"
 
 
-def tiny_image(path: Path) -> Path:
-    """A tar of a root file system with a shell, the usual commands and Python: 30 MB."""
-    with tarfile.open(path, "w") as archive:
+@functools.cache
+def tiny_image() -> bytes:
+    """A tar of a root file system with a shell, the usual commands and Python: 40 MB."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
         for name in FOLDERS:
             _add_folder(archive, name)
         for name, text in (("etc/passwd", USERS), ("etc/group", f"root:x:0:\napp:x:{APP_UID}:\n"), (f"etc/{MARK}", "")):
@@ -35,7 +37,7 @@ def tiny_image(path: Path) -> Path:
             archive.addfile(member, io.BytesIO(text.encode()))
         for file in _files():
             archive.add(file, file.lstrip("/"), recursive=False)
-    return path
+    return content.getvalue()
 
 
 @functools.cache
@@ -87,9 +89,8 @@ def unpacked_image(folder: Path) -> Path:
     """The same as a folder."""
     root = folder / "rootfs"
     root.mkdir(parents=True)
-    with tarfile.open(tiny_image(folder / "image.tar")) as archive:
+    with tarfile.open(fileobj=io.BytesIO(tiny_image())) as archive:
         archive.extractall(root, filter="fully_trusted")
-    (folder / "image.tar").unlink()
     return root
 
 
@@ -98,7 +99,8 @@ def podman_image(engine: Sequence[str]) -> Iterator[str]:
     """The image in podman's store, under a name of this process alone, for as long as the block runs."""
     name = f"localhost/nabla-test-{os.getpid()}:{uuid.uuid4().hex[:8]}"
     with tempfile.TemporaryDirectory(prefix="nabla-image-") as folder:
-        tar = tiny_image(Path(folder, "image.tar"))
+        tar = Path(folder, "image.tar")
+        tar.write_bytes(tiny_image())
         _podman(engine, "import", "--quiet", str(tar), name)
     try:
         yield name

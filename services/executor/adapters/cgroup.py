@@ -71,6 +71,13 @@ class Cgroup:
         names = ("anon", "shmem") if self._unified else ("total_rss", "total_shmem")
         return sum(self._memory_field("memory.stat", name) for name in names)
 
+    def peak_bytes(self) -> int:
+        """The most that the attempt ever held, the page cache with it; 0 where the kernel does not say."""
+        name = "memory.peak" if self._unified else "memory.max_usage_in_bytes"
+        with suppress(OSError, ValueError):
+            return int((self._folders["memory"] / name).read_text())
+        return 0
+
     def remove(self) -> None:
         """Needs every process of the group gone; a killed one leaves it a moment after it was reaped."""
         deadline = time.monotonic() + 1.0

@@ -57,7 +57,6 @@ class PodmanJob(Job):
     _hold: _Hold
     _has_shell: bool
     _kills: int = 0
-    is_largest_child = False
 
     def release(self) -> None:
         self._hold.let_go()

@@ -13,7 +13,7 @@ import os
 import signal
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar, NoReturn, Protocol, Self
+from typing import NoReturn, Protocol, Self
 
 from services.executor.adapters import forward, processes
 from services.executor.adapters.attempt_folder import AttemptFolder, AttemptSpec
@@ -45,9 +45,6 @@ class Job(abc.ABC):
     stderr: int
     ports: dict[int, int] = field(default_factory=dict, kw_only=True)
     ways: list[forward.Way] = field(default_factory=list, kw_only=True)
-
-    # Whether the largest process below `pid` is one of the job's, and not a tool that builds its walls.
-    is_largest_child: ClassVar[bool] = True
 
     @abc.abstractmethod
     def release(self) -> None:

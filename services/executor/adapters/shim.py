@@ -354,10 +354,18 @@ class _Attempt:
             signal=code - 128 if 128 < code <= 128 + signal.NSIG and not refused else None,
             reason=self._reason,
             detail="; ".join(filter(None, (self._detail, undead))),
-            peak_rss_bytes=max(self._peak_bytes, _largest_child_bytes() if self._job.is_largest_child else 0),
+            peak_rss_bytes=max(self._peak_bytes, self._largest_child_bytes()),
             started_at_us=None if refused else started_at_us,
             ended_at_us=_now_us(),
         )
+
+    def _largest_child_bytes(self) -> int:
+        """The largest single process, as the kernel saw it. That may be one that built the walls, larger than all of
+        the job: then what the control group held at its most says so.
+        """
+        largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        held = self._cgroup.peak_bytes() if self._cgroup is not None else 0
+        return min(largest, held) if held else largest
 
     def _explain(self, code: int) -> None:
         """Why a job that nobody ended has ended."""
@@ -422,13 +430,6 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-def _largest_child_bytes() -> int:
-    """The largest single process of the job, as the kernel saw it; at least the shim's own size before
-    exec.
-    """
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
 
 def _say(text: str) -> None:
