@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import signal
+import struct
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUSER = 0x10000000
@@ -13,6 +15,9 @@ CLONE_NEWNET = 0x40000000
 
 _MS_BIND, _MS_REC, _MS_PRIVATE = 4096, 16384, 1 << 18
 _PR_SET_PDEATHSIG, _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 15, 36, 38
+_PR_SET_SECCOMP, _PR_CAPBSET_DROP = 22, 24
+_SECCOMP_MODE_FILTER = 2
+_CAPABILITY_VERSION = 0x20080522
 _NS_GET_USERNS = 0xB701
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -81,12 +86,8 @@ def enter_network(network: int) -> None:
     if os.geteuid() == 0:
         _check(_libc.setns(network, CLONE_NEWNET), "setns net")
         return
-    owner = fcntl.ioctl(network, _NS_GET_USERNS)
-    try:
-        _check(_libc.setns(owner, CLONE_NEWUSER), "setns user")
-        _check(_libc.setns(network, CLONE_NEWNET), "setns net")
-    finally:
-        os.close(owner)
+    join_owner_of(network)
+    _check(_libc.setns(network, CLONE_NEWNET), "setns net")
 
 
 def enter_network_at(path: str) -> None:
@@ -96,6 +97,42 @@ def enter_network_at(path: str) -> None:
         enter_network(network)
     finally:
         os.close(network)
+
+
+def join_namespace(namespace: int) -> None:
+    """Move this process into a namespace of any kind; into one of processes, what it forks from then on."""
+    _check(_libc.setns(namespace, 0), "setns")
+
+
+def join_owner_of(namespace: int) -> None:
+    """Move this single-threaded process into the user namespace that owns another one, and gain all rights there."""
+    owner = fcntl.ioctl(namespace, _NS_GET_USERNS)
+    try:
+        _check(_libc.setns(owner, CLONE_NEWUSER), "setns user")
+    finally:
+        os.close(owner)
+
+
+def drop_bounding_capabilities() -> None:
+    """No program that this process becomes can give it any."""
+    for number in range(64):
+        if _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(number)) < 0:
+            if ctypes.get_errno() == errno.EINVAL:  # beyond the last that the kernel knows
+                return
+            _check(-1, "prctl")
+
+
+def drop_capabilities() -> None:
+    """A change of user keeps them where the former user was not that namespace's root."""
+    header = struct.pack("Ii", _CAPABILITY_VERSION, 0)
+    _check(_libc.capset(header, struct.pack("6I", *[0] * 6)), "capset")
+
+
+def filter_calls(program: bytes) -> None:
+    """Have the kernel judge this process's system calls, and those of all that it starts, by a BPF program."""
+    code = ctypes.create_string_buffer(program, len(program))
+    described = struct.pack("HL", len(program) // 8, ctypes.addressof(code))
+    _check(_libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(_SECCOMP_MODE_FILTER), described), "prctl")
 
 
 def _check(result: int, what: str) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import time
 from collections.abc import Iterator, Mapping
 
-from services.executor.adapters import forward, kernel
+from services.executor.adapters import cgroup, forward, kernel, processes
 from services.executor.adapters.attempt_folder import AttemptFolder, AttemptSpec, Isolation, MalformedSpec
 from services.executor.adapters.cgroup import Cgroup
 from services.executor.adapters.job_view import prepare_folders
@@ -20,16 +22,18 @@ from services.executor.adapters.podman import Podman
 from services.executor.adapters.runtime import Job, LaunchRefused, Runtime
 from services.executor.adapters.sandbox import Bwrap
 
+_STRAYS_LIMIT_S = 5.0
+
 RUNTIMES: Mapping[Isolation, Runtime] = {"bwrap": Bwrap(), "process": Plain(), "podman": Podman()}
 
 
-def launch(spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None) -> Job:
+def launch(spec: AttemptSpec, folder: AttemptFolder, group: Cgroup | None) -> Job:
     """Everything but the command itself. Raises LaunchRefused; the caller sweeps what is left of the try."""
     if os.geteuid() == 0 and spec.run_as_uid is None:
         raise LaunchRefused("the platform runs as root here, and the spec names no other uid to run the job as")
     with _told_as_refusal():
         prepare_folders(spec, folder)
-        job = RUNTIMES[spec.isolation].start(spec, folder, cgroup)
+        job = RUNTIMES[spec.isolation].start(spec, folder, group)
         if spec.is_walled:
             _open_ways(job, spec)
     return job
@@ -40,6 +44,22 @@ def clean_up(folder: AttemptFolder) -> None:
     with contextlib.suppress(MalformedSpec):
         spec = folder.read_spec()
         RUNTIMES[spec.isolation].clean_up(spec, folder)
+
+
+def end_strays(folder: AttemptFolder) -> None:
+    """End what is left of an attempt whose shim was killed, and whoever should have seen that: then its processes
+    belong to nobody, and are told by their control group, or by the attempt's name in their environment.
+    """
+    attempt_id = folder.path.name
+    deadline = time.monotonic() + _STRAYS_LIMIT_S
+    while strays := {*cgroup.members(attempt_id), *processes.tagged(f"NABLA_ATTEMPT_ID={attempt_id}")}:
+        processes.signal_each(strays, signal.SIGKILL)
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    clean_up(folder)
+    while not cgroup.remove_leftover(attempt_id) and time.monotonic() < deadline:
+        time.sleep(0.01)  # what was killed may be there until it is reaped
 
 
 def _open_ways(job: Job, spec: AttemptSpec) -> None:

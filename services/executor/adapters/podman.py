@@ -19,6 +19,7 @@ import os
 import pwd
 import resource
 import select
+import shutil
 import signal
 import subprocess
 import time
@@ -40,6 +41,7 @@ NODE_LABEL = "nabla.node"
 _SETUP_LIMIT_S = 120.0
 _LEAVING_S = 10.0
 _REMOVAL_LIMIT_S = 60.0
+_REMOVALS = 5
 _OOM_SCORE = 300  # when the node itself runs out, a job goes before the platform
 _KILLS_BEFORE_PODMAN = 10
 # What the hooks do: hand what they are given to the shim, and wait for its word. `$1` is the attempt's folder.
@@ -104,8 +106,11 @@ class Podman:
 
     def clean_up(self, spec: AttemptSpec, folder: AttemptFolder) -> None:
         """podman removes a container that ended by itself; this one may have been killed with all around it."""
-        if not _Hold.is_forgotten(folder):
-            remove_container(_image_of(spec).engine, container_of(spec.attempt_id))
+        for _ in range(_REMOVALS):  # conmon may have podman remove it at the same time, and one of the two fails
+            if _Hold.is_forgotten(folder):
+                return
+            if remove_container(_image_of(spec).engine, container_of(spec.attempt_id)):
+                _Hold.forget(folder)
 
 
 class _NoAnswer(Exception):
@@ -166,6 +171,11 @@ class _Hold:
         with contextlib.suppress(FileNotFoundError):
             return not Path((path / "bundle").read_text()).parent.exists()
         return not path.exists()
+
+    @staticmethod
+    def forget(folder: AttemptFolder) -> None:
+        """podman has answered that there is no such container."""
+        shutil.rmtree(_hold_folder(folder), ignore_errors=True)
 
     def _pipe(self, name: str, flags: int) -> int:
         path = self._path / name
@@ -273,6 +283,7 @@ def job_config(config: Mapping[str, Any], spec: AttemptSpec, folder: AttemptFold
     process["args"] = [*process["args"][:2], *wrapped_command(spec)]  # after podman's init and its "--"
     process["env"] = [f"{name}={value}" for name, value in job_environment(spec, folder, of_image).items()]
     process["cwd"] = "/workspace"
+    process["user"] = {**process["user"], "additionalGids": []}
     process["capabilities"] = {name: [] for name in ("bounding", "effective", "inheritable", "permitted", "ambient")}
     process["noNewPrivileges"] = True
     process["oomScoreAdj"] = _OOM_SCORE

@@ -44,8 +44,9 @@ from services.executor.adapters.runtime import (
 )
 
 SYSTEM_BWRAP = "/usr/bin/bwrap"
+# As whom jobs run inside.
+USER_ID = "1000"
 
-_USER_ID = "1000"
 _SYSTEM_LINKS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _ETC_FOLDERS = ("alternatives", "fonts", "pki", "ssl/certs")
 _ETC_FILES = (
@@ -229,7 +230,7 @@ def _options(spec: AttemptSpec, mounts: Iterable[Mount], system: _System, enviro
     options = ["--unshare-user", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv"]
     if spec.network_namespace is not None:
         options += ["--share-net"]  # the one that it has joined
-    options += ["--cap-drop", "ALL", "--uid", _USER_ID, "--gid", _USER_ID, "--hostname", spec.attempt_id]
+    options += ["--cap-drop", "ALL", "--uid", USER_ID, "--gid", USER_ID, "--hostname", spec.attempt_id]
     options += [*system.folders, *_devices(spec.gpu_indices)]
     binds = [[("--ro-bind", "--bind")[mount.writable], mount.source, mount.inside] for mount in mounts]
     bound = [word for bind in binds for word in bind]
@@ -274,8 +275,8 @@ def _etc(spec: AttemptSpec) -> list[str]:
     millisecond. Of an image only files that it has can be covered, and links are not followed.
     """
     files = {
-        "passwd": f"root:x:0:0::/:/bin/false\nnabla:x:{_USER_ID}:{_USER_ID}:Nabla job:/tmp/home:/bin/sh\n",
-        "group": f"root:x:0:\nnabla:x:{_USER_ID}:\n",
+        "passwd": f"root:x:0:0::/:/bin/false\nnabla:x:{USER_ID}:{USER_ID}:Nabla job:/tmp/home:/bin/sh\n",
+        "group": f"root:x:0:\nnabla:x:{USER_ID}:\n",
         "hosts": f"127.0.0.1 localhost {spec.attempt_id}\n::1 localhost\n",
     }
     contents = {name: text.encode() for name, text in files.items()}
