@@ -95,7 +95,7 @@ class AttemptSpec:
     `command` is an argv, or one string for `sh -c`. `environment_prefix` is a virtualenv (or any prefix with
     a bin/) shown read-only at its own path and put first on PATH. `pids_limit` bounds the processes and
     threads of the attempt. `gpu_indices` are the node's own numbers. `run_as_uid` is required when the
-    platform is root. `network_namespace` is the path of one to join; without it a walled job has one of its own.
+    platform is root.
     """
 
     attempt_id: str
@@ -107,7 +107,6 @@ class AttemptSpec:
     gpu_indices: list[int] = field(default_factory=list)
     isolation: Isolation = "bwrap"
     image: Image | None = None
-    network_namespace: str | None = None
     run_as_uid: int | None = None
     timeout_s: float | None = None
     stop_grace_s: float = 15.0
@@ -406,7 +405,6 @@ def _number_problems(spec: AttemptSpec) -> Iterator[str]:
 
 def _path_problems(spec: AttemptSpec) -> Iterator[str]:
     given = [spec.workspace_path, spec.artifacts_path, spec.environment_prefix, spec.node_contact_file]
-    given.append(spec.network_namespace)
     inside = [bind.inside for bind in (*spec.binds_ro, *spec.binds_rw)]
     host = [bind.host for bind in (*spec.binds_ro, *spec.binds_rw)]
     for path in [*(p for p in given if p is not None), *inside, *host, spec.bwrap_path]:

@@ -90,15 +90,6 @@ def enter_network(network: int) -> None:
     _check(_libc.setns(network, CLONE_NEWNET), "setns net")
 
 
-def enter_network_at(path: str) -> None:
-    """As `enter_network`, for a namespace that is kept at a path."""
-    network = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        enter_network(network)
-    finally:
-        os.close(network)
-
-
 def join_namespace(namespace: int) -> None:
     """Move this process into a namespace of any kind; into one of processes, what it forks from then on."""
     _check(_libc.setns(namespace, 0), "setns")

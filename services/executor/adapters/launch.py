@@ -19,7 +19,7 @@ from services.executor.adapters.cgroup import Cgroup
 from services.executor.adapters.job_view import prepare_folders
 from services.executor.adapters.plain import Plain
 from services.executor.adapters.podman import Podman
-from services.executor.adapters.runtime import Job, LaunchRefused, Runtime
+from services.executor.adapters.runtime import Job, JoinedNetwork, LaunchRefused, Runtime
 from services.executor.adapters.sandbox import Bwrap
 
 _STRAYS_LIMIT_S = 5.0
@@ -27,13 +27,13 @@ _STRAYS_LIMIT_S = 5.0
 RUNTIMES: Mapping[Isolation, Runtime] = {"bwrap": Bwrap(), "process": Plain(), "podman": Podman()}
 
 
-def launch(spec: AttemptSpec, folder: AttemptFolder, group: Cgroup | None) -> Job:
+def launch(spec: AttemptSpec, folder: AttemptFolder, group: Cgroup | None, network: JoinedNetwork | None = None) -> Job:
     """Everything but the command itself. Raises LaunchRefused; the caller sweeps what is left of the try."""
     if os.geteuid() == 0 and spec.run_as_uid is None:
         raise LaunchRefused("the platform runs as root here, and the spec names no other uid to run the job as")
     with _told_as_refusal():
         prepare_folders(spec, folder)
-        job = RUNTIMES[spec.isolation].start(spec, folder, group)
+        job = RUNTIMES[spec.isolation].start(spec, folder, group, network)
         if spec.is_walled:
             _open_ways(job, spec)
     return job

@@ -18,7 +18,15 @@ from services.executor.adapters.attempt_folder import AttemptFolder, AttemptSpec
 from services.executor.adapters.cgroup import Cgroup
 from services.executor.adapters.job_view import job_environment, uid_of, workspace_of, wrapped_command
 from services.executor.adapters.rlimits import limit
-from services.executor.adapters.runtime import Job, LaunchRefused, Output, leave, offer_to_oom_killer, read_to_end
+from services.executor.adapters.runtime import (
+    Job,
+    JoinedNetwork,
+    LaunchRefused,
+    Output,
+    leave,
+    offer_to_oom_killer,
+    read_to_end,
+)
 
 
 @dataclass
@@ -46,7 +54,9 @@ class PlainJob(Job):
 class Plain:
     """Runtime of class `process`."""
 
-    def start(self, spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None) -> Job:
+    def start(
+        self, spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None, network: JoinedNetwork | None
+    ) -> Job:
         output, block, shim = Output.open(spec.run_as_uid), os.pipe(), os.getpid()
         pid = os.fork()
         if pid == 0:

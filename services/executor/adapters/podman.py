@@ -33,7 +33,15 @@ from services.executor.adapters.attempt_folder import AttemptFolder, AttemptSpec
 from services.executor.adapters.cgroup import Cgroup
 from services.executor.adapters.job_view import SYSTEM_PATH, job_environment, mounts_for, uid_of, wrapped_command
 from services.executor.adapters.rlimits import limit
-from services.executor.adapters.runtime import Job, LaunchRefused, Output, leave, read_present, read_to_end
+from services.executor.adapters.runtime import (
+    Job,
+    JoinedNetwork,
+    LaunchRefused,
+    Output,
+    leave,
+    read_present,
+    read_to_end,
+)
 
 ATTEMPT_LABEL = "nabla.attempt"
 NODE_LABEL = "nabla.node"
@@ -83,12 +91,14 @@ class PodmanJob(Job):
 class Podman:
     """Runtime of class `podman`."""
 
-    def start(self, spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None) -> Job:
+    def start(
+        self, spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None, network: JoinedNetwork | None
+    ) -> Job:
         output, block, shim = Output.open(spec.run_as_uid), os.pipe(), os.getpid()
         hold = _Hold(folder)
         pid = os.fork()
         if pid == 0:
-            _run_child(spec, folder, output, block[0], shim)
+            _run_child(spec, folder, output, block[0], shim, f"ns:{network.path}" if network else "none")
         output.close_childs_ends()
         os.close(block[0])
         os.write(block[1], b"\0")
@@ -236,10 +246,9 @@ def write_hooks(path: Path, scripts: Mapping[str, str]) -> Path:
     return hooks
 
 
-def run_command(spec: AttemptSpec, folder: AttemptFolder) -> list[str]:
+def run_command(spec: AttemptSpec, folder: AttemptFolder, network: str) -> list[str]:
     """What `podman run` is told: all that podman itself must know, and nothing of what the job is."""
     image = _image_of(spec)
-    network = f"ns:{spec.network_namespace}" if spec.network_namespace else "none"
     return [
         *image.engine,
         f"--hooks-dir={_hold_folder(folder) / 'hooks'}",
@@ -299,14 +308,16 @@ def job_config(config: Mapping[str, Any], spec: AttemptSpec, folder: AttemptFold
     return {**config, "process": process, "mounts": [*given, *ours]}
 
 
-def _run_child(spec: AttemptSpec, folder: AttemptFolder, output: Output, block: int, shim: int) -> NoReturn:
+def _run_child(
+    spec: AttemptSpec, folder: AttemptFolder, output: Output, block: int, shim: int, network: str
+) -> NoReturn:
     try:
         output.become_standard()
         guardian.guard(
             output,
             block,
             shim,
-            lambda: _exec_podman(spec, folder),
+            lambda: _exec_podman(spec, folder, network),
             leaving_s=_LEAVING_S,
             at_last=lambda: Podman().clean_up(spec, folder),
         )
@@ -316,11 +327,11 @@ def _run_child(spec: AttemptSpec, folder: AttemptFolder, output: Output, block: 
         leave()
 
 
-def _exec_podman(spec: AttemptSpec, folder: AttemptFolder) -> NoReturn:
+def _exec_podman(spec: AttemptSpec, folder: AttemptFolder, network: str) -> NoReturn:
     """Ended by the guardian alone: a podman killed between two of its steps leaves half a container."""
     limit(resource.RLIMIT_CORE, 0)
     os.umask(0o022)
-    command = run_command(spec, folder)
+    command = run_command(spec, folder, network)
     os.execve(command[0], command, podman_environment())
 
 

@@ -69,11 +69,25 @@ class Job(abc.ABC):
         return code
 
 
+class JoinedNetwork(Protocol):
+    """A network namespace that walls join: `descriptor` in this process, `path` for other programs."""
+
+    @property
+    def descriptor(self) -> int: ...
+
+    @property
+    def path(self) -> str: ...
+
+
 class Runtime(Protocol):
     """One kind of walls."""
 
-    def start(self, spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None) -> Job:
+    def start(
+        self, spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None, network: JoinedNetwork | None
+    ) -> Job:
         """Everything but the command itself, which is held until `Job.release`.
+
+        Walls without a network to join have one of their own, with loopback alone.
 
         All that it makes dies with the calling process, or is removed by `clean_up`. Raises LaunchRefused, OSError.
         """

@@ -35,6 +35,7 @@ from services.executor.adapters.job_view import Mount, job_environment, mounts_f
 from services.executor.adapters.rlimits import limit, limit_inside
 from services.executor.adapters.runtime import (
     Job,
+    JoinedNetwork,
     LaunchRefused,
     Output,
     leave,
@@ -108,12 +109,14 @@ class BwrapJob(Job):
 class Bwrap:
     """Runtime of class `bwrap`."""
 
-    def start(self, spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None) -> Job:
+    def start(
+        self, spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None, network: JoinedNetwork | None
+    ) -> Job:
         output, status, block, shim = Output.open(spec.run_as_uid), os.pipe(), os.pipe(), os.getpid()
         ends = _Ends(status[1], block[0])
         pid = os.fork()
         if pid == 0:
-            _run_child(spec, folder, output, ends, shim)
+            _run_child(spec, folder, output, ends, shim, network)
         output.close_childs_ends()
         for descriptor in ends:
             os.close(descriptor)
@@ -130,19 +133,23 @@ class Bwrap:
         """Nothing outlives the processes: mounts and namespaces are theirs."""
 
 
-def _run_child(spec: AttemptSpec, folder: AttemptFolder, output: Output, ends: _Ends, shim: int) -> NoReturn:
+def _run_child(
+    spec: AttemptSpec, folder: AttemptFolder, output: Output, ends: _Ends, shim: int, network: JoinedNetwork | None
+) -> NoReturn:
     try:
         output.become_standard()
         offer_to_oom_killer()
         os.umask(0o022)
-        exec_in_bwrap(spec, folder, ends, shim)
+        exec_in_bwrap(spec, folder, ends, shim, network)
     except Exception as exception:
         output.tell(exception)
     finally:
         leave()
 
 
-def exec_in_bwrap(spec: AttemptSpec, folder: AttemptFolder, ends: _Ends, shim: int) -> NoReturn:
+def exec_in_bwrap(
+    spec: AttemptSpec, folder: AttemptFolder, ends: _Ends, shim: int, network: JoinedNetwork | None
+) -> NoReturn:
     """Turn this process into bwrap. It reports on `status` and holds the command until `block` is written to.
 
     A dead shim closes `block`, and bwrap takes that for a write: without a death signal of its own until bwrap has
@@ -154,14 +161,15 @@ def exec_in_bwrap(spec: AttemptSpec, folder: AttemptFolder, ends: _Ends, shim: i
     limit(resource.RLIMIT_CORE, 0)
     mounts, bwrap = [*_image_mounts(spec), *mounts_for(spec, folder)], spec.bwrap_path
     system = _System(_system(spec), _etc(spec))  # read before the staging hides where an image lies
-    if spec.network_namespace is not None:
-        kernel.enter_network_at(spec.network_namespace)
+    if network is not None:
+        kernel.enter_network(network.descriptor)
     if os.geteuid() == 0:
         root = _installation(bwrap)
         staged = _stage([*mounts, Mount(root, root)])
         mounts, bwrap = staged[:-1], staged[-1].source + bwrap.removeprefix(root)
         kernel.become(uid_of(spec))
     options = _options(spec, mounts, system, job_environment(spec, folder))
+    options += [] if network is None else ["--share-net"]  # the one that it has joined
     options += ["--json-status-fd", str(ends.status), "--block-fd", str(ends.block)]
     for descriptor in ends:
         os.set_inheritable(descriptor, True)
@@ -228,8 +236,6 @@ def remedy_for(reason: str, settings: Mapping[str, str]) -> str:
 
 def _options(spec: AttemptSpec, mounts: Iterable[Mount], system: _System, environment: Mapping[str, str]) -> list[str]:
     options = ["--unshare-user", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv"]
-    if spec.network_namespace is not None:
-        options += ["--share-net"]  # the one that it has joined
     options += ["--cap-drop", "ALL", "--uid", USER_ID, "--gid", USER_ID, "--hostname", spec.attempt_id]
     options += [*system.folders, *_devices(spec.gpu_indices)]
     binds = [[("--ro-bind", "--bind")[mount.writable], mount.source, mount.inside] for mount in mounts]
