@@ -23,7 +23,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -96,9 +96,10 @@ class Podman:
     ) -> Job:
         output, block, shim = Output.open(spec.run_as_uid), os.pipe(), os.getpid()
         hold = _Hold(folder)
+        command = run_command(spec, folder, f"ns:{network.path}" if network else "none")
         pid = os.fork()
         if pid == 0:
-            _run_child(spec, folder, output, block[0], shim, f"ns:{network.path}" if network else "none")
+            _run_child(output, block[0], shim, command, lambda: self.clean_up(spec, folder))
         output.close_childs_ends()
         os.close(block[0])
         os.write(block[1], b"\0")
@@ -308,30 +309,20 @@ def job_config(config: Mapping[str, Any], spec: AttemptSpec, folder: AttemptFold
     return {**config, "process": process, "mounts": [*given, *ours]}
 
 
-def _run_child(
-    spec: AttemptSpec, folder: AttemptFolder, output: Output, block: int, shim: int, network: str
-) -> NoReturn:
+def _run_child(output: Output, block: int, shim: int, command: Sequence[str], clean_up: Callable[[], None]) -> NoReturn:
     try:
         output.become_standard()
-        guardian.guard(
-            output,
-            block,
-            shim,
-            lambda: _exec_podman(spec, folder, network),
-            leaving_s=_LEAVING_S,
-            at_last=lambda: Podman().clean_up(spec, folder),
-        )
+        guardian.guard(output, block, shim, lambda: _exec_podman(command), leaving_s=_LEAVING_S, at_last=clean_up)
     except Exception as exception:
         output.tell(exception)
     finally:
         leave()
 
 
-def _exec_podman(spec: AttemptSpec, folder: AttemptFolder, network: str) -> NoReturn:
+def _exec_podman(command: Sequence[str]) -> NoReturn:
     """Ended by the guardian alone: a podman killed between two of its steps leaves half a container."""
     limit(resource.RLIMIT_CORE, 0)
     os.umask(0o022)
-    command = run_command(spec, folder, network)
     os.execve(command[0], command, podman_environment())
 
 

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +116,7 @@ class Bwrap:
         ends = _Ends(status[1], block[0])
         pid = os.fork()
         if pid == 0:
-            _run_child(spec, folder, output, ends, shim, network)
+            _run_child(output, lambda: exec_in_bwrap(spec, folder, ends, shim, network))
         output.close_childs_ends()
         for descriptor in ends:
             os.close(descriptor)
@@ -133,14 +133,12 @@ class Bwrap:
         """Nothing outlives the processes: mounts and namespaces are theirs."""
 
 
-def _run_child(
-    spec: AttemptSpec, folder: AttemptFolder, output: Output, ends: _Ends, shim: int, network: JoinedNetwork | None
-) -> NoReturn:
+def _run_child(output: Output, become_bwrap: Callable[[], NoReturn]) -> NoReturn:
     try:
         output.become_standard()
         offer_to_oom_killer()
         os.umask(0o022)
-        exec_in_bwrap(spec, folder, ends, shim, network)
+        become_bwrap()
     except Exception as exception:
         output.tell(exception)
     finally:
