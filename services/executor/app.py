@@ -53,7 +53,9 @@ def agent_config(settings: ExecutorSettings) -> AgentConfig:
         nats_seed=settings.nats_seed("agent"),
         node_fence_s=settings.node_fence_s,
         isolation=settings.isolation,
+        container_runtime=settings.container_runtime,
         environments_bytes=settings.environments_bytes,
+        images_bytes=settings.images_bytes,
         traces=settings.traces,
         version=VERSION,
     )

@@ -65,7 +65,9 @@ class AgentConfig:
     nats_seed: str = field(repr=False)
     node_fence_s: float = 120.0
     isolation: str = "auto"
+    container_runtime: str = "auto"
     environments_bytes: int = 20_000_000_000
+    images_bytes: int = 50_000_000_000
     traces: bool = False
     version: str = ""
 
@@ -77,12 +79,14 @@ class AgentView:
     Args:
         held: attempts with a folder on this node.
         news: attempts whose state differs from the one that the executor believes in.
+        runtimes: what the node can run images with.
     """
 
     isolation: str
     isolation_detail: str
     held: frozenset[str] = frozenset()
     news: tuple[Execution, ...] = ()
+    runtimes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

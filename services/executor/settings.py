@@ -31,6 +31,9 @@ class ExecutorSettings(Settings):
     node_nats_url: str = ""
     # auto takes bwrap where the kernel allows it; process is for an installation with one user.
     isolation: Literal["auto", "bwrap", "process"] = "auto"
+    # What runs images: auto takes podman where it works, else bwrap over images that an administrator unpacked into
+    # `node_dir`/images/NAME/rootfs.
+    container_runtime: Literal["auto", "podman", "bwrap"] = "auto"
     # Where the front door listens: class `process` is for loopback alone.
     host: str = "127.0.0.1"
     # A node this long out of contact ends its attempts by itself; LOST_MARGIN_S later they are reported lost.
@@ -43,6 +46,8 @@ class ExecutorSettings(Settings):
     revisit_s: float = 3600.0
     # Environments built from requirements are kept on their node up to this size together; the longest unused go.
     environments_bytes: int = 20_000_000_000
+    # Images that jobs had a node fetch are kept there up to this size together; the longest unused go.
+    images_bytes: int = 50_000_000_000
     # Where the platform is root, team n runs as uid_base + n.
     uid_base: int = 61000
     # Seconds between looks at the nodes.

@@ -19,7 +19,7 @@ from typing import Any
 
 from libs.common.clock import from_us, to_us, utc_now
 from libs.common.contracts.envelope import Envelope
-from libs.common.contracts.messages import Execution, JobTemplate, LogFrame, Principal, ReportExecution
+from libs.common.contracts.messages import Container, Execution, JobTemplate, LogFrame, Principal, ReportExecution
 from libs.common.telemetry import span
 from libs.common.waiting import end, happens
 from services.executor.adapters import zygote
@@ -28,8 +28,10 @@ from services.executor.adapters.attempt_folder import AttemptFolder, ExitRecord,
 from services.executor.adapters.attempt_log import AttemptLog, Identity
 from services.executor.adapters.environments import EnvironmentRefused, Environments
 from services.executor.adapters.folder_watch import FolderWatch
+from services.executor.adapters.images import Asker, ImageRefused, Images
 from services.executor.adapters.job_spec import NodeFacts, job_uid, spec_for, told_isolation
 from services.executor.adapters.keeping import Keeping
+from services.executor.adapters.launch import end_strays
 from services.executor.adapters.sealing import Sealing
 from services.executor.adapters.staging import Staging, StagingFailed
 from services.executor.adapters.transfer import Threads, remove_tree
@@ -40,7 +42,7 @@ from services.executor.ports import StartOrder
 LOOK_S = 1.0
 STARTED_PATIENCE_S = 0.2
 SHIP_AGAIN_S = 1.0
-REFUSALS = (StagingFailed, EnvironmentRefused, MalformedSpec, zygote.StartFailed, OSError)
+REFUSALS = (StagingFailed, ImageRefused, EnvironmentRefused, MalformedSpec, zygote.StartFailed, OSError)
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ class Means:
     staging: Staging
     sealing: Sealing
     environments: Environments
+    images: Images
     watch: FolderWatch
     node: NodeFacts
     starting: Threads
@@ -180,6 +183,9 @@ class AttemptRun:
 
     async def _prepare(self) -> None:
         template, node = self.order.template, self._means.node
+        if template.container != Container():
+            await self._prepare_image(template)
+            return
         if template.environment.kind == "requirements":
             # Building may take minutes: the first line says what is being waited for.
             self._log.say("building", "environment: preparing the requirements")
@@ -190,6 +196,19 @@ class AttemptRun:
             await self._means.staging.lay(template, self.order.team_id, self._folder.workspace)
             spec = await asyncio.to_thread(spec_for, self.order, environment.prefix, node)
             await asyncio.to_thread(AttemptFolder.create, node.node_dir, spec)
+
+    async def _prepare_image(self, template: JobTemplate) -> None:
+        node, order = self._means.node, self.order
+        uid = job_uid(order.team_uid, None, node)
+        await self._means.staging.lay(template, order.team_id, self._folder.workspace)
+        asker = Asker(order.team_id, uid, order.gpu_indices, self._tell_of_image)
+        async with self._means.images.prepared(template.container, asker) as walls:
+            self._log.say("node", f"node: {node.hostname}, isolation: {walls.isolation}, image: {walls.image.name}")
+            spec = await asyncio.to_thread(spec_for, order, None, node, walls)
+            await asyncio.to_thread(AttemptFolder.create, node.node_dir, spec)
+
+    def _tell_of_image(self, line: str) -> None:
+        self._log.say(f"image-{line}", f"image: {line}")
 
     async def _start_shim(self) -> None:
         """Until a zygote answers. May be left at any point: a shim that comes after a stop wish heeds it."""
@@ -253,6 +272,7 @@ class AttemptRun:
             started_at_us=started.at_us if started else None,
             ended_at_us=to_us(utc_now()),
         )
+        end_strays(self._folder)
         write_durably(self._folder.path / "lost.json", b"{}")
         self._folder.write_exit(record)
         return record

@@ -7,6 +7,7 @@ own /usr in it.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -53,8 +54,14 @@ _WAYS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
 )
 
 
+def find(wanted: str) -> Engine | NoEngine:
+    """The engine that the settings ask for, of those that work here."""
+    return NoEngine("the settings ask for bwrap") if wanted == "bwrap" else find_podman()
+
+
+@functools.cache
 def find_podman() -> Engine | NoEngine:
-    """Tries what podman needs, in the order of preference. Takes about a second where little works."""
+    """Tries what podman needs, in the order of preference, once in a process. Takes about a second where little works."""
     podman = shutil.which("podman", path="/usr/bin:/usr/local/bin:/bin")
     if podman is None:
         return NoEngine("podman is not installed", _INSTALL)
@@ -69,6 +76,20 @@ def find_podman() -> Engine | NoEngine:
                 return Engine("podman", (podman, *before), options)
             reasons.append(reason)
     return NoEngine("; ".join(dict.fromkeys(reasons)))
+
+
+def image_list(engine: Engine) -> Path:
+    """The file that changes whenever the engine's images do."""
+    form = "{{.Store.GraphRoot}}/{{.Store.GraphDriverName}}-images/images.json"
+    done = subprocess.run(
+        [*engine.command, "info", "--format", form],
+        env=podman_environment(),
+        capture_output=True,
+        text=True,
+        timeout=_TRY_LIMIT_S,
+        check=False,
+    )
+    return Path(done.stdout.strip())
 
 
 def _empty_root(root: Path) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from services.executor.adapters.attempt_folder import AttemptSpec, Bind, FrontDoor, Isolation
+from services.executor.adapters.images import Walls
 from services.executor.adapters.isolation import closed_to
 from services.executor.ports import StartOrder
 
@@ -33,9 +34,17 @@ class NodeFacts:
     fence_s: float
 
 
-def spec_for(order: StartOrder, environment_prefix: str, node: NodeFacts) -> AttemptSpec:
-    """Makes the team's storage folder on the way, and nothing else outside of the attempt's own."""
-    walled = node.isolation == "bwrap"
+def spec_for(
+    order: StartOrder, environment_prefix: str | None, node: NodeFacts, walls: Walls | None = None
+) -> AttemptSpec:
+    """Makes the team's storage folder on the way, and nothing else outside of the attempt's own.
+
+    Args:
+        environment_prefix: None for an image, which brings its own.
+        walls: what the job runs in, when that is an image.
+    """
+    isolation: Isolation = walls.isolation if walls else node.isolation
+    walled = isolation != "process"
     template = order.template
     uid = job_uid(order.team_uid, environment_prefix, node)
     host, port = door_of(node.front_door)
@@ -44,11 +53,12 @@ def spec_for(order: StartOrder, environment_prefix: str, node: NodeFacts) -> Att
         attempt_id=order.attempt_id,
         job_id=order.job_id,
         command=template.command[0] if len(template.command) == 1 else list(template.command),
-        env=job_variables(order, node),
+        env=job_variables(order, node, walled=walled),
         cpu_count=template.resources.cpu_count or 1.0,
         memory_bytes=template.resources.memory_bytes or None,
         gpu_indices=list(order.gpu_indices),
-        isolation=node.isolation,
+        isolation=isolation,
+        image=walls.image if walls else None,
         run_as_uid=uid,
         timeout_s=template.timeout_s or None,
         stop_grace_s=STOP_GRACE_S,
@@ -63,7 +73,7 @@ def spec_for(order: StartOrder, environment_prefix: str, node: NodeFacts) -> Att
     )
 
 
-def job_uid(team_uid: int, environment_prefix: str, node: NodeFacts) -> int | None:
+def job_uid(team_uid: int, environment_prefix: str | None, node: NodeFacts) -> int | None:
     """As whom the job runs: the team's user where the platform is root, else whoever the platform is (None).
 
     Without walls there is no way around a closed folder. What the team's user cannot reach, root then runs itself:
@@ -71,6 +81,8 @@ def job_uid(team_uid: int, environment_prefix: str, node: NodeFacts) -> int | No
     """
     if os.geteuid() != 0:
         return None
+    if environment_prefix is None:
+        return team_uid
     needed = (node.node_dir / "attempts", node.storage_root, node.client_folder, Path(environment_prefix, "bin/python"))
     return 0 if node.isolation == "process" and closed_to(team_uid, needed) else team_uid
 
@@ -83,9 +95,8 @@ def told_isolation(uid: int | None, node: NodeFacts) -> str:
     return f"process ({node.isolation_detail}){user}"
 
 
-def job_variables(order: StartOrder, node: NodeFacts) -> dict[str, str]:
+def job_variables(order: StartOrder, node: NodeFacts, *, walled: bool) -> dict[str, str]:
     """The user's variables beneath the platform's; the shim adds those that it alone knows."""
-    walled = node.isolation == "bwrap"
     given = dict(order.template.env)
     sdk = SDK_INSIDE if walled else str(node.client_folder)
     url = urlsplit(node.front_door)

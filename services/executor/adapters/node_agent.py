@@ -4,7 +4,9 @@ A plain class, so that it can be tested without Ray; `ray_agent` makes a Ray act
 
     attempts/<attempt id>/   see attempt_folder, attempt_run and attempt_log
     unkept/<attempt id>/     artifacts that the platform failed to keep: they stay until somebody takes them
-    cache/                   workspaces by team and file set, built environments by their requirements
+    cache/                   workspaces by team and file set, built environments by their requirements, what is known
+                             of images
+    images/<name>/rootfs     images that an administrator unpacked, for a node without an engine
     agent.lock               held by the living agent: two agents cannot work in one folder
     contact.json             when this node was last in contact; shims read it
 """
@@ -25,13 +27,16 @@ from pathlib import Path
 from typing import IO
 
 from libs.common.waiting import end
-from services.executor.adapters import cgroup, isolation, zygote
+from services.executor.adapters import cgroup, engine, isolation, zygote
 from services.executor.adapters.agent_bus import AgentBus
 from services.executor.adapters.attempt_folder import AttemptFolder, MalformedSpec
 from services.executor.adapters.attempt_run import AttemptRun, Means, read_order, write_order
+from services.executor.adapters.engine import Engine
 from services.executor.adapters.environments import Environments
 from services.executor.adapters.folder_watch import FolderWatch
+from services.executor.adapters.images import Images
 from services.executor.adapters.job_spec import NodeFacts
+from services.executor.adapters.podman import node_label, remove_strays
 from services.executor.adapters.sandbox import IsolationProbe, find_bwrap
 from services.executor.adapters.sealing import Sealing
 from services.executor.adapters.shim import write_contact
@@ -94,6 +99,7 @@ class NodeAgent:
             if path.is_dir():
                 self._take_up(AttemptFolder(path))
         self._tasks["contact"] = asyncio.create_task(self._keep_contact())
+        self._tasks["engine"] = asyncio.create_task(self._sweep_containers(self._means.images))
         log.info("agent is ready", extra={"attempts": len(self._runs), "isolation": self._probe.isolation})
 
     async def close(self) -> None:
@@ -147,7 +153,18 @@ class NodeAgent:
         write_contact(self._contact)
         news = [run.present() for run in self._runs.values() if _is_news(run, believed)]
         detail = isolation.in_words(self._probe)
-        return AgentView(self._probe.isolation, detail, frozenset(self._runs), tuple(news))
+        runtimes = self._means.images.runtimes if self._means else ()
+        return AgentView(self._probe.isolation, detail, frozenset(self._runs), tuple(news), runtimes)
+
+    async def _sweep_containers(self, images: Images) -> None:
+        """Those that nobody watches over: their shims, and whoever should have seen that, were killed."""
+        found = await images.engine()
+        if isinstance(found, Engine):
+            label = node_label(self._node_dir)
+            await asyncio.to_thread(remove_strays, list(found.command), label, self._is_alive)
+
+    def _is_alive(self, attempt_id: str) -> bool:
+        return AttemptFolder(self._attempts / attempt_id).shim_is_alive()
 
     def _take_up(self, folder: AttemptFolder) -> None:
         """One attempt whose records a crash or another version spoiled must not keep the others from going on.
@@ -211,12 +228,24 @@ class NodeAgent:
                 config.environments_bytes,
                 partial(environments_in_use, self._attempts),
             ),
+            images=self._make_images(cache / "images"),
             watch=FolderWatch(),
             node=self._node_facts(),
             starting=Threads(STARTS_AT_ONCE, "nabla-start"),
             zygote_socket=zygote_process.socket_path,
             revive_zygote=zygote_process.revive,
         )
+
+    def _make_images(self, cache: Path) -> Images:
+        images = Images(
+            partial(engine.find, self._config.container_runtime),
+            self._node_dir / "images",
+            cache,
+            cache_bytes=self._config.images_bytes,
+            in_use=partial(images_in_use, self._attempts),
+        )
+        images.sweep()
+        return images
 
     def _node_facts(self) -> NodeFacts:
         config = self._config
@@ -274,6 +303,17 @@ def environments_in_use(attempts: Path) -> set[str]:
         if not path.with_name("exit.json").exists():
             with contextlib.suppress(MalformedSpec):
                 found.add(AttemptFolder(path.parent).read_spec().environment_prefix or "")
+    return found
+
+
+def images_in_use(attempts: Path) -> set[str]:
+    """The ids of images that the attempts of a node folder run, or are about to."""
+    found = set()
+    for path in attempts.glob("*/spec.json"):
+        if not path.with_name("exit.json").exists():
+            with contextlib.suppress(MalformedSpec):
+                image = AttemptFolder(path.parent).read_spec().image
+                found.add(image.image if image else "")
     return found
 
 

@@ -323,7 +323,7 @@ def _exec_podman(command: Sequence[str]) -> NoReturn:
     """Ended by the guardian alone: a podman killed between two of its steps leaves half a container."""
     limit(resource.RLIMIT_CORE, 0)
     os.umask(0o022)
-    os.execve(command[0], command, podman_environment())
+    os.execve(command[0], list(command), podman_environment())
 
 
 @contextlib.contextmanager
