@@ -20,6 +20,7 @@ from pathlib import Path
 
 from libs.common.contracts.messages import Container
 from libs.common.errors import NablaError
+from libs.common.image_names import name_problem
 from services.executor.adapters.attempt_folder import Image, Isolation, write_durably
 from services.executor.adapters.engine import Engine, NoEngine, image_list
 from services.executor.adapters.engine_calls import AUTH_PREFIX, Tell, ask, auth_file, follow
@@ -33,7 +34,6 @@ from services.executor.domain.images import (
     accounts_in,
     folder_name,
     groups_in,
-    name_problem,
     pull_problem,
     registry_of,
     too_many,

@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from libs.common.contracts.messages import JobTemplate, Resources
 from libs.common.errors import Invalid, TooLarge
 from libs.common.ids import is_id
+from services.scheduler.domain.containers import check_containers
 
 MAX_COMMAND_BYTES = 128 * 1024
 # Every event of a job carries its template, and a message on the bus holds 256 KB.
@@ -47,6 +48,7 @@ def checked_template(template: JobTemplate, kinds: Collection[str] = PEOPLE) -> 
     _check_resources(filled.resources)
     _check_limits(filled)
     _check_ports(filled.ports)
+    check_containers(filled)
     _check_filesets("workspace_id", [filled.workspace_id] if filled.workspace_id else [])
     _check_filesets("inputs", (item.fileset_id for item in filled.inputs))
     _check_paths("inputs", (item.path for item in filled.inputs))

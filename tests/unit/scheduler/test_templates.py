@@ -4,7 +4,16 @@ import math
 
 import pytest
 
-from libs.common.contracts.messages import Input, JobTemplate, ModelOutput, Resources
+from libs.common.contracts.messages import (
+    Container,
+    Environment,
+    Gang,
+    Input,
+    JobTemplate,
+    ModelOutput,
+    Resources,
+    Role,
+)
 from libs.common.errors import Invalid, TooLarge
 from libs.common.ids import new_id
 from services.scheduler.domain.templates import SERVICES, checked_template
@@ -54,6 +63,18 @@ def test_a_bare_template_gets_its_defaults():
         ("name", {"name": "x" * 201}),
         ("name", {"name": "a\nb"}),
         ("kind", {"kind": "replica"}),
+        ("container.image", {"container": Container(user="app")}),
+        ("container.image", {"container": Container(image="dir:/etc")}),
+        ("container.image", {"container": Container(image="docker-archive:file")}),
+        ("container.image", {"container": Container(image="--privileged")}),
+        ("container.image", {"container": Container(image="0123456789ab")}),
+        ("container.image", {"container": Container(image="localhost/nabla-own-t0b:1")}),
+        ("container.dockerfile", {"container": Container(dockerfile="Dockerfile")}),
+        ("container.user", {"container": Container(image="python:3.12", user="a b")}),
+        ("container.user", {"container": Container(image="python:3.12", user="--volume")}),
+        ("container.registry_password", {"container": Container(image="python:3.12", registry_username="me")}),
+        ("environment", {"container": Container(image="python:3.12"), "environment": Environment(kind="venv")}),
+        ("gang.roles[0].container.image", {"gang": Gang(roles=(Role(container=Container(image="/")),))}),
     ],
 )
 def test_a_wrong_field_is_named_with_a_remedy(field, fields):
@@ -61,6 +82,15 @@ def test_a_wrong_field_is_named_with_a_remedy(field, fields):
         checked_template(template(**fields))
     assert refusal.value.facts == {"field": f"template.{field}"}
     assert refusal.value.remedy
+
+
+@pytest.mark.parametrize(
+    "image",
+    ["python", "python:3.12", "a.example:5000/b/c_d/e-f:1.2-x", "localhost/mine", f"python@sha256:{'0' * 64}"],
+)
+def test_images_are_named_as_their_registries_do(image):
+    asked = Container(image=image, user="1000:users", registry_username="me", registry_password="secret:registry")
+    assert checked_template(template(container=asked)).container == asked
 
 
 def test_file_sets_are_named_by_their_ids():

@@ -15,13 +15,14 @@ import click
 from nabla import paths
 from nabla.cli import environment
 from nabla.cli.follow import follow
+from nabla.cli.images import CONTAINER_OPTIONS, container_of
 from nabla.cli.output import note, print_json, tell_left_out
 from nabla.cli.progress import progress
 from nabla.cli.project_choice import choose_project
 from nabla.cli.session import Session
 from nabla.cli.values import size, span
 from nabla.hints import readable_size
-from nabla.objects import Experiment, JobTemplate, ModelOutput, Resources
+from nabla.objects import Environment, Experiment, JobTemplate, ModelOutput, Resources
 from nabla.paths import NoHome
 
 if TYPE_CHECKING:
@@ -46,6 +47,10 @@ class Options:
     gpus: float
     timeout: float
     retries: int
+    container: str
+    container_user: str
+    registry_username: str
+    registry_password: str
     models: tuple[str, ...]
     no_workspace: bool
     detach: bool
@@ -74,6 +79,7 @@ _OPTIONS = (
     click.option("--gpus", type=click.FloatRange(0), default=0.0, help="GPUs."),
     click.option("--timeout", type=span, default="0", metavar="TIME", help="Stop it after so long, such as 2h."),
     click.option("--retries", type=click.IntRange(0), default=0, help="Try again so often when it fails."),
+    *CONTAINER_OPTIONS,
     click.option(
         "--model",
         "models",
@@ -91,10 +97,13 @@ _OPTIONS = (
 def submit_and_follow(session: Session, options: Options, folder: Path) -> int:
     """Everything `nabla run` does. The answer is the exit code."""
     env, models = environment.parse(options.env), tuple(map(model_output, options.models))
+    container = container_of(
+        options.container, options.container_user, options.registry_username, options.registry_password, env.choice
+    )
     if not options.no_workspace:
         confirm_place(folder, options.yes)
     client = session.client(60.0)
-    python = environment.choose(env.choice, client)
+    python = Environment() if container.image else environment.choose(env.choice, client)
     project = choose_project(client, options.project, folder)
     workspace_id, origin = "", {"folder": folder.name}
     if not options.no_workspace:
@@ -106,6 +115,7 @@ def submit_and_follow(session: Session, options: Options, folder: Path) -> int:
         resources=Resources(options.cpus, options.memory, options.gpus),
         workspace_id=workspace_id,
         environment=python,
+        container=container,
         timeout_s=options.timeout,
         max_retries=options.retries,
         models=models,
