@@ -61,7 +61,7 @@ def find(wanted: str) -> Engine | NoEngine:
 
 @functools.cache
 def find_podman() -> Engine | NoEngine:
-    """Tries what podman needs, in the order of preference, once in a process. Takes about a second where little works."""
+    """Tries what podman needs, in the order of preference, once in a process: it may take a second or two."""
     podman = shutil.which("podman", path="/usr/bin:/usr/local/bin:/bin")
     if podman is None:
         return NoEngine("podman is not installed", _INSTALL)

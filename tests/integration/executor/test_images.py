@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import tempfile
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from libs.common.contracts.messages import Container
-from services.executor.adapters.attempt_folder import Bind
+from services.executor.adapters.attempt_folder import Bind, Image
 from services.executor.adapters.engine import Engine, NoEngine
 from services.executor.adapters.images import Asker, ImageRefused, Images, Walls
 from tests.integration.executor.attempts import Node, running_node
@@ -228,6 +229,25 @@ async def test_whoever_a_job_is_inside_outside_it_is_its_team(
         )
     assert (ended.code, ended.lines("o")[:2]) == (5, [inside, "0"]), ended.text
     assert {(ended.folder.workspace / "made").stat().st_uid, (storage / "made").stat().st_uid} == {UID}
+
+
+def test_a_job_gets_the_devices_that_are_its_own_and_no_others(local: str, engine: Engine, node: Node) -> None:
+    """By CDI, with devices that every machine has in place of GPUs."""
+    kind = f"nabla.test/device-{os.getpid()}"
+    devices = [
+        {"name": name, "containerEdits": {"deviceNodes": [{"path": path}], "env": [f"DEVICE_{name}=given"]}}
+        for name, path in (("0", "/dev/kmsg"), ("1", "/dev/mem"))
+    ]
+    spec = Path("/var/run/cdi", f"nabla-test-{os.getpid()}.json")
+    spec.parent.mkdir(exist_ok=True)
+    spec.write_text(json.dumps({"cdiVersion": "0.3.0", "kind": kind, "devices": devices}))
+    command, options = list(engine.command), list(engine.options)
+    image = Image(image=local, engine=command, options=options, devices=[f"{kind}=0"])
+    try:
+        ended = node.run("ls /dev/kmsg /dev/mem; env | grep ^DEVICE", isolation="podman", image=image, run_as_uid=UID)
+    finally:
+        spec.unlink()
+    assert ended.lines("o") == ["/dev/kmsg", "DEVICE_0=given"], ended.text
 
 
 async def test_without_an_engine_an_unpacked_image_is_run_or_the_way_told(cache: Path, node: Node) -> None:
