@@ -19,7 +19,9 @@ from services.executor.adapters import cgroup, processes
 from services.executor.adapters.attempt_folder import AttemptFolder, Bind, FrontDoor
 from services.executor.adapters.entering import CannotEnter, Entry, start_entry
 from services.executor.adapters.launch import end_strays
+from services.executor.domain.network import Network, interface_name
 from tests.integration.executor.attempts import JOB_UID, Node, eventually, processes_of, running_node, said, started
+from tests.integration.executor.netspaces import why_no_network
 from tests.integration.executor.runtimes import RUNTIMES, Kit, kit, podman, why_not
 
 pytestmark = pytest.mark.integration
@@ -140,6 +142,26 @@ def test_front_door_is_reached_and_the_node_is_not(node: Node, runtime: Kit) -> 
         words = ["python3", "-c", ASK, str(port), str(other.getsockname()[1])]
         ended = node.run(words, **runtime.fields, front_door=[FrontDoor(7070, "127.0.0.1", port)])
     assert ended.lines("o") == ["front door", "closed", "closed", "closed"], ended.text
+
+
+def test_a_network_that_the_node_opened_is_joined_with_its_names_and_left(node: Node, runtime: Kit) -> None:
+    if not runtime.is_walled:
+        pytest.skip("without walls the node's network is the job's")
+    if why_no_network(as_root=os.geteuid() == 0):
+        pytest.skip(why_no_network(as_root=os.geteuid() == 0))
+    network = Network(policy="internet", reach="full", installation="test", subnet="100.97.0.0/16")
+    with answering("front door") as port:
+        words = ["python3", "-c", ASK, str(port), str(port)]
+        asked = node.run(words, **runtime.fields, network=network, front_door=[FrontDoor(7070, "127.0.0.1", port)])
+        command = "grep -c eth0 /proc/net/dev; grep -m 1 nameserver /etc/resolv.conf; head -n 1 /etc/hosts"
+        seen = node.run(command, **runtime.fields, network=network)
+    assert asked.lines("o")[:3] == ["front door", "closed", "closed"], asked.text
+    name = seen.folder.path.name
+    # Of an unpacked image only files that it has are covered, and this one has neither.
+    told = [] if "over" in runtime.name else ["nameserver 127.0.0.1", f"127.0.0.1 localhost {name}"]
+    assert seen.lines("o") == ["1", *told], seen.text
+    left = {interface_name(network, ended.folder.path.name) for ended in (asked, seen)}
+    eventually(lambda: not left & set(os.listdir("/sys/class/net")), "the end of the sandboxes' interfaces")
 
 
 def test_a_port_of_the_job_is_reached_from_the_node(node: Node, runtime: Kit) -> None:
