@@ -140,7 +140,9 @@ class AgentConfig:
     job_network: str = "internet"
     job_network_allowed: tuple[str, ...] = ()
     sandbox_subnet: str = "100.96.0.0/16"
+    container_runtime: str = "auto"
     environments_bytes: int = 20_000_000_000
+    images_bytes: int = 50_000_000_000
     workspace_bytes: int = 20_000_000_000
     package_hosts: tuple[str, ...] = ()
     source_hosts: tuple[str, ...] = ()
@@ -179,7 +181,7 @@ class AgentView:
     Args:
         held: executions with a folder on this node.
         news: executions whose state differs from the one that the executor believes in.
-        runtimes: what it can run besides plain processes.
+        runtimes: what it can run images with.
         network: how far its sandboxes' networks go.
         door: "host:port" at which its running jobs are entered.
     """

@@ -38,6 +38,9 @@ class ExecutorSettings(Settings):
     job_network_allowed: tuple[str, ...] = ()
     # What sandboxes have for addresses towards their node. No machine that jobs are to reach may be in it.
     sandbox_subnet: str = "100.96.0.0/16"
+    # What runs images: auto takes podman where it works, else bwrap over images that an administrator unpacked into
+    # `node_dir`/images/NAME/rootfs.
+    container_runtime: Literal["auto", "podman", "bwrap"] = "auto"
     # Where the front door listens: class `process` is for loopback alone.
     host: str = "127.0.0.1"
     # A node this long out of contact ends its attempts by itself; LOST_MARGIN_S later they are reported lost.
@@ -70,6 +73,8 @@ class ExecutorSettings(Settings):
     autoscale_limit: int = Field(default=0, ge=0)
     # With an autoscaler: a node without work for so long loses its agent, so that it can be taken away.
     autoscale_idle_s: float = 300.0
+    # Images that jobs had a node fetch are kept there up to this size together; the longest unused go.
+    images_bytes: int = 50_000_000_000
     # Where the platform is root, team n runs as uid_base + n.
     uid_base: int = 61000
     # Seconds between looks at the nodes.

@@ -35,7 +35,7 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 from services.executor.adapters import processes
 from services.executor.domain.network import Gang, MalformedNetwork, Network
 
-Isolation = Literal["bwrap", "process"]
+Isolation = Literal["bwrap", "process", "podman"]
 ExitReason = Literal["exited", "stopped", "timed_out", "out_of_memory", "fenced", "refused"]
 
 WAKE = signal.SIGURG  # ignored by default: it cannot end a shim that does not listen for it yet
@@ -67,6 +67,30 @@ class FrontDoor:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Image:
+    """What a job has for its system in place of the node's own.
+
+    Args:
+        image: an engine's id of the image; for bwrap the folder of an unpacked one.
+        name: as the user knows it.
+        engine: the command that reaches the engine, with its global options.
+        uid, gid: as whom the job runs inside; None: as outside. Outside it is always `run_as_uid`.
+        options: what `run` needs on this node.
+        has_shell: whether the image has a /bin/sh.
+        devices: CDI names of the devices that the job is given.
+    """
+
+    image: str
+    name: str = ""
+    engine: list[str] = field(default_factory=list)
+    uid: int | None = None
+    gid: int | None = None
+    options: list[str] = field(default_factory=list)
+    has_shell: bool = True
+    devices: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AttemptSpec:
     """What to run and within which bounds.
 
@@ -87,6 +111,7 @@ class AttemptSpec:
     memory_bytes: int | None = None
     gpu_indices: list[int] = field(default_factory=list)
     isolation: Isolation = "bwrap"
+    image: Image | None = None
     run_as_uid: int | None = None
     timeout_s: float | None = None
     stop_grace_s: float = 15.0
@@ -109,6 +134,11 @@ class AttemptSpec:
         for problem in _problems(self):
             raise MalformedSpec(problem)
 
+    @property
+    def is_walled(self) -> bool:
+        """Has it a file system and a network of its own?"""
+        return self.isolation != "process"
+
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
         """Raises MalformedSpec. Unknown fields are ignored, so a newer agent can talk to an older shim."""
@@ -118,6 +148,8 @@ class AttemptSpec:
             values = {name: value for name, value in raw.items() if name in known}
             for name in ("binds_ro", "binds_rw"):
                 values[name] = [Bind(*pair) for pair in values.get(name, [])]
+            if values.get("image") is not None:
+                values["image"] = Image(**values["image"])
             values["front_door"] = [FrontDoor(**door) for door in values.get("front_door", [])]
             if "network" in values:
                 gang = values["network"].get("gang")
@@ -337,6 +369,7 @@ def _problems(spec: AttemptSpec) -> Iterator[str]:
     yield from _path_problems(spec)
     if spec.isolation not in get_args(Isolation):
         yield f"isolation is {spec.isolation!r}, not one of {', '.join(get_args(Isolation))}"
+    yield from _image_problems(spec)
 
 
 def _command_problems(spec: AttemptSpec) -> Iterator[str]:
@@ -353,6 +386,24 @@ def _environment_problems(spec: AttemptSpec) -> Iterator[str]:
             yield f"env has the name {name!r}, which no shell can read"
         if not _is_text(value):
             yield f"env {name} is not a text without NUL"
+
+
+def _image_problems(spec: AttemptSpec) -> Iterator[str]:
+    image = spec.image
+    if image is None:
+        if spec.isolation == "podman":
+            yield "isolation is 'podman', which runs images, and there is none"
+        return
+    words = [image.image, *image.engine, *image.options, *image.devices]
+    if not image.image or image.image.startswith("-") or not all(_is_text(word) for word in words):
+        yield f"image {image.image!r} is not one"
+    if spec.isolation == "process":
+        yield "an image cannot be run in class process"
+    if spec.isolation == "bwrap" and not os.path.isabs(image.image):
+        yield f"the unpacked image {image.image!r} is not an absolute path"
+    for number in (image.uid, image.gid):
+        if number is not None and not _is_whole(number, 0):
+            yield "a user of the image is not a number from 0"
 
 
 def _number_problems(spec: AttemptSpec) -> Iterator[str]:

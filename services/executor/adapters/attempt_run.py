@@ -28,8 +28,10 @@ from services.executor.adapters.attempt_folder import AttemptFolder, ExitRecord,
 from services.executor.adapters.attempt_log import AttemptLog, Identity
 from services.executor.adapters.environments import EnvironmentRefused, Environments
 from services.executor.adapters.folder_watch import FolderWatch
+from services.executor.adapters.images import ImageRefused, Images
 from services.executor.adapters.job_spec import NodeFacts
 from services.executor.adapters.keeping import Keeping
+from services.executor.adapters.launch import end_strays
 from services.executor.adapters.metering import Metered
 from services.executor.adapters.preparing import Preparing
 from services.executor.adapters.sealing import Sealing
@@ -49,6 +51,7 @@ SHIP_AGAIN_S = 1.0
 REFUSALS = (
     SecretsRefused,
     StagingFailed,
+    ImageRefused,
     EnvironmentRefused,
     MalformedSpec,
     MalformedNetwork,
@@ -68,6 +71,7 @@ class Means:
     staging: Staging
     sealing: Sealing
     environments: Environments
+    images: Images
     watch: FolderWatch
     node: NodeFacts
     starting: Threads
@@ -92,6 +96,7 @@ class AttemptRun:
             self._log,
             staging=means.staging,
             environments=means.environments,
+            images=means.images,
             sealing=means.sealing,
             node=means.node,
         )
@@ -279,6 +284,7 @@ class AttemptRun:
             started_at_us=started.at_us if started else None,
             ended_at_us=to_us(utc_now()),
         )
+        end_strays(self._folder)
         write_durably(self._folder.path / "lost.json", b"{}")
         self._folder.write_exit(record)
         return record

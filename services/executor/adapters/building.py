@@ -14,8 +14,8 @@ from typing import Any
 from packaging.utils import canonicalize_name
 
 from services.executor.adapters.interpreters import Interpreter
+from services.executor.adapters.job_view import environment_mounts
 from services.executor.adapters.package_index import find_index
-from services.executor.adapters.sandbox import environment_mounts
 from services.executor.adapters.toolbox import Tell, Tool, Toolbox, ToolFailed
 from services.executor.adapters.transfer import remove_tree
 from services.executor.domain.requirements import Packages

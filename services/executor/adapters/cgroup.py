@@ -71,6 +71,13 @@ class Cgroup:
         names = ("anon", "shmem") if self._unified else ("total_rss", "total_shmem")
         return sum(self._memory_field("memory.stat", name) for name in names)
 
+    def peak_bytes(self) -> int:
+        """The most that the attempt ever held, the page cache with it; 0 where the kernel does not say."""
+        name = "memory.peak" if self._unified else "memory.max_usage_in_bytes"
+        with suppress(OSError, ValueError):
+            return int((self._folders["memory"] / name).read_text())
+        return 0
+
     def remove(self) -> None:
         """Needs every process of the group gone; a killed one leaves it a moment after it was reaped."""
         deadline = time.monotonic() + 1.0
@@ -119,9 +126,27 @@ class Cgroup:
         return next((int(line.split()[1]) for line in lines if line.split()[0] == key), 0)
 
 
-def remove_leftover(attempt_id: str) -> None:
-    """Remove the group of an attempt whose shim was killed, once its processes are gone."""
-    remove_folders(folders_of(attempt_id))
+def members(attempt_id: str) -> set[int]:
+    """The processes in the group of an attempt."""
+    found = set[int]()
+    for folder in set(folders_of(attempt_id)):
+        with suppress(OSError):
+            found.update(int(line) for line in (folder / "cgroup.procs").read_text().split())
+    return found
+
+
+def join_groups_of(pid: int) -> None:
+    """Move the calling process into the groups of another one, where they differ. Raises OSError."""
+    mounts, own = dict(_mounts()), dict(_groups_of("self"))
+    for controllers, path in _groups_of(pid):
+        mount = next((mounts[name] for name in controllers.split(",") if name in mounts), None)
+        if mount is not None and own.get(controllers) != path:
+            (mount / path.lstrip("/") / "cgroup.procs").write_text("0")
+
+
+def remove_leftover(attempt_id: str) -> bool:
+    """Remove the group of an attempt whose shim was killed; False while processes are in it."""
+    return remove_folders(folders_of(attempt_id))
 
 
 def folders_of(attempt_id: str, beside: int | str = "self") -> tuple[Path, ...]:
@@ -174,10 +199,10 @@ def _groups_of(process: int | str) -> Iterator[tuple[str, str]]:
 
 
 def _mounts() -> Iterator[tuple[str, Path]]:
-    """(controller, where its tree is mounted); the controller is "" for version 2."""
+    """(controller or other option, where its tree is mounted); the controller is "" for version 2."""
     for line in Path("/proc/self/mounts").read_text().splitlines():
         _, target, kind, options, *_ = line.split()
         if kind == "cgroup2":
             yield "", Path(target)
         elif kind == "cgroup":
-            yield from ((name, Path(target)) for name in options.split(",") if name in _CONTROLLERS)
+            yield from ((name, Path(target)) for name in options.split(","))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from services.executor.adapters import cgroup, kernel, processes, seccomp
 from services.executor.adapters.attempt_folder import AttemptFolder, AttemptSpec
-from services.executor.adapters.sandbox import job_environment
+from services.executor.adapters.job_view import job_environment
 
 # The network first: root may have made it, and gives up being root before the rest.
 _ORDER = ("net", "ipc", "uts", "pid", "mnt")

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from libs.common import secret_refs
 from services.executor.adapters.attempt_folder import AttemptSpec, Bind, FrontDoor, Isolation
+from services.executor.adapters.images import Walls
 from services.executor.adapters.isolation import closed_to
 from services.executor.domain.gang import first_free_port
 from services.executor.domain.gang_environment import (
@@ -50,17 +51,24 @@ class NodeFacts:
     network: Network  # of a job that asks for none
 
 
-def spec_for(order: StartOrder, environment_prefix: str, node: NodeFacts) -> AttemptSpec:
+def spec_for(
+    order: StartOrder, environment_prefix: str | None, node: NodeFacts, walls: Walls | None = None
+) -> AttemptSpec:
     """Makes the team's storage folder on the way, and nothing else outside of the attempt's own.
+
+    Args:
+        environment_prefix: None for an image, which brings its own.
+        walls: what the job runs in, when that is an image.
 
     Raises:
         MalformedNetwork: the job's network cannot be kept here; the text says why, for the user to read.
     """
-    walled = node.isolation == "bwrap"
+    isolation: Isolation = walls.isolation if walls else node.isolation
+    walled = isolation != "process"
     template = order.template
     uid = job_uid(order.team_uid, environment_prefix, node)
     host, port = door_of(node.front_door)
-    env, secret_env = secret_refs.variables(job_variables(order, node))
+    env, secret_env = secret_refs.variables(job_variables(order, node, walled=walled))
     network = network_of(order, node)
     sdk = Bind(str(node.client_folder / "nabla"), f"{SDK_INSIDE}/nabla")
     return AttemptSpec(
@@ -72,7 +80,8 @@ def spec_for(order: StartOrder, environment_prefix: str, node: NodeFacts) -> Att
         cpu_count=template.resources.cpu_count or 1.0,
         memory_bytes=template.resources.memory_bytes or None,
         gpu_indices=list(order.gpu_indices),
-        isolation=node.isolation,
+        isolation=isolation,
+        image=walls.image if walls else None,
         run_as_uid=uid,
         timeout_s=template.timeout_s or None,
         stop_grace_s=STOP_GRACE_S,
@@ -154,7 +163,7 @@ def told_network(network: Network) -> str:
     return f"{network.policy}, by a proxy (HTTP alone)" if network.needs_proxy else network.policy
 
 
-def job_uid(team_uid: int, environment_prefix: str, node: NodeFacts) -> int | None:
+def job_uid(team_uid: int, environment_prefix: str | None, node: NodeFacts) -> int | None:
     """As whom the job runs: the team's user where the platform is root, else whoever the platform is (None).
 
     Without walls there is no way around a closed folder. What the team's user cannot reach, root then runs itself:
@@ -162,6 +171,8 @@ def job_uid(team_uid: int, environment_prefix: str, node: NodeFacts) -> int | No
     """
     if os.geteuid() != 0:
         return None
+    if environment_prefix is None:
+        return team_uid
     needed = (node.node_dir / "attempts", node.storage_root, node.client_folder, Path(environment_prefix, "bin/python"))
     return 0 if node.isolation == "process" and closed_to(team_uid, needed) else team_uid
 
@@ -174,9 +185,8 @@ def told_isolation(uid: int | None, node: NodeFacts) -> str:
     return f"process ({node.isolation_detail}){user}"
 
 
-def job_variables(order: StartOrder, node: NodeFacts) -> dict[str, str]:
+def job_variables(order: StartOrder, node: NodeFacts, *, walled: bool) -> dict[str, str]:
     """The user's variables beneath the platform's, secrets by their names; the shim adds what it alone knows."""
-    walled = node.isolation == "bwrap"
     given = dict(order.template.env)
     path = given.get("PYTHONPATH", "")
     sdk = SDK_INSIDE if walled else str(node.client_folder)

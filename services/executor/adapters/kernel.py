@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import signal
@@ -13,9 +14,10 @@ CLONE_NEWNET = 0x40000000
 
 _MS_BIND, _MS_REC, _MS_PRIVATE = 4096, 16384, 1 << 18
 _PR_SET_PDEATHSIG, _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 15, 36, 38
-_PR_SET_DUMPABLE, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 4, 22, 2
+_PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP = 4, 22, 24
+_SECCOMP_MODE_FILTER = 2
 _CAPABILITY_VERSION_3 = 0x20080522
-_NS_GET_USERNS = 0xB701
+_NS_GET_USERNS, _NS_GET_OWNER_UID = 0xB701, 0xB704
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -78,17 +80,24 @@ def owner_of(network: int) -> int:
     return fcntl.ioctl(network, _NS_GET_USERNS)
 
 
+def is_roots(user_namespace: int) -> bool:
+    """Did root make it? Nobody else has rights in it then, whoever its users are outside."""
+    uid = ctypes.c_uint32()
+    fcntl.ioctl(user_namespace, _NS_GET_OWNER_UID, uid)
+    return uid.value == 0
+
+
 def enter_network(network: int, uid: int | None = None) -> None:
     """Move this single-threaded process into a network namespace, and become `uid` on the way.
 
     A namespace that root made is entered as root, one that an ordinary user made as that user. Its owner is asked of
     the namespace, not of the process: bwrap moves on into a second user namespace, which has no rights over the
-    network that the first one made.
+    network that the first one made. An engine's container may be in a user namespace that root made for it.
     """
     owner = owner_of(network)
     try:
         present = os.stat("/proc/self/ns/user")
-        is_ours = os.path.samestat(os.fstat(owner), present)
+        is_ours = os.path.samestat(os.fstat(owner), present) or (os.geteuid() == 0 and is_roots(owner))
         if is_ours:
             _check(_libc.setns(network, CLONE_NEWNET), "setns net")
         if uid is not None:
@@ -115,8 +124,19 @@ def make_network(as_root: bool) -> int:
 
 
 def move_into(namespace: int) -> None:
-    """Move this single-threaded process into a namespace of any kind."""
+    """Move this single-threaded process into a namespace of any kind; into one of processes, what it forks from then
+    on.
+    """
     _check(_libc.setns(namespace, 0), "setns")
+
+
+def move_into_owner_of(namespace: int) -> None:
+    """Into the user namespace that owns another one, and so gain all rights there."""
+    owner = owner_of(namespace)
+    try:
+        move_into(owner)
+    finally:
+        os.close(owner)
 
 
 def same_namespace(namespace: int, path: str) -> bool:
@@ -124,8 +144,19 @@ def same_namespace(namespace: int, path: str) -> bool:
     return (mine.st_dev, mine.st_ino) == (theirs.st_dev, theirs.st_ino)
 
 
+def drop_bounding_capabilities() -> None:
+    """No program that this process becomes can give it any."""
+    for number in range(64):
+        if _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(number)) < 0:
+            if ctypes.get_errno() == errno.EINVAL:  # beyond the last that the kernel knows
+                return
+            _check(-1, "prctl")
+
+
 def drop_capabilities() -> None:
-    """No capability is left, effective, permitted or to be inherited."""
+    """No capability is left, effective, permitted or to be inherited: a change of user keeps them where the former
+    user was not that namespace's root.
+    """
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     nothing = (ctypes.c_uint32 * 6)()
     _check(_libc.capset(header, nothing), "capset")

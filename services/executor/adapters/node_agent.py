@@ -5,7 +5,9 @@ A plain class, so that it can be tested without Ray; `ray_agent` makes a Ray act
     attempts/<execution id>/ see attempt_folder, attempt_run and attempt_log
     tools/, fetching/        what the platform's own tools work in, see toolbox; emptied when an agent starts
     unkept/<attempt id>/     artifacts that the platform failed to keep: they stay until somebody takes them
-    cache/                   workspaces by team, built environments by what went into them, downloads by team
+    cache/                   workspaces by team, built environments by what went into them, downloads by team, what is
+                             known of images
+    images/<name>/rootfs     images that an administrator unpacked, for a node without an engine
     agent.lock               held by the living agent: two agents cannot work in one folder
     contact.json             when this node was last in contact; shims read it
 """
@@ -27,19 +29,22 @@ from typing import IO
 
 from libs.common.contracts.messages import RecordUsage, UsageRecorded
 from libs.common.waiting import end
-from services.executor.adapters import cgroup, isolation, network_host, network_probe, network_sharing
+from services.executor.adapters import cgroup, engine, isolation, network_host, network_probe, network_sharing
 from services.executor.adapters.agent_bus import AgentBus
 from services.executor.adapters.attempt_folder import AttemptFolder, MalformedSpec
 from services.executor.adapters.attempt_run import AttemptRun, Means, read_order, write_order
 from services.executor.adapters.building import InstallerBuilder
 from services.executor.adapters.door_keeper import DoorKeeper, address_towards
+from services.executor.adapters.engine import Engine
 from services.executor.adapters.environments import Environments
 from services.executor.adapters.folder_watch import FolderWatch
 from services.executor.adapters.git_source import GitSource
+from services.executor.adapters.images import Images
 from services.executor.adapters.job_spec import NodeFacts
 from services.executor.adapters.keeping import UNKEPT
 from services.executor.adapters.metering import Metered, Metering
 from services.executor.adapters.network_probe import NetworkProbe
+from services.executor.adapters.podman import node_label, remove_strays
 from services.executor.adapters.s3_source import S3Source
 from services.executor.adapters.sandbox import IsolationProbe, find_bwrap
 from services.executor.adapters.sealing import Sealing
@@ -127,6 +132,7 @@ class NodeAgent:
         self._tasks["metering"] = asyncio.create_task(metering.run())
         self._tasks["upkeep"] = asyncio.create_task(self._bound_unkept())
         self._tasks["wall"] = asyncio.create_task(self._keep_wall())
+        self._tasks["engine"] = asyncio.create_task(self._sweep_containers(self._means.images))
         log.info("agent is ready", extra={"attempts": len(self._runs), "isolation": self._probe.isolation})
 
     async def close(self) -> None:
@@ -195,9 +201,20 @@ class NodeAgent:
             isolation_detail=f"{isolation.in_words(self._probe)}; {network_probe.in_words(self._network_probe)}",
             held=frozenset(self._runs),
             news=tuple(news),
+            runtimes=self._means.images.runtimes if self._means else (),
             network=self._network.reach,
             door=self._door.address if self._door else "",
         )
+
+    async def _sweep_containers(self, images: Images) -> None:
+        """Those that nobody watches over: their shims, and whoever should have seen that, were killed."""
+        found = await images.engine()
+        if isinstance(found, Engine):
+            label = node_label(self._node_dir)
+            await asyncio.to_thread(remove_strays, list(found.command), label, self._is_alive)
+
+    def _is_alive(self, attempt_id: str) -> bool:
+        return AttemptFolder(self._attempts / attempt_id).shim_is_alive()
 
     def _take_up(self, folder: AttemptFolder) -> None:
         """One attempt whose records a crash or another version spoiled must not keep the others from going on.
@@ -317,11 +334,23 @@ class NodeAgent:
                 cache_bytes=config.environments_bytes,
                 in_use=partial(environments_in_use, self._attempts),
             ),
+            images=self._make_images(cache / "images"),
             watch=watch,
             node=node,
             starting=starting,
             zygote=zygote_process,
         )
+
+    def _make_images(self, cache: Path) -> Images:
+        images = Images(
+            partial(engine.find, self._config.container_runtime),
+            self._node_dir / "images",
+            cache,
+            cache_bytes=self._config.images_bytes,
+            in_use=partial(images_in_use, self._attempts),
+        )
+        images.sweep()
+        return images
 
     def _node_facts(self) -> NodeFacts:
         config = self._config
@@ -359,6 +388,17 @@ def environments_in_use(attempts: Path) -> set[str]:
         if not path.with_name("exit.json").exists():
             with contextlib.suppress(MalformedSpec):
                 found.add(AttemptFolder(path.parent).read_spec().environment_prefix or "")
+    return found
+
+
+def images_in_use(attempts: Path) -> set[str]:
+    """The ids of images that the attempts of a node folder run, or are about to."""
+    found = set()
+    for path in attempts.glob("*/spec.json"):
+        if not path.with_name("exit.json").exists():
+            with contextlib.suppress(MalformedSpec):
+                image = AttemptFolder(path.parent).read_spec().image
+                found.add(image.image if image else "")
     return found
 
 

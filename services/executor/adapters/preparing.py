@@ -13,11 +13,13 @@ import logging
 import time
 from pathlib import Path
 
-from libs.common.contracts.messages import Environment, JobTemplate
+from libs.common.contracts.messages import Container, Environment, JobTemplate
 from services.executor.adapters.attempt_folder import AttemptFolder, write_durably
 from services.executor.adapters.attempt_log import AttemptLog
 from services.executor.adapters.building import RECORD, write_new
 from services.executor.adapters.environments import Asker, EnvironmentRefused, Environments, Prepared
+from services.executor.adapters.images import Asker as ImageAsker
+from services.executor.adapters.images import Images, Walls
 from services.executor.adapters.job_spec import (
     NodeFacts,
     generate_files,
@@ -56,6 +58,7 @@ class Preparing:
         *,
         staging: Staging,
         environments: Environments,
+        images: Images,
         sealing: Sealing,
         node: NodeFacts,
     ) -> None:
@@ -64,6 +67,7 @@ class Preparing:
         self._log = log
         self._staging = staging
         self._environments = environments
+        self._images = images
         self._sealing = sealing
         self._node = node
 
@@ -80,31 +84,56 @@ class Preparing:
             template: the order's, with the values of secrets in place of their names; nothing of it is written down.
 
         Raises:
-            StagingFailed, EnvironmentRefused, MalformedSpec, OSError.
+            StagingFailed, ImageRefused, EnvironmentRefused, MalformedSpec, MalformedNetwork, OSError.
         """
-        order, node = self._order, self._node
+        order = self._order
         origin: dict[str, str] = {}
         tell = self._teller("workspace")
         version = await self._staging.lay(template, order.team_id, self._folder.workspace, tell)
         if version:
             origin[VERSION_OF[template.source.kind]] = version
             self._log.say("source", f"workspace: {template.source.url} at {version}")
-        wanted = await self._wanted(template.environment)
+        if template.container == Container():
+            await self._prepare_environment(template.environment, origin)
+        else:
+            await self._prepare_image(template.container, origin)
+
+    async def _prepare_environment(self, environment_wanted: Environment, origin: dict[str, str]) -> None:
+        order, node = self._order, self._node
+        wanted = await self._wanted(environment_wanted)
         asker = Asker(order.team_id, self._folder.workspace, self._teller("environment"))
         async with self._environments.prepared(wanted, asker) as environment:
             self._log.say("environment", f"environment: {environment.name}")
             if environment.record:
                 origin |= await self._keep_record(environment)
             uid = job_uid(order.team_uid, environment.prefix, node)
-            network = told_network(network_of(order, node))
-            self._log.say("node", f"node: {node.hostname}, isolation: {told_isolation(uid, node)}, network: {network}")
-            if origin:
-                note = json.dumps(origin).encode()
-                await asyncio.to_thread(write_durably, self._folder.path / "origin.json", note)
-            await asyncio.to_thread(generate_files, order, node)
-            # The order's own template: the values of secrets are on no disk.
-            spec = await asyncio.to_thread(spec_for, order, environment.prefix, node)
-            await asyncio.to_thread(AttemptFolder.create, node.node_dir, spec)
+            self._tell_of_node(told_isolation(uid, node))
+            await self._write_down(origin, environment.prefix, None)
+
+    async def _prepare_image(self, container: Container, origin: dict[str, str]) -> None:
+        """Args: container: with the registry's password in place of its name."""
+        order = self._order
+        uid = job_uid(order.team_uid, None, self._node)
+        asker = ImageAsker(order.team_id, uid, order.gpu_indices, self._tell_of_image)
+        async with self._images.prepared(container, asker) as walls:
+            self._tell_of_node(f"{walls.isolation}, image: {walls.image.name}")
+            await self._write_down(origin, None, walls)
+
+    def _tell_of_image(self, line: str) -> None:
+        self._log.say(f"image-{line}", f"image: {line}")
+
+    def _tell_of_node(self, isolation: str) -> None:
+        network = told_network(network_of(self._order, self._node))
+        self._log.say("node", f"node: {self._node.hostname}, isolation: {isolation}, network: {network}")
+
+    async def _write_down(self, origin: dict[str, str], prefix: str | None, walls: Walls | None) -> None:
+        if origin:
+            note = json.dumps(origin).encode()
+            await asyncio.to_thread(write_durably, self._folder.path / "origin.json", note)
+        await asyncio.to_thread(generate_files, self._order, self._node)
+        # The order's own template: the values of secrets are on no disk.
+        spec = await asyncio.to_thread(spec_for, self._order, prefix, self._node, walls)
+        await asyncio.to_thread(AttemptFolder.create, self._node.node_dir, spec)
 
     async def _wanted(self, environment: Environment) -> Environment:
         """A recorded environment is one whose list is in a file set."""

@@ -58,6 +58,16 @@ def descendants(ancestor: int) -> list[int]:
     return Tree().below(ancestor)
 
 
+def tagged(word: str) -> list[int]:
+    """Living processes that have this `NAME=VALUE` in the environment they began with."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            if word.encode() in Path("/proc", name, "environ").read_bytes().split(b"\0"):
+                found.append(int(name))
+    return [pid for pid in found if pid != os.getpid() and start_ticks(pid) is not None]
+
+
 def signal_each(pids: Iterable[int], number: signal.Signals) -> None:
     for pid in pids:
         with suppress(ProcessLookupError, PermissionError):

@@ -1,16 +1,8 @@
-"""What a job sees: the walls of its sandbox, its environment, and whether this node can build the walls.
+"""Class `bwrap`: the walls of a sandbox by bubblewrap, and whether this node can build them.
 
-Class `bwrap`: namespaces of its own for users, processes, network, mounts, IPC and host name; a root put
-together from read-only parts of the host; no capability, no way to gain one. The job is user `nabla`, 1000
-inside, and outside the uid that the spec names, never root.
-
-Class `process`: where the kernel refuses namespaces. A session of its own with rlimits, no_new_privs, an
-environment built from nothing and, under root, the uid that the spec names. It sees the host's files and
-network as that user does: fit for one user's own machine, and never shown as more.
-
-In both, NABLA_WORKSPACE, NABLA_ARTIFACTS and NABLA_STORAGE are the paths to use; only in a sandbox are they
-/workspace, /artifacts and /storage. HOME is in the private /tmp, not in /workspace: caches and histories that
-tools leave there are not the user's work, and are not kept with it.
+Namespaces of its own for users, processes, network, mounts, IPC and host name; a root put together from read-only
+parts of the host, or from an unpacked image; no capability, no way to gain one. The job is user `nabla`, 1000 inside,
+and outside the uid that the spec names, never root.
 
 Paths that only root can reach (a node folder or a virtualenv below /root) still enter a sandbox that an
 ordinary user builds: root first binds them at a place that all can reach, in mounts of its own that nobody
@@ -21,42 +13,60 @@ such way: there every folder above the workspace and above the environment must 
 
 from __future__ import annotations
 
+import json
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
-from services.executor.adapters import kernel, network, network_names, processes, seccomp
+from services.executor.adapters import kernel, seccomp
 from services.executor.adapters.attempt_folder import AttemptFolder, AttemptSpec, Isolation
+from services.executor.adapters.cgroup import Cgroup
+from services.executor.adapters.job_view import (
+    Mount,
+    hosts_file,
+    job_environment,
+    mounts_for,
+    resolver_file,
+    uid_of,
+    wrapped_command,
+)
+from services.executor.adapters.rlimits import limit, limit_inside
+from services.executor.adapters.runtime import (
+    Job,
+    JoinedNetwork,
+    LaunchRefused,
+    Output,
+    leave,
+    offer_to_oom_killer,
+    read_present,
+    read_to_end,
+)
 
 SYSTEM_BWRAP = "/usr/bin/bwrap"
+# As whom jobs run inside.
+USER_ID = "1000"
 
-_USER_ID = "1000"
-_SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
 _SYSTEM_LINKS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _ETC_FOLDERS = ("alternatives", "fonts", "pki", "ssl/certs")
 _ETC_FILES = (
     *("gai.conf", "host.conf", "ld.so.cache", "localtime", "mime.types", "nsswitch.conf", "protocols"),
-    *("resolv.conf", "services", "ssl/openssl.cnf", "timezone"),
+    *("services", "ssl/openssl.cnf", "timezone"),
 )
 _GPU_CONTROL = ("nvidiactl", "nvidia-uvm", "nvidia-uvm-tools", "nvidia-caps")
 _STAGING = "/tmp"
-
-
-@dataclass(frozen=True, slots=True)
-class Mount:
-    """A path of the host and where the job sees it."""
-
-    source: str
-    inside: str
-    writable: bool = False
+_SETUP_LIMIT_S = 20.0
+# Of an unpacked image these are the platform's own.
+_NOT_THE_IMAGES = frozenset({"artifacts", "dev", "proc", "run", "storage", "sys", "tmp", "workspace"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,94 +78,85 @@ class IsolationProbe:
     remedy: str
 
 
-def wrapped_command(command: Sequence[str] | str) -> list[str]:
-    """Through sh in both classes, so that "not found" is 127 and "not executable" 126 whoever starts it."""
-    if isinstance(command, str):
-        return ["/bin/sh", "-c", command]
-    return ["/bin/sh", "-c", 'exec "$@"', "sh", *command]
+class _System(NamedTuple):
+    """Options for what is the same in every sandbox of a node or an image."""
+
+    folders: list[str]
+    etc: list[str]
 
 
-def job_environment(spec: AttemptSpec, folder: AttemptFolder) -> dict[str, str]:
-    """The whole environment of the command. The user's own values win, except over what the platform
-    promises.
-    """
-    walled = spec.isolation == "bwrap"
-    tmp = "/tmp" if walled else str(folder.tmp)
-    defaults = {
-        "PATH": _SYSTEM_PATH,
-        "HOME": f"{tmp}/home",
-        "TMPDIR": tmp,
-        "USER": "nabla",
-        "LOGNAME": "nabla",
-        "LANG": "C.UTF-8",
-        "PYTHONUNBUFFERED": "1",
-    }
-    promised = {
-        "NABLA_ATTEMPT_ID": spec.attempt_id,
-        "NABLA_JOB_ID": spec.job_id,
-        "NABLA_ISOLATION": spec.isolation,
-        "NABLA_WORKSPACE": "/workspace" if walled else _workspace(spec, folder),
-        "NABLA_ARTIFACTS": "/artifacts" if walled else _artifacts(spec, folder),
-        "CUDA_VISIBLE_DEVICES": _visible_gpus(spec),
-    }
-    for bind in spec.binds_rw:
-        if bind.inside == "/storage":
-            promised["NABLA_STORAGE"] = "/storage" if walled else bind.host
-    environment = defaults | network.variables(spec.network) | spec.env | promised
-    if spec.environment_prefix is not None:
-        environment["PATH"] = f"{spec.environment_prefix}/bin:{environment['PATH']}"
-        environment["VIRTUAL_ENV"] = spec.environment_prefix
-    return environment
+class _Ends(NamedTuple):
+    """The child's ends of what bwrap reports on, and of what it waits for."""
+
+    status: int
+    block: int
 
 
-def prepare_folders(spec: AttemptSpec, folder: AttemptFolder) -> None:
-    """Make what the job writes to, and give it to the uid that the job runs as.
+@dataclass
+class BwrapJob(Job):
+    """A bwrap, and below it the sandbox's first process, `root`."""
 
-    Only root can and need do so. Files with a second name are left alone: they may be links into a store that
-    many attempts share.
-    """
-    (folder.tmp / "home").mkdir(mode=0o700, exist_ok=True)
-    if os.geteuid() != 0 or spec.run_as_uid is None:
-        return
-    if spec.isolation == "process":
-        folder.path.chmod(0o711)  # the job passes through to its workspace; the records stay 0600
-    for path in (_workspace(spec, folder), _artifacts(spec, folder), str(folder.tmp)):
-        _give(path, spec.run_as_uid)
+    _error: int
+    _status: int
+    _block: int
 
+    def release(self) -> None:
+        try:
+            os.write(self._block, b"\0")
+        except BrokenPipeError:
+            raise LaunchRefused(read_to_end(self._error) or read_present(self.stderr)) from None
+        os.close(self._block)
+        message = read_to_end(self._error)
+        if message:
+            raise LaunchRefused(message)
 
-def mounts_for(spec: AttemptSpec, folder: AttemptFolder) -> list[Mount]:
-    """All that the job sees besides the system, outer paths before those inside them."""
-    own = [
-        Mount(str(folder.tmp), "/tmp", writable=True),
-        Mount(_workspace(spec, folder), "/workspace", writable=True),
-        Mount(_artifacts(spec, folder), "/artifacts", writable=True),
-    ]
-    given = [Mount(*bind) for bind in spec.binds_ro] + [Mount(*bind, writable=True) for bind in spec.binds_rw]
-    prefix = [] if spec.environment_prefix is None else environment_mounts(spec.environment_prefix)
-    return sorted([*own, *prefix, *given], key=lambda mount: mount.inside.count("/"))
+    def setup_failed(self, code: int) -> bool:
+        return code == 1 and "exit-code" not in read_to_end(self._status)
 
 
-def environment_mounts(prefix: str) -> list[Mount]:
-    """A virtualenv and the base interpreter that it points to, both at their own paths.
+class Bwrap:
+    """Runtime of class `bwrap`."""
 
-    A virtualenv is not whole: its bin/python is a link to, and its standard library lies in, the prefix that
-    made it (~/.pyenv/versions/..., uv's folder, /usr). Both spellings of that prefix are shown, because such
-    prefixes are often links themselves (uv: cpython-3.11 -> cpython-3.11.7).
-    """
-    shown = [prefix]
-    linked = str(Path(f"{prefix}/bin/python").resolve().parents[1])
-    for base in (_base_by_config(prefix), linked):
-        if base and base not in shown and not base.startswith("/usr") and _holds_python(base):
-            shown.append(base)
-    return [Mount(path, path) for path in shown]
+    def start(
+        self, spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None, network: JoinedNetwork | None
+    ) -> Job:
+        output, status, block, shim = Output.open(spec.run_as_uid), os.pipe(), os.pipe(), os.getpid()
+        ends = _Ends(status[1], block[0])
+        pid = os.fork()
+        if pid == 0:
+            _run_child(output, lambda: exec_in_bwrap(spec, folder, ends, shim, network))
+        output.close_childs_ends()
+        for descriptor in ends:
+            os.close(descriptor)
+        if cgroup is not None:
+            cgroup.add(pid)
+        root = _sandbox_root(status[0], output)
+        if cgroup is not None:
+            cgroup.add(root)  # bwrap may have made it before it was moved itself
+        else:
+            limit_inside(root, spec)
+        return BwrapJob(pid, root, output.out[0], output.err[0], output.error[0], status[0], block[1])
+
+    def clean_up(self, spec: AttemptSpec, folder: AttemptFolder) -> None:
+        """Nothing outlives the processes: mounts and namespaces are theirs."""
+
+
+def _run_child(output: Output, become_bwrap: Callable[[], NoReturn]) -> NoReturn:
+    try:
+        output.become_standard()
+        offer_to_oom_killer()
+        os.umask(0o022)
+        become_bwrap()
+    except Exception as exception:
+        output.tell(exception)
+    finally:
+        leave()
 
 
 def exec_in_bwrap(
-    spec: AttemptSpec, folder: AttemptFolder, status: int, block: int, shim: int, *, joined: int | None
+    spec: AttemptSpec, folder: AttemptFolder, ends: _Ends, shim: int, network: JoinedNetwork | None
 ) -> NoReturn:
     """Turn this process into bwrap. It reports on `status` and holds the command until `block` is written to.
-
-    It joins the network namespace `joined`, or makes one with loopback alone.
 
     A dead shim closes `block`, and bwrap takes that for a write: without a death signal of its own until bwrap has
     set one, a shim killed in between would leave a job that nobody watches.
@@ -163,67 +164,49 @@ def exec_in_bwrap(
     Options go through a descriptor and not on the command line, which every user of the node can read: the
     environment holds secrets.
     """
-    _limit(resource.RLIMIT_CORE, 0)
-    mounts, bwrap = mounts_for(spec, folder), spec.bwrap_path
+    limit(resource.RLIMIT_CORE, 0)
+    mounts, bwrap = [*_image_mounts(spec), *mounts_for(spec, folder)], spec.bwrap_path
+    system = _System(_system(spec), _etc(spec))  # read before the staging hides where an image lies
     if os.geteuid() == 0:
         root = _installation(bwrap)
         staged = _stage([*mounts, Mount(root, root)])
         mounts, bwrap = staged[:-1], staged[-1].source + bwrap.removeprefix(root)
-        if joined is None:
-            kernel.become(_uid(spec))
+        if network is None:
+            kernel.become(uid_of(spec))
         else:
-            kernel.enter_network(joined, _uid(spec))
-    elif joined is not None:
-        kernel.enter_network(joined)
-    options = _options(spec, mounts, job_environment(spec, folder))
-    options += [] if joined is None else ["--share-net"]
-    options += ["--json-status-fd", str(status), "--block-fd", str(block)]
-    for descriptor in (status, block):
+            kernel.enter_network(network.descriptor, uid_of(spec))
+    elif network is not None:
+        kernel.enter_network(network.descriptor)
+    options = _options(spec, mounts, system, job_environment(spec, folder))
+    options += [] if network is None else ["--share-net"]  # the one that it has joined
+    options += ["--json-status-fd", str(ends.status), "--block-fd", str(ends.block)]
+    for descriptor in ends:
         os.set_inheritable(descriptor, True)
     argument_file = str(_handed_over("\0".join(options).encode()))
     kernel.end_with_parent(signal.SIGKILL, shim)
-    os.execve(bwrap, ["bwrap", "--args", argument_file, "--", *wrapped_command(spec.command)], {})
+    os.execve(bwrap, ["bwrap", "--args", argument_file, "--", *wrapped_command(spec)], {})
 
 
-def exec_plainly(spec: AttemptSpec, folder: AttemptFolder) -> NoReturn:
-    """Turn this process into the command, without walls. Raises PermissionError where its uid cannot get
-    in.
-    """
-    os.setsid()
-    workspace = _workspace(spec, folder)
-    uid = _uid(spec)
-    _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_NPROC, processes.threads_of(uid) + spec.pids_limit)
-    kernel.refuse_new_privileges()
-    if os.geteuid() == 0:
-        kernel.become(uid)
-    os.umask(0o022)
-    os.chdir(workspace)
-    command = wrapped_command(spec.command)
-    os.execve(command[0], command, job_environment(spec, folder))
+def _sandbox_root(status: int, output: Output) -> int:
+    """The node's number of the sandbox's first process, as bwrap reports it once its namespaces exist."""
+    line = _read_line(status)
+    try:
+        return int(json.loads(line)["child-pid"])
+    except (ValueError, KeyError, TypeError):
+        reason = read_to_end(output.error[0]) or read_present(output.err[0]) or "bwrap did not come up in time"
+        raise LaunchRefused(reason) from None
 
 
-def limit_inside(pid: int, spec: AttemptSpec) -> None:
-    """Bound the processes of a sandbox that has not begun, where no control group does. Raises OSError.
-
-    Set on the sandbox's first process and not before it: since Linux 5.14 the kernel counts processes for
-    each user namespace, but a limit that bwrap brought along would count all of the user's on this node. Root
-    may lack CAP_SYS_RESOURCE (in containers it mostly does), so the job's own uid asks, in a fork.
-    """
-    if _kernel_version() < (5, 14):
-        return
-    if os.geteuid() != 0:
-        _limit_processes(pid, spec.pids_limit)
-        return
-    helper = os.fork()
-    if helper == 0:
-        with suppress(OSError):
-            kernel.become(_uid(spec))
-            _limit_processes(pid, spec.pids_limit)
-            os._exit(0)
-        os._exit(1)
-    if os.waitpid(helper, 0)[1] != 0:
-        raise PermissionError("the number of processes in the sandbox cannot be bounded")
+def _read_line(descriptor: int) -> bytes:
+    """One JSON document. bwrap ends it with a newline; "" when bwrap died, or takes too long."""
+    line, deadline = b"", time.monotonic() + _SETUP_LIMIT_S
+    while not line.endswith(b"\n"):
+        ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
+        piece = os.read(descriptor, 1) if ready else b""
+        if not piece:
+            return b""
+        line += piece
+    return line
 
 
 def find_bwrap(wheel_bwrap: str | None = None) -> str | None:
@@ -260,12 +243,14 @@ def remedy_for(reason: str, settings: Mapping[str, str]) -> str:
     return ""
 
 
-def _options(spec: AttemptSpec, mounts: Iterable[Mount], environment: Mapping[str, str]) -> list[str]:
+def _options(spec: AttemptSpec, mounts: Iterable[Mount], system: _System, environment: Mapping[str, str]) -> list[str]:
     options = ["--unshare-user", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv"]
-    options += ["--cap-drop", "ALL", "--uid", _USER_ID, "--gid", _USER_ID, "--hostname", spec.attempt_id]
-    options += [*_system(), *_etc(spec), *_devices(spec.gpu_indices)]
-    for mount in mounts:
-        options += ["--bind" if mount.writable else "--ro-bind", mount.source, mount.inside]
+    options += ["--cap-drop", "ALL", "--uid", USER_ID, "--gid", USER_ID, "--hostname", spec.attempt_id]
+    options += [*system.folders, *_devices(spec.gpu_indices)]
+    binds = [[("--ro-bind", "--bind")[mount.writable], mount.source, mount.inside] for mount in mounts]
+    bound = [word for bind in binds for word in bind]
+    # An image's /etc is one of the mounts, and then covered; without an image jobs may be given files below ours.
+    options += [*system.etc, *bound] if spec.image is None else [*bound, *system.etc]
     options += ["--remount-ro", "/", "--chdir", "/workspace"]
     for name, value in environment.items():
         options += ["--setenv", name, value]
@@ -275,8 +260,14 @@ def _options(spec: AttemptSpec, mounts: Iterable[Mount], environment: Mapping[st
     return options
 
 
-def _system() -> list[str]:
-    options = ["--ro-bind", "/usr", "/usr", "--proc", "/proc"]
+def _system(spec: AttemptSpec) -> list[str]:
+    """/proc, and the system's folders where no image brings its own."""
+    options = ["--proc", "/proc"]
+    if spec.image is not None:
+        root = Path(spec.image.image)
+        links = [path for path in sorted(root.iterdir()) if path.is_symlink() and path.name not in _NOT_THE_IMAGES]
+        return options + [word for path in links for word in ("--symlink", os.readlink(path), f"/{path.name}")]
+    options += ["--ro-bind", "/usr", "/usr"]
     for path in (f"/{name}" for name in _SYSTEM_LINKS):
         if os.path.islink(path):
             options += ["--symlink", os.readlink(path), path]
@@ -285,19 +276,31 @@ def _system() -> list[str]:
     return options
 
 
+def _image_mounts(spec: AttemptSpec) -> list[Mount]:
+    """The folders of an unpacked image. What is no folder at its top is left out, links apart."""
+    if spec.image is None:
+        return []
+    paths = sorted(Path(spec.image.image).iterdir())
+    folders = [path for path in paths if path.is_dir() and not path.is_symlink() and path.name not in _NOT_THE_IMAGES]
+    return [Mount(str(path), f"/{path.name}") for path in folders]
+
+
 def _etc(spec: AttemptSpec) -> list[str]:
     """Folders are bound, files copied: each bind costs bwrap another pass over all mounts, half a
-    millisecond.
+    millisecond. Of an image only files that it has can be covered, and links are not followed.
     """
     files = {
-        "passwd": f"root:x:0:0::/:/bin/false\nnabla:x:{_USER_ID}:{_USER_ID}:Nabla job:/tmp/home:/bin/sh\n",
-        "group": f"root:x:0:\nnabla:x:{_USER_ID}:\n",
-        "hosts": _hosts(spec),
+        "passwd": f"root:x:0:0::/:/bin/false\nnabla:x:{USER_ID}:{USER_ID}:Nabla job:/tmp/home:/bin/sh\n",
+        "group": f"root:x:0:\nnabla:x:{USER_ID}:\n",
+        "hosts": hosts_file(spec),
+        "resolv.conf": resolver_file(spec),
     }
-    if spec.network.leads_out:
-        files["resolv.conf"] = network_names.resolver_file()
     contents = {name: text.encode() for name, text in files.items()}
-    for name in set(_ETC_FILES) - set(files):
+    if spec.image is not None:
+        etc = Path(spec.image.image, "etc")
+        covered = [name for name in contents if (etc / name).is_file() and not (etc / name).is_symlink()]
+        return [w for n in covered for w in ("--ro-bind-data", str(_handed_over(contents[n])), f"/etc/{n}")]
+    for name in _ETC_FILES:
         with suppress(OSError):
             contents[name] = Path("/etc", name).read_bytes()
     options = ["--perms", "0755", "--dir", "/etc"]
@@ -305,17 +308,6 @@ def _etc(spec: AttemptSpec) -> list[str]:
     for name, content in contents.items():
         options += ["--perms", "0644", "--file", str(_handed_over(content)), f"/etc/{name}"]
     return options
-
-
-def _hosts(spec: AttemptSpec) -> str:
-    """A gang's ranks find their own name at the node's address: what they tell their peers must be true there."""
-    gang = spec.network.gang
-    own = (
-        f"127.0.0.1 localhost\n{gang.node_address} {spec.attempt_id}"
-        if gang
-        else f"127.0.0.1 localhost {spec.attempt_id}"
-    )
-    return f"{own}\n::1 localhost\n"
 
 
 def _devices(gpu_indices: Sequence[int]) -> list[str]:
@@ -326,17 +318,6 @@ def _devices(gpu_indices: Sequence[int]) -> list[str]:
     for name in (*(f"nvidia{index}" for index in gpu_indices), *_GPU_CONTROL):
         options += ["--dev-bind-try", f"/dev/{name}", f"/dev/{name}"]
     return [*options, "--ro-bind", "/sys", "/sys"]
-
-
-def _visible_gpus(spec: AttemptSpec) -> str:
-    """CUDA counts the devices that it can open: behind walls the given ones are 0, 1, ...; without,
-    themselves.
-
-    Where the node has no such device (GPUs that Ray was only told of) their numbers are passed on as they
-    are.
-    """
-    renumbered = spec.isolation == "bwrap" and all(os.path.exists(f"/dev/nvidia{i}") for i in spec.gpu_indices)
-    return ",".join(str(n if renumbered else index) for n, index in enumerate(sorted(spec.gpu_indices)))
 
 
 def _stage(mounts: Iterable[Mount]) -> list[Mount]:
@@ -372,61 +353,6 @@ def _handed_over(content: bytes) -> int:
     os.write(descriptor, content)
     os.lseek(descriptor, 0, os.SEEK_SET)
     return descriptor
-
-
-def _base_by_config(prefix: str) -> str | None:
-    with suppress(OSError):
-        for line in Path(prefix, "pyvenv.cfg").read_text().splitlines():
-            name, _, value = line.partition("=")
-            if name.strip() == "home":
-                return str(Path(value.strip()).parent)
-    return None
-
-
-def _holds_python(base: str) -> bool:
-    """Is this a Python installation? pyvenv.cfg is a file that could name any folder of the host, and / holds one."""
-    return base != "/" and any(Path(base, "lib").glob("python3.*/os.py"))
-
-
-def _workspace(spec: AttemptSpec, folder: AttemptFolder) -> str:
-    return spec.workspace_path or str(folder.workspace)
-
-
-def _artifacts(spec: AttemptSpec, folder: AttemptFolder) -> str:
-    return spec.artifacts_path or str(folder.artifacts)
-
-
-def _uid(spec: AttemptSpec) -> int:
-    return os.geteuid() if spec.run_as_uid is None else spec.run_as_uid
-
-
-def _give(path: str, uid: int) -> None:
-    os.makedirs(path, mode=0o700, exist_ok=True)
-    for _, _, files, folder in os.fwalk(path, follow_symlinks=False):
-        os.fchown(folder, uid, uid)
-        for name in files:
-            status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-            if status.st_uid != uid and status.st_nlink == 1:
-                os.chown(name, uid, uid, dir_fd=folder, follow_symlinks=False)
-
-
-def _limit(kind: int, value: int) -> None:
-    value = _within(value, resource.getrlimit(kind)[1])
-    resource.setrlimit(kind, (value, value))
-
-
-def _limit_processes(pid: int, value: int) -> None:
-    value = _within(value, resource.prlimit(pid, resource.RLIMIT_NPROC)[1])
-    resource.prlimit(pid, resource.RLIMIT_NPROC, (value, value))
-
-
-def _within(value: int, hard: int) -> int:
-    return value if hard == resource.RLIM_INFINITY else min(value, hard)
-
-
-def _kernel_version() -> tuple[int, int]:
-    major, minor, *_ = os.uname().release.split(".")
-    return int(major), int("".join(c for c in minor if c.isdigit()) or 0)
 
 
 def _kernel_settings() -> dict[str, str]:

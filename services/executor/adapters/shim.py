@@ -33,8 +33,9 @@ from services.executor.adapters.attempt_folder import (
 )
 from services.executor.adapters.cgroup import Cgroup, Limits
 from services.executor.adapters.forward import Way
-from services.executor.adapters.launch import Job, LaunchRefused, launch, shell_code
+from services.executor.adapters.launch import clean_up, launch
 from services.executor.adapters.masking import MaskedStream, Masker
+from services.executor.adapters.runtime import Job, LaunchRefused, shell_code
 from services.executor.adapters.spool import SpoolWriter, Stream
 
 NO_SECRETS: Mapping[str, str] = {}
@@ -94,6 +95,7 @@ def see_through(path: str | os.PathLike[str], secrets: Mapping[str, str] = NO_SE
             started = folder.read_started()  # what it left is kept, although nobody knows how it ended
             record = _refused(f"the shim failed: {error!r}", started.at_us if started else None)
         undead = _end_all()
+        clean_up(folder)
         if undead and undead not in record.detail:
             record = replace(record, detail="; ".join(filter(None, (record.detail, undead))))
         _write_end(folder, record)
@@ -376,7 +378,7 @@ class _Attempt:
         self._kill_at = min(self._kill_at, kill_at)
 
     def _record(self, started_at_us: int, undead: str) -> ExitRecord:
-        code = shell_code(self._status or 0)
+        code = self._job.told_code(shell_code(self._status or 0), self._error_tail)
         if self._kill_at is None:
             self._explain(code)
         refused = self._reason == "refused"
@@ -385,10 +387,18 @@ class _Attempt:
             signal=code - 128 if 128 < code <= 128 + signal.NSIG and not refused else None,
             reason=self._reason,
             detail="; ".join(filter(None, (self._detail, undead))),
-            peak_rss_bytes=max(self._peak_bytes, _largest_child_bytes()),
+            peak_rss_bytes=max(self._peak_bytes, self._largest_child_bytes()),
             started_at_us=None if refused else started_at_us,
             ended_at_us=_now_us(),
         )
+
+    def _largest_child_bytes(self) -> int:
+        """The largest single process, as the kernel saw it. That may be one that built the walls, larger than all of
+        the job: then what the control group held at its most says so.
+        """
+        largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        held = self._cgroup.peak_bytes() if self._cgroup is not None else 0
+        return min(largest, held) if held else largest
 
     def _explain(self, code: int) -> None:
         """Why a job that nobody ended has ended."""
@@ -453,13 +463,6 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-def _largest_child_bytes() -> int:
-    """The largest single process of the job, as the kernel saw it; at least the shim's own size before
-    exec.
-    """
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
 
 def _say(text: str) -> None:

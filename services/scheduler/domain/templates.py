@@ -10,6 +10,7 @@ from libs.common import secret_refs
 from libs.common.contracts.messages import JobTemplate, Resources, Retry
 from libs.common.errors import Invalid, TooLarge
 from libs.common.ids import is_id
+from services.scheduler.domain.containers import check_containers
 from services.scheduler.domain.gangs import checked_gang
 from services.scheduler.domain.machine_types import MachineTypes, filled_template
 from services.scheduler.domain.origins import check_origins
@@ -64,6 +65,7 @@ def checked_template(
     _check_retry(filled.retry)
     _check_ports(filled.ports)
     check_origins(filled)
+    check_containers(filled)
     _check_network(filled.network)
     _check_filesets("workspace_id", [filled.workspace_id] if filled.workspace_id else [])
     _check_filesets("inputs", (item.fileset_id for item in filled.inputs))

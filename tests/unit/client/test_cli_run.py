@@ -50,6 +50,40 @@ def test_run_makes_a_project_of_the_folder_says_so_and_remembers_it(
     assert not any(path.name.startswith("folders") for path in folder.rglob("*"))
 
 
+def test_an_image_is_asked_for_with_its_user_and_the_name_of_its_secret(
+    nabla: Nabla, server: StubServer, folder: Path
+) -> None:
+    serve_run(server, line(1, "hello"))
+    words = ["--container", "r.example/team/image:1", "--container-user", "app"]
+    words += ["--registry-username", "me", "--registry-password", "secret:registry"]
+    assert nabla("run", *words, "--", "python", "train.py").code == 0
+    template = server.calls("POST", "/experiments")[0].json["template"]
+    assert isinstance(template, dict)
+    assert template["container"] == {
+        "image": "r.example/team/image:1",
+        "dockerfile": "",
+        "user": "app",
+        "registry_username": "me",
+        "registry_password": "secret:registry",
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--container-user", "app"], "name it with --container"),
+        (["--container", "python:3.12", "--env", "active"], "An image brings its own Python"),
+    ],
+)
+def test_what_does_not_go_with_an_image_is_said_at_once(
+    nabla: Nabla, server: StubServer, folder: Path, words: list[str], told: str
+) -> None:
+    serve_run(server)
+    refused = nabla("run", *words, "--", "true")
+    assert (refused.code, server.calls("POST", "/experiments")) == (2, [])
+    assert told in " ".join(refused.err.split())
+
+
 @pytest.mark.parametrize("known", ["remembered", "named like the folder"])
 def test_an_archived_project_is_said_before_anything_is_packed(
     nabla: Nabla, server: StubServer, folder: Path, known: str

@@ -89,6 +89,21 @@ def test_a_bare_template_gets_its_defaults():
         ("name", {"name": "a\nb"}),
         ("network", {"network": "intranet"}),
         ("kind", {"kind": "replica"}),
+        ("container.image", {"container": Container(user="app")}),
+        ("container.image", {"container": Container(image="dir:/etc")}),
+        ("container.image", {"container": Container(image="docker-archive:file")}),
+        ("container.image", {"container": Container(image="--privileged")}),
+        ("container.image", {"container": Container(image="0123456789ab")}),
+        ("container.image", {"container": Container(image="localhost/nabla-own-t0b:1")}),
+        ("container.dockerfile", {"container": Container(dockerfile="Dockerfile")}),
+        ("container.user", {"container": Container(image="python:3.12", user="a b")}),
+        ("container.user", {"container": Container(image="python:3.12", user="--volume")}),
+        ("container.registry_password", {"container": Container(image="python:3.12", registry_username="me")}),
+        ("environment", {"container": Container(image="python:3.12"), "environment": Environment(kind="venv")}),
+        (
+            "gang.roles[0].container.image",
+            {"gang": Gang(type="torch", roles=(Role(name="worker", count=1, container=Container(image="/")),))},
+        ),
     ],
 )
 def test_a_wrong_field_is_named_with_a_remedy(field, fields):
@@ -101,7 +116,7 @@ def test_a_wrong_field_is_named_with_a_remedy(field, fields):
 def test_a_secret_is_named_where_a_credential_stands():
     given = template(
         env={"A": "secret:HF_TOKEN", "B": "secret::plain"},
-        container=Container(registry_username="me", registry_password="secret:REGISTRY"),
+        container=Container(image="a.example/mine", registry_username="me", registry_password="secret:REGISTRY"),
     )
     assert checked_template(given) == given
 
@@ -110,6 +125,15 @@ def test_a_password_that_is_refused_is_not_repeated():
     with pytest.raises(Invalid) as refusal:
         checked_template(template(source=Source(password="hunter2hunter2")))
     assert "hunter2" not in f"{refusal.value.detail} {refusal.value.remedy} {refusal.value.facts}"
+
+
+@pytest.mark.parametrize(
+    "image",
+    ["python", "python:3.12", "a.example:5000/b/c_d/e-f:1.2-x", "localhost/mine", f"python@sha256:{'0' * 64}"],
+)
+def test_images_are_named_as_their_registries_do(image):
+    asked = Container(image=image, user="1000:users", registry_username="me", registry_password="secret:registry")
+    assert checked_template(template(container=asked)).container == asked
 
 
 def test_file_sets_are_named_by_their_ids():

@@ -15,6 +15,7 @@ import click
 from nabla import paths
 from nabla.cli import environment
 from nabla.cli.follow import follow
+from nabla.cli.images import CONTAINER_OPTIONS, container_of
 from nabla.cli.output import note, print_json, tell_left_out
 from nabla.cli.places import PLACE_OPTIONS, Said, place_of
 from nabla.cli.progress import progress
@@ -22,7 +23,7 @@ from nabla.cli.project_choice import choose_project
 from nabla.cli.session import Session
 from nabla.cli.values import size, span
 from nabla.hints import readable_size
-from nabla.objects import Experiment, Gang, JobTemplate, ModelOutput, Resources, Retry
+from nabla.objects import Environment, Experiment, Gang, JobTemplate, ModelOutput, Resources, Retry
 from nabla.paths import NoHome
 
 if TYPE_CHECKING:
@@ -56,6 +57,10 @@ class Options:
     retry_on: tuple[str, ...]
     retry_delay: float
     network: str | None
+    container: str
+    container_user: str
+    registry_username: str
+    registry_password: str
     models: tuple[str, ...]
     requirements: str
     python: str
@@ -100,6 +105,7 @@ _OPTIONS = (
     click.option("--max-wait", type=span, default="0", metavar="TIME", help="Give up when no machine is free so long."),
     click.option("--timeout", type=span, default="0", metavar="TIME", help="Stop it after so long, such as 2h."),
     click.option("--retries", type=click.IntRange(0), default=0, help="Try again so often when it fails."),
+    *CONTAINER_OPTIONS,
     click.option(
         "--retry-on",
         multiple=True,
@@ -133,12 +139,15 @@ _OPTIONS = (
 def submit_and_follow(session: Session, options: Options, folder: Path, gang: Gang = ALONE) -> int:
     """Everything `nabla run` does; a gang's processes are told apart in the log. The answer is the exit code."""
     env, models = environment.parse(options.env), tuple(map(model_output, options.models))
+    container = container_of(
+        options.container, options.container_user, options.registry_username, options.registry_password, env.choice
+    )
     place = place_of(_said(options), folder)
     if place.folder:
         confirm_place(place.folder, options.yes)
     client = session.client(60.0)
     wish = environment.Wish(env.choice, options.requirements, options.python)
-    python = environment.choose(wish, client, place)
+    python = Environment() if container.image else environment.choose(wish, client, place)
     project = choose_project(client, options.project, folder)
     workspace_id, origin = "", {"folder": folder.name}
     if place.folder:
@@ -153,6 +162,7 @@ def submit_and_follow(session: Session, options: Options, folder: Path, gang: Ga
         workspace_id=workspace_id,
         environment=python,
         source=place.source,
+        container=container,
         timeout_s=options.timeout,
         max_retries=options.retries,
         priority=options.priority,
