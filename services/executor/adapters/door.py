@@ -29,7 +29,7 @@ if not __package__:  # run by its path under -I: Python does not look for our pa
 
 import h11
 
-from services.executor.adapters import entry, forward, kernel, ssh_session
+from services.executor.adapters import entry, forward, kernel
 from services.executor.adapters.attempt_folder import AttemptFolder
 from services.executor.adapters.door_tickets import HOLDS_S, FernetTickets, TicketRefused
 from services.executor.domain.doors import DoorTicket
@@ -83,6 +83,8 @@ def start_door(listener: socket.socket, config: Config) -> subprocess.Popen[byte
 
 def serve(listener: socket.socket, parent: int, config: Config) -> None:
     """Accept until the parent is gone."""
+    from services.executor.adapters import ssh_session  # the agent, which starts this process, needs none of it
+
     config.used.mkdir(mode=0o700, parents=True, exist_ok=True)
     ssh_session.warm_up()
     gc.freeze()
@@ -217,6 +219,8 @@ def _join(http: h11.Connection, connection: socket.socket, target: socket.socket
 def _serve_ssh(
     http: h11.Connection, connection: socket.socket, inside: entry.Inside, ticket: DoorTicket, tickets: FernetTickets
 ) -> None:
+    from services.executor.adapters import ssh_session
+
     job = os.pidfd_open(inside.root)
     session = ssh_session.Session(
         host_key=tickets.host_key_text(ticket.attempt_id),

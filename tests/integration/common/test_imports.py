@@ -26,6 +26,7 @@ def hook(event, arguments):
     elif event in {"socket.connect", "os.mkdir", "os.remove", "os.rename", "subprocess.Popen", "os.fork"}:
         opened.append(f"{event} {arguments}")
 
+import asyncssh  # looks for C libraries, with a program of the system: a library's own way of being imported
 sys.addaudithook(hook)
 found = {}
 for name in json.loads(sys.argv[1]):
