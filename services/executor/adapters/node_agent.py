@@ -29,6 +29,7 @@ from services.executor.adapters.attempt_folder import AttemptFolder, MalformedSp
 from services.executor.adapters.attempt_run import AttemptRun, Means, read_order, write_order
 from services.executor.adapters.environments import Environments
 from services.executor.adapters.folder_watch import FolderWatch
+from services.executor.adapters.gpus import Gpus, find_gpus
 from services.executor.adapters.job_spec import NodeFacts
 from services.executor.adapters.keeping import UNKEPT
 from services.executor.adapters.sandbox import IsolationProbe, find_bwrap
@@ -71,6 +72,7 @@ class NodeAgent:
         self._lock: IO[str] | None = None
         self._means: Means | None = None
         self._probe = IsolationProbe("process", "", "")
+        self._gpus = Gpus()
 
     async def open(self) -> None:
         """Takes the node folder over, and goes on with every attempt in it. May be tried again when it failed."""
@@ -89,7 +91,9 @@ class NodeAgent:
         self._lock = await _take_lock(self._node_dir / "agent.lock")
         write_contact(self._contact)
         self._zygote = ZygoteKeeper(self._node_dir)
-        self._probe = await asyncio.to_thread(isolation.probe, self._config.isolation)
+        self._probe, self._gpus = await asyncio.gather(
+            asyncio.to_thread(isolation.probe, self._config.isolation), asyncio.to_thread(find_gpus)
+        )
         self._means = self._make_means(self._zygote)
         for path in sorted(self._attempts.iterdir()):
             if path.is_dir():
@@ -154,7 +158,14 @@ class NodeAgent:
         write_contact(self._contact)
         news = [run.present() for run in self._runs.values() if _is_news(run, believed)]
         detail = isolation.in_words(self._probe)
-        return AgentView(self._probe.isolation, detail, frozenset(self._runs), tuple(news))
+        return AgentView(
+            self._probe.isolation,
+            detail,
+            frozenset(self._runs),
+            tuple(news),
+            gpu_model=self._gpus.model,
+            gpu_memory_bytes=self._gpus.memory_bytes,
+        )
 
     def _take_up(self, folder: AttemptFolder) -> None:
         """One attempt whose records a crash or another version spoiled must not keep the others from going on.
