@@ -184,8 +184,11 @@ def _command_line(pid: int) -> bytes:
 def running_ray(host: str = "127.0.0.1") -> Iterator[RayHead]:
     with ended_afterwards() as (folder, environment):
         head = RayHead(free_port(), folder / "r", environment, host)
-        head.start()
-        yield head
+        try:
+            head.start()
+            yield head
+        finally:
+            head.stop()
 
 
 @contextmanager
