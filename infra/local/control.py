@@ -24,8 +24,9 @@ from infra.local.credentials import api_token, s3_keys, write_private
 from infra.local.installation import Installation, InstallationError, claim_ports, open_installation, seaweed_sockets
 from infra.local.settings import CHECKOUT, LocalSettings
 from infra.local.supervisor import Supervisor
-from services.executor.adapters import isolation
+from services.executor.adapters import isolation, network_host
 from services.executor.domain.isolation import is_loopback, refusal
+from services.executor.domain.network import installation_tag
 
 UP_TIMEOUT_S = 120.0
 DOWN_TIMEOUT_S = 60.0
@@ -141,6 +142,8 @@ def down(settings: LocalSettings, say: Callable[[str], None]) -> None:
         _leave_their_ray(installation, say)
     leftovers.end_processes(installation.home, LEFTOVER_PATIENCE_S)
     leftovers.end_attempts(installation.home / "node" / "attempts")
+    # Its agent was killed with Ray, and could not.
+    network_host.take_wall_down(installation_tag(str(installation.home / "node")))
     shutil.rmtree(installation.ray_folder, ignore_errors=True)
     for port in installation.ports.values():
         for socket_file in seaweed_sockets(port):

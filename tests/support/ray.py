@@ -23,6 +23,8 @@ from tests.support.ports import free_port
 
 START_LIMIT_S = 60
 AGENT = b"RayNodeAgent"
+# One for all clusters of this process: Ray's driver reads it once in a process's life.
+TOKEN = secrets.token_hex(32)
 FAKE_HEAD = "f" * 51 + "00000"
 NODE_MARK = "NABLA_TEST_NODE"
 
@@ -182,8 +184,11 @@ def _command_line(pid: int) -> bytes:
 def running_ray(host: str = "127.0.0.1") -> Iterator[RayHead]:
     with ended_afterwards() as (folder, environment):
         head = RayHead(free_port(), folder / "r", environment, host)
-        head.start()
-        yield head
+        try:
+            head.start()
+            yield head
+        finally:
+            head.stop()
 
 
 @contextmanager
@@ -252,7 +257,7 @@ def ended_afterwards() -> Iterator[tuple[Path, dict[str, str]]]:
     Whatever is started from it names the folder, and is ended by that.
     """
     folder = Path(tempfile.mkdtemp(prefix="nabla-ray-"))
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     before = {name: os.environ.get(name) for name in token}
     os.environ.update(token)
     try:

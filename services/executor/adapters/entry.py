@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+import resource
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from services.executor.adapters import cgroup, kernel, processes, seccomp
 from services.executor.adapters.attempt_folder import AttemptFolder, AttemptSpec
-from services.executor.adapters.job_view import job_environment
+from services.executor.adapters.job_view import uid_of, workspace_of
+from services.executor.adapters.rlimits import limit
+from services.executor.adapters.runtime import offer_to_oom_killer
+from services.executor.adapters.sandbox import USER_ID
 
-# The network first: root may have made it, and gives up being root before the rest.
-_ORDER = ("net", "ipc", "uts", "pid", "mnt")
-_INSIDE_ID = 1000
+# The mounts last but one: what is read of /proc is read before.
+_ORDER = ("net", "ipc", "uts", "cgroup", "pid", "mnt")
 
 
 class NotRunning(Exception):
@@ -28,7 +31,7 @@ class NotRunning(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Inside:
-    """How to be a process of this attempt."""
+    """How to be a process of this attempt: `folder` is where it begins, `root` the job's first process."""
 
     spec: AttemptSpec
     root: int
@@ -36,41 +39,36 @@ class Inside:
     folder: str
 
     @property
-    def walled(self) -> bool:
-        return self.spec.isolation != "process"
+    def ids(self) -> tuple[int, int]:
+        """User and group, as the job's own user namespace numbers them."""
+        image = self.spec.image
+        if self.spec.isolation == "bwrap":
+            return int(USER_ID), int(USER_ID)
+        if image is not None and image.uid is not None:
+            return image.uid, image.gid or 0
+        uid = uid_of(self.spec)
+        return uid, uid if self.spec.run_as_uid is not None else os.getegid()
 
 
 def inside_of(folder: AttemptFolder) -> Inside:
     """Raises NotRunning."""
     started = folder.read_started()
-    if started is None or folder.read_exit() is not None or not folder.shim_is_alive():
-        raise NotRunning("the job has not started its command yet" if started is None else "the job is over")
+    if started is None:
+        raise NotRunning("the job has not started its command yet")
+    if folder.read_exit() is not None or not folder.shim_is_alive():
+        raise NotRunning("the job is over")
     spec = folder.read_spec()
-    walled = spec.isolation != "process"
-    workspace = "/workspace" if walled else spec.workspace_path or str(folder.workspace)
-    environment = job_environment(spec, folder) | _secrets(spec, started.pid)
-    return Inside(spec, started.pid, environment, workspace)
-
-
-def _secrets(spec: AttemptSpec, root: int) -> dict[str, str]:
-    """Their values are on no disk: only the job's own processes have them."""
-    wanted = {name.encode() for name in spec.secret_env}
-    for pid in processes.descendants(root) if wanted else []:
-        with contextlib.suppress(OSError):
-            pairs = (line.partition(b"=") for line in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
-            found = {name.decode(): os.fsdecode(value) for name, _, value in pairs if name in wanted}
-            if len(found) == len(wanted):
-                return found
-    return {}
+    place = "/workspace" if spec.is_walled else workspace_of(spec, folder)
+    return Inside(spec, started.pid, _environment_of(started.pid), place)
 
 
 def enter_network(inside: Inside) -> None:
-    """Only the network, for a connection made from in there; the process stays who it is otherwise."""
-    if inside.walled:
-        spaces = _open(inside.root)
-        _enter(spaces, "net")
-    if os.geteuid() == 0 and inside.spec.run_as_uid is not None and not inside.walled:
-        kernel.become(inside.spec.run_as_uid)
+    """Only the network, for a connection made from in there; without walls, only the job's user."""
+    if inside.spec.is_walled:
+        with _namespaces(inside.root) as spaces:
+            _enter(spaces, "net")
+    elif os.geteuid() == 0:
+        kernel.become(uid_of(inside.spec))
 
 
 def enter(inside: Inside) -> None:
@@ -78,56 +76,71 @@ def enter(inside: Inside) -> None:
 
     The PID namespace counts for children alone: fork once more, and call `shut_behind` in the child.
     """
-    for group in cgroup.folders_of(inside.spec.attempt_id):
-        with contextlib.suppress(OSError):
-            (group / "cgroup.procs").write_text(str(os.getpid()))
-    uid = inside.spec.run_as_uid
-    if not inside.walled:
-        if os.geteuid() == 0 and uid is not None:
-            kernel.become(uid)
-        return
-    spaces = _open(inside.root)
-    with contextlib.suppress(PermissionError):  # a network that belongs to the sandbox's own user
-        kernel.move_into(spaces["net"])
-    if os.geteuid() == 0 and uid is not None:
-        kernel.become(uid)
-    for name in _ORDER:
-        _enter(spaces, name)
-    kernel.move_into(spaces["user"])
+    cgroup.join_groups_of(inside.root)
+    offer_to_oom_killer()
+    limit(resource.RLIMIT_CORE, 0)
+    if os.geteuid() == 0:
+        os.setgroups([])
+    with _namespaces(inside.root) as spaces:
+        for name in (*_ORDER, "user"):
+            _enter(spaces, name)
 
 
 def shut_behind(inside: Inside) -> None:
     """Gives up, in the forked child, all that it could do more than the job itself."""
+    if inside.spec.is_walled:
+        kernel.drop_bounding_capabilities()
+    uid, gid = inside.ids
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
     kernel.refuse_new_privileges()
-    if inside.walled:
-        os.setresgid(_INSIDE_ID, _INSIDE_ID, _INSIDE_ID)
-        os.setresuid(_INSIDE_ID, _INSIDE_ID, _INSIDE_ID)
+    if inside.spec.is_walled:
         kernel.drop_capabilities()
     kernel.hide_memory()
     os.umask(0o022)
     os.chdir(inside.folder)
     os.environ.clear()
     os.environ.update(inside.environment)
-    program = seccomp.build_filter() if inside.walled else None
+    program = seccomp.build_filter() if inside.spec.is_walled else None
     if program is not None:
         kernel.filter_calls(program)
 
 
-def _open(pid: int) -> dict[str, int]:
-    return {name: os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in (*_ORDER, "user")}
+def _environment_of(root: int) -> dict[str, str]:
+    """The job's own, from its processes: nobody else keeps the values of its secrets. Raises NotRunning."""
+    for pid in (*processes.descendants(root), root):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            pairs = (word.partition(b"=") for word in words if word)
+            found = {os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs}
+            if "NABLA_ATTEMPT_ID" in found:
+                return found
+    raise NotRunning("no process of the job shows its environment")
+
+
+@contextlib.contextmanager
+def _namespaces(root: int) -> Iterator[Mapping[str, int]]:
+    """Those of the job that differ from ours: none for a job without walls."""
+    opened: dict[str, int] = {}
+    try:
+        for name in (*_ORDER, "user"):
+            descriptor = os.open(f"/proc/{root}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC)
+            if os.path.samestat(os.fstat(descriptor), os.stat(f"/proc/self/ns/{name}")):
+                os.close(descriptor)
+            else:
+                opened[name] = descriptor
+        yield opened
+    finally:
+        for descriptor in opened.values():
+            os.close(descriptor)
 
 
 def _enter(spaces: Mapping[str, int], name: str) -> None:
     """Into one namespace; without the right to, first into the user namespace that owns it."""
-    space = spaces[name]
-    if kernel.same_namespace(space, f"/proc/self/ns/{name}"):
+    if name not in spaces:
         return
     try:
-        kernel.move_into(space)
+        kernel.move_into(spaces[name])
     except PermissionError:
-        owner = kernel.owner_of(space)
-        try:
-            kernel.move_into(owner)
-            kernel.move_into(space)
-        finally:
-            os.close(owner)
+        kernel.move_into_owner_of(spaces[name])
+        kernel.move_into(spaces[name])

@@ -139,11 +139,6 @@ def move_into_owner_of(namespace: int) -> None:
         os.close(owner)
 
 
-def same_namespace(namespace: int, path: str) -> bool:
-    mine, theirs = os.stat(path), os.fstat(namespace)
-    return (mine.st_dev, mine.st_ino) == (theirs.st_dev, theirs.st_ino)
-
-
 def drop_bounding_capabilities() -> None:
     """No program that this process becomes can give it any."""
     for number in range(64):

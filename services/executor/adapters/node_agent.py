@@ -39,6 +39,7 @@ from services.executor.adapters.engine import Engine
 from services.executor.adapters.environments import Environments
 from services.executor.adapters.folder_watch import FolderWatch
 from services.executor.adapters.git_source import GitSource
+from services.executor.adapters.gpus import Gpus, find_gpus
 from services.executor.adapters.images import Images
 from services.executor.adapters.job_spec import NodeFacts
 from services.executor.adapters.keeping import UNKEPT
@@ -99,6 +100,7 @@ class NodeAgent:
             allowed=list(config.job_network_allowed),
         )
         self._network_probe = NetworkProbe(self._network.reach)
+        self._gpus = Gpus()
 
     async def open(self) -> None:
         """Takes the node folder over, and goes on with every attempt in it. May be tried again when it failed."""
@@ -117,7 +119,9 @@ class NodeAgent:
         self._lock = await _take_lock(self._node_dir / "agent.lock")
         write_contact(self._contact)
         self._zygote = ZygoteKeeper(self._node_dir)
-        self._probe = await asyncio.to_thread(isolation.probe, self._config.isolation)
+        self._probe, self._gpus = await asyncio.gather(
+            asyncio.to_thread(isolation.probe, self._config.isolation), asyncio.to_thread(find_gpus)
+        )
         await asyncio.to_thread(self._find_network)
         self._means = self._make_means(self._zygote)
         for path in sorted(self._attempts.iterdir()):
@@ -203,6 +207,8 @@ class NodeAgent:
             news=tuple(news),
             runtimes=self._means.images.runtimes if self._means else (),
             network=self._network.reach,
+            gpu_model=self._gpus.model,
+            gpu_memory_bytes=self._gpus.memory_bytes,
             door=self._door.address if self._door else "",
         )
 

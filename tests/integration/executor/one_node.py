@@ -29,9 +29,9 @@ class OneNode:
         view = await self._agent.look(believed.get(NODE, {}))
         return (NodeView(NODE, "this", cpu_count=4.0, memory_bytes=8_000_000_000, gpu_count=0.0, agent=view),)
 
-    async def reserve(self, wanted: Reservation) -> tuple[int, ...]:
+    async def reserve(self, wanted: Reservation) -> tuple[tuple[int, ...], ...]:
         self._held.add(wanted.attempt_id)
-        return ()
+        return ((),) * len(wanted.parts)
 
     async def release(self, attempt_id: str) -> None:
         self._held.discard(attempt_id)
@@ -42,14 +42,14 @@ class OneNode:
     async def start(self, node_id: str, order: StartOrder) -> None:
         await self._agent.start(order)
 
-    async def stop(self, node_id: str, attempt_id: str, grace_s: float, reason: str) -> bool:
-        return await self._agent.stop(attempt_id, grace_s, reason)
+    async def stop(self, node_id: str, execution_id: str, grace_s: float, reason: str) -> bool:
+        return await self._agent.stop(execution_id, grace_s, reason)
 
-    async def drop(self, node_id: str, attempt_id: str) -> None:
-        await self._agent.drop(attempt_id)
+    async def drop(self, node_id: str, execution_id: str) -> None:
+        await self._agent.drop(execution_id)
 
-    async def held_order(self, node_id: str, attempt_id: str) -> StartOrder | None:
-        return await self._agent.held_order(attempt_id)
+    async def held_order(self, node_id: str, execution_id: str) -> StartOrder | None:
+        return await self._agent.held_order(execution_id)
 
     async def ask_for(self, bundles: Sequence[Mapping[str, float]]) -> None:
         """Nothing more can come."""

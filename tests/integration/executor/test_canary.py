@@ -14,6 +14,7 @@ import os
 import secrets
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -185,7 +186,10 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 def ended(client: Client, job_id: str) -> tuple[Job, list[str]]:
     lines, job = [], Job()
+    # A thread that waits for ever would hold up the whole suite, also when the test has been given up.
+    deadline = time.monotonic() + 90.0
     for event in client.jobs.watch(job_id):
+        assert time.monotonic() < deadline, (job.state, lines)
         if isinstance(event, Job):
             job = event
         else:

@@ -16,7 +16,7 @@ import pytest
 from nabla.http import Http, Response
 from nabla.tunnel import Tunnel
 from services.executor.adapters import door_tickets as tickets_module
-from services.executor.adapters.attempt_folder import AttemptFolder, Isolation
+from services.executor.adapters.attempt_folder import AttemptFolder
 from services.executor.adapters.door import PROTOCOL, Config, start_door
 from services.executor.adapters.door_tickets import FernetTickets
 from services.executor.domain.doors import DoorTicket
@@ -27,8 +27,8 @@ from tests.integration.executor.attempts import (
     running_node,
     said,
     started,
-    why_no_bwrap,
 )
+from tests.integration.executor.runtimes import RUNTIMES, Kit, kit, why_not
 
 pytestmark = pytest.mark.integration
 
@@ -96,12 +96,12 @@ def client_environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(Path("libs/client").absolute())}
 
 
-@pytest.fixture(scope="module", params=["bwrap", "process"])
-def isolation(request: pytest.FixtureRequest) -> Isolation:
-    if request.param == "bwrap" and why_no_bwrap():
-        pytest.skip(why_no_bwrap())
-    found: Isolation = request.param
-    return found
+@pytest.fixture(scope="module", params=RUNTIMES)
+def runtime(request: pytest.FixtureRequest) -> Iterator[Kit]:
+    if reason := why_not(request.param):
+        pytest.skip(reason)
+    with kit(request.param) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -117,20 +117,20 @@ def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
 
 
 @pytest.fixture(scope="module")
-def job(door: Door, isolation: Isolation) -> AttemptFolder:
+def job(door: Door, runtime: Kit) -> AttemptFolder:
     """A job that goes on, with a web server in it."""
-    folder = door.node.start(["/usr/bin/python3", "-c", SERVER], isolation=isolation, env={"FLAVOUR": "vanilla"})
+    folder = door.node.start(["python3", "-c", SERVER], **runtime.fields, env={"FLAVOUR": "vanilla"})
     started(folder)
     return folder
 
 
-def test_a_command_runs_as_the_job_does(door: Door, job: AttemptFolder, isolation: Isolation) -> None:
+def test_a_command_runs_as_the_job_does(door: Door, job: AttemptFolder, runtime: Kit) -> None:
     done = door.ssh(job, "id -u; pwd; echo $FLAVOUR $NABLA_ATTEMPT_ID; ls /workspace >&2; exit 7")
     user, folder, variables = done.stdout.decode().splitlines()
     spec = job.read_spec()
     assert done.returncode == 7, done
-    assert user == ("1000" if isolation == "bwrap" else str(spec.run_as_uid or os.geteuid()))
-    assert folder == ("/workspace" if isolation == "bwrap" else str(job.workspace))
+    assert user == ("1000" if runtime.isolation == "bwrap" else str(spec.run_as_uid or os.geteuid()))
+    assert folder == ("/workspace" if runtime.is_walled else str(job.workspace))
     assert variables == f"vanilla {job.path.name}"
 
 
@@ -155,12 +155,10 @@ def test_a_shell_speaks_to_its_client(door: Door, job: AttemptFolder) -> None:
     assert b"42\r\n" in done.stdout
 
 
-def test_files_are_copied_by_scp_sftp_and_rsync(
-    door: Door, job: AttemptFolder, isolation: Isolation, tmp_path: Path
-) -> None:
+def test_files_are_copied_by_scp_sftp_and_rsync(door: Door, job: AttemptFolder, runtime: Kit, tmp_path: Path) -> None:
     source, back = tmp_path / "in.bin", tmp_path / "back.bin"
     source.write_bytes(os.urandom(300_000))
-    inside = "/workspace" if isolation == "bwrap" else str(job.workspace)
+    inside = "/workspace" if runtime.is_walled else str(job.workspace)
     there = f"nabla@{job.path.name}:{inside}"
     run(["scp", *door.options(job), str(source), f"{there}/scp.bin"])
     run(["scp", *door.options(job), f"{there}/scp.bin", str(back)])
@@ -171,7 +169,8 @@ def test_files_are_copied_by_scp_sftp_and_rsync(
     )
     assert (job.workspace / "sftp.bin").read_bytes() == source.read_bytes()
     assert (job.workspace / "sftp.bin").stat().st_uid == (job.read_spec().run_as_uid or os.geteuid())
-    if shutil.which("rsync"):
+    # Of the job's own system, as everything in there.
+    if shutil.which("rsync") and door.ssh(job, "command -v rsync").returncode == 0:
         shell = " ".join(f"'{word}'" for word in ("ssh", *door.options(job)))
         run(["rsync", "-e", shell, str(source), f"{there}/rsync.bin"])
         assert (job.workspace / "rsync.bin").read_bytes() == source.read_bytes()
@@ -231,13 +230,13 @@ def test_no_other_key_signs_in(door: Door, job: AttemptFolder, tmp_path: Path) -
     assert b"Permission denied" in done.stderr
 
 
-def test_whoever_entered_has_no_more_rights_than_the_job(door: Door, job: AttemptFolder, isolation: Isolation) -> None:
+def test_whoever_entered_has_no_more_rights_than_the_job(door: Door, job: AttemptFolder, runtime: Kit) -> None:
     look = "grep -E '^(CapEff|CapPrm|CapBnd|NoNewPrivs|Seccomp):' /proc/self/status; cat /proc/1/comm"
     entered = dict(line.split(":\t") for line in door.ssh(job, look).stdout.decode().splitlines() if ":" in line)
     assert entered["NoNewPrivs"] == "1"
     assert int(entered["CapEff"], 16) == 0
     assert int(entered["CapPrm"], 16) == 0
-    if isolation == "bwrap":
+    if runtime.is_walled:
         assert entered["Seccomp"] == "2"
         assert door.ssh(job, "unshare --user true").returncode != 0
         assert door.ssh(job, "cat /etc/shadow").returncode != 0
@@ -258,8 +257,8 @@ def test_what_a_client_started_ends_when_it_leaves(door: Door, job: AttemptFolde
     assert job.read_exit() is None
 
 
-def test_a_session_ends_with_its_job(door: Door, isolation: Isolation) -> None:
-    folder = door.node.start("echo up; sleep 1000", isolation=isolation)
+def test_a_session_ends_with_its_job(door: Door, runtime: Kit) -> None:
+    folder = door.node.start("echo up; sleep 1000", **runtime.fields)
     eventually(lambda: said(folder, "up") or None, "the job's line")
     command = ["ssh", *door.options(folder), f"nabla@{folder.path.name}", "echo here; sleep 1000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=client_environment()) as client:
@@ -271,8 +270,8 @@ def test_a_session_ends_with_its_job(door: Door, isolation: Isolation) -> None:
     assert eventually(lambda: not processes_of(folder) or None, "the end of all of the job")
 
 
-def test_a_job_that_is_over_cannot_be_entered(door: Door, isolation: Isolation) -> None:
-    ended = door.node.run("true", isolation=isolation)
+def test_a_job_that_is_over_cannot_be_entered(door: Door, runtime: Kit) -> None:
+    ended = door.node.run("true", **runtime.fields)
     answer = door.enter(door.ticket(ended.folder, "tcp", 80))
     assert isinstance(answer, Response)
     assert answer.status == 409

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,15 @@ import pytest
 
 from libs.common.clock import utc_now
 from libs.common.contracts.envelope import Envelope
-from libs.common.contracts.messages import DrainNode, Execution, LogSealed, Node, Resources, StopExecution
+from libs.common.contracts.messages import (
+    DrainNode,
+    Execution,
+    LogSealed,
+    Node,
+    Resources,
+    StartExecution,
+    StopExecution,
+)
 from libs.common.ids import new_id
 from libs.common.service import Service
 from services.executor.adapters.ray_cluster import connect
@@ -142,26 +151,27 @@ async def test_each_node_has_its_agent_its_facts_and_its_folder(
         assert [await stdout(neighbours, each.job_id) for each in asked] == [[node.id] for node in nodes]
         for node_dir in (near.node_dir, fast.node_dir, home / "node"):
             assert (node_dir / "agent.lock").exists()
-        await nothing_left(settings, neighbours, asked, [near.node_dir, fast.node_dir, home / "node"])
+        await all_cleaned_up(neighbours, asked, [near.node_dir, fast.node_dir, home / "node"])
+    await nothing_reserved(settings, asked)
 
 
-async def nothing_left(settings: ExecutorSettings, neighbours: Neighbours, asked, node_dirs: list[Path]) -> None:  # type: ignore[no-untyped-def]
-    """After the logs are stored: no process, mount, group, reservation or folder of these attempts."""
+async def all_cleaned_up(neighbours: Neighbours, asked: Sequence[StartExecution], node_dirs: Sequence[Path]) -> None:
+    """Once the logs are stored, no process, mount, group or folder of these attempts is left."""
     for each in asked:
         await neighbours.send(LogSealed(job_id=each.job_id), each.job_id)
     attempt_ids = [each.attempt_id for each in asked]
-    cluster = connect(settings.find_ray_address, agent_config(settings), settings.ray_namespace)
-
-    async def clean() -> bool:
-        return not left_by(attempt_ids, node_dirs) and not reserved_in(await cluster.reserved(), attempt_ids)
-
-    try:
+    with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(40):
-            while not await clean():
+            while left_by(attempt_ids, node_dirs):
                 await asyncio.sleep(0.2)
-    except TimeoutError:
-        left = [*left_by(attempt_ids, node_dirs), *reserved_in(await cluster.reserved(), attempt_ids)]
-        assert left == []
+    assert left_by(attempt_ids, node_dirs) == []
+
+
+async def nothing_reserved(settings: ExecutorSettings, asked: Sequence[StartExecution]) -> None:
+    """To be asked when the executor has gone: two in one process would share Ray's one connection."""
+    cluster = connect(settings.find_ray_address, agent_config(settings), settings.ray_namespace)
+    try:
+        assert reserved_in(await cluster.reserved(), [each.attempt_id for each in asked]) == []
     finally:
         await cluster.close()
 

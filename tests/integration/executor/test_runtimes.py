@@ -1,5 +1,5 @@
-"""What every runtime gives a job besides what its shim promises (test_shim): folders, a user, ways out, and a way in
-for whoever enters it later. Nothing of it is left behind.
+"""What every runtime gives a job besides what its shim promises (test_shim): folders, a user and ways out.
+Nothing of it is left behind.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import pytest
 
 from services.executor.adapters import cgroup, processes
 from services.executor.adapters.attempt_folder import AttemptFolder, Bind, FrontDoor
-from services.executor.adapters.entering import CannotEnter, Entry, start_entry
 from services.executor.adapters.launch import end_strays
 from services.executor.domain.network import Network, interface_name
 from tests.integration.executor.attempts import JOB_UID, Node, eventually, processes_of, running_node, said, started
@@ -42,16 +41,6 @@ ASK = (
     "    try: socket.create_connection(address, 2); print('open')\n"
     "    except OSError: print('closed')\n"
 )
-# What the kernel grants to a process: of the one that looks, and of the job's own.
-GRANTS = (
-    "import glob, os\n"
-    "job = next(p for p in glob.glob('/proc/[1-9]*') if os.stat(p).st_uid == os.getuid()"
-    " and open(p + '/comm').read() == 'sleep\\n')\n"
-    "kept = ('Uid', 'Gid', 'Groups', 'Cap', 'NoNewPrivs', 'Seccomp:')\n"
-    "for place in ('/proc/self', job):\n"
-    "    print([line for line in open(place + '/status') if line.startswith(kept)], [*open(place + '/cgroup')],"
-    " [os.readlink(n) for n in sorted(glob.glob(place + '/ns/*'))])\n"
-)
 
 
 @pytest.fixture(scope="module")
@@ -66,17 +55,6 @@ def runtime(request: pytest.FixtureRequest) -> Iterator[Kit]:
         pytest.skip(reason)
     with kit(request.param) as made:
         yield made
-
-
-@pytest.fixture
-def sleeper(node: Node, runtime: Kit) -> Iterator[AttemptFolder]:
-    """A running job, and the demand that nothing is left of it."""
-    folder = node.start("echo ready; sleep 1000", **runtime.fields, env={"GIVEN": "a\nb"})
-    eventually(lambda: said(folder, "ready"), "the job's first line")
-    yield folder
-    folder.request_stop(0, "over")
-    node.end_of(folder)
-    eventually(lambda: not residue(folder), "the end of all that was made for it")
 
 
 def residue(folder: AttemptFolder) -> list[str]:
@@ -177,61 +155,6 @@ def test_a_port_of_the_job_is_reached_from_the_node(node: Node, runtime: Kit) ->
     node.end_of(folder)
 
 
-def test_a_command_enters_a_running_job(sleeper: AttemptFolder, runtime: Kit) -> None:
-    entry = start_entry(
-        sleeper.path,
-        ["sh", "-c", 'cat; touch made; echo "$GIVEN $MORE"; echo err >/dev/stderr; ps -e; exit 7'],
-        env={"MORE": "more"},
-    )
-    out, err = entry.program.communicate(b"typed\n", timeout=60)
-    lines = out.decode().splitlines()
-    assert (entry.program.returncode, err) == (7, b"err\n")
-    assert lines[:3] == ["typed", "a", "b more"]
-    assert any("sleep" in line for line in lines[3:])
-    assert (sleeper.workspace / "made").exists()
-
-
-def test_who_enters_has_the_job_s_rights_and_bounds(sleeper: AttemptFolder) -> None:
-    out, err = start_entry(sleeper.path, ["python3", "-c", GRANTS]).program.communicate(timeout=60)
-    own, of_job = out.decode().splitlines() if out.count(b"\n") == 2 else (out.decode(), err.decode())
-    assert own == of_job
-    assert "NoNewPrivs" in own
-
-
-def test_a_terminal_enters_a_running_job(sleeper: AttemptFolder) -> None:
-    entry = start_entry(sleeper.path, ["sh", "-c", "tty; stty size; exit 3"], terminal=True, size=(30, 100))
-    name, size = read_terminal(entry).splitlines()
-    assert (name.startswith("/dev/pts/"), size) == (True, "30 100")
-    assert entry.program.wait(60) == 3
-
-
-def test_a_command_that_is_not_there_says_so(sleeper: AttemptFolder) -> None:
-    entry = start_entry(sleeper.path, ["no-such-command"])
-    _, err = entry.program.communicate(timeout=60)
-    assert (entry.program.returncode, b"no-such-command" in err) == (127, True)
-
-
-def test_who_entered_leaves_with_the_program(sleeper: AttemptFolder) -> None:
-    before = set(processes_of(sleeper))
-    entry = start_entry(sleeper.path, ["sleep", "1000"])
-    eventually(lambda: set(processes_of(sleeper)) - before, "what enters")
-    entry.program.kill()
-    entry.program.communicate(timeout=60)
-    eventually(lambda: set(processes_of(sleeper)) == before, "the end of what had entered")
-
-
-def test_who_entered_leaves_with_the_job(node: Node, runtime: Kit) -> None:
-    folder = node.start("echo ready; sleep 1000", **runtime.fields)
-    eventually(lambda: said(folder, "ready"), "the job's first line")
-    entry = start_entry(folder.path, ["sleep", "1000"])
-    folder.request_stop(0, "over")
-    entry.program.communicate(timeout=60)
-    assert entry.program.returncode == 137
-    node.end_of(folder)
-    with pytest.raises(CannotEnter, match="does not run"):
-        start_entry(folder.path, ["true"])
-
-
 @pytest.mark.parametrize("victim", ["shim", "shim's child", "both"])
 def test_whatever_is_killed_nothing_is_left(node: Node, runtime: Kit, victim: str) -> None:
     folder = node.start("(setsid sleep 1000 &); echo ready; sleep 1000", **runtime.fields)
@@ -258,16 +181,6 @@ def containers_of(folder: AttemptFolder) -> list[str]:
         return []
     words = [*command, "ps", "--all", "--filter", f"name={folder.path.name}$", "--format", "{{.Names}}"]
     return subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout.split()
-
-
-def read_terminal(entry: Entry) -> str:
-    """All that came of it; a terminal whose inner end is closed gives an error."""
-    assert entry.terminal is not None
-    heard = b""
-    with contextlib.suppress(OSError):
-        while piece := os.read(entry.terminal, 4096):
-            heard += piece
-    return heard.decode()
 
 
 @contextlib.contextmanager
