@@ -197,7 +197,7 @@ class _Answer(socketserver.StreamRequestHandler):
         assert process.stdin
         while True:
             kind, piece = b"", b""
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):  # closed beneath it, when the command has ended meanwhile
                 kind, piece = _read_frame(self.rfile)
             with contextlib.suppress(OSError):
                 if piece:
@@ -206,8 +206,10 @@ class _Answer(socketserver.StreamRequestHandler):
                 elif not process.stdin.closed:
                     process.stdin.close()
             if not kind:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                # One that has ended has given up its number, too.
+                if process.poll() is None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
                 return
 
 
