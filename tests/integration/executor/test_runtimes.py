@@ -21,6 +21,7 @@ from services.executor.adapters.entering import CannotEnter, Entry, start_entry
 from services.executor.adapters.launch import end_strays
 from tests.integration.executor.attempts import JOB_UID, Node, eventually, processes_of, running_node, said, started
 from tests.integration.executor.runtimes import RUNTIMES, Kit, kit, podman, why_not
+from tests.integration.executor.test_sandbox import ESCAPES
 
 pytestmark = pytest.mark.integration
 
@@ -44,7 +45,8 @@ ASK = (
 GRANTS = (
     "import glob, os\n"
     "job = next(p for p in glob.glob('/proc/[1-9]*') if os.stat(p).st_uid == os.getuid()"
-    " and open(p + '/comm').read() == 'sleep\\n')\n"
+    " and open(p + '/comm').read() == 'sleep\\n'"
+    " and os.environ['NABLA_ATTEMPT_ID'].encode() in open(p + '/environ', 'rb').read())\n"
     "kept = ('Uid', 'Gid', 'Groups', 'Cap', 'NoNewPrivs', 'Seccomp:')\n"
     "for place in ('/proc/self', job):\n"
     "    print([line for line in open(place + '/status') if line.startswith(kept)], [*open(place + '/cgroup')],"
@@ -58,7 +60,11 @@ def node() -> Iterator[Node]:
         yield node
 
 
-@pytest.fixture(scope="module", params=RUNTIMES)
+# As in test_shim, all of an unpacked image is for a long run; test_images runs one in the short.
+PARAMS = [pytest.param(name, marks=[pytest.mark.full] if "image" in name else []) for name in RUNTIMES]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def runtime(request: pytest.FixtureRequest) -> Iterator[Kit]:
     if reason := why_not(request.param):
         pytest.skip(reason)
@@ -131,6 +137,15 @@ def test_nobody_is_root_and_nothing_makes_a_job_so(node: Node, runtime: Kit) -> 
     uid, rights = ended.lines("o")
     assert int(uid) != 0
     assert rights == f"CapEff:{'0' * 16}NoNewPrivs:1"
+
+
+def test_ways_out_are_closed(node: Node, runtime: Kit) -> None:
+    if not runtime.is_walled:
+        pytest.skip("there are no walls")
+    ended = node.run(["python3", "-c", ESCAPES], **runtime.fields)
+    outcomes = dict(line.rsplit(" ", 1) for line in ended.lines("o"))
+    assert len(outcomes) == 12, ended.text
+    assert "open" not in outcomes.values(), outcomes
 
 
 def test_front_door_is_reached_and_the_node_is_not(node: Node, runtime: Kit) -> None:
