@@ -75,6 +75,7 @@ def _packages() -> list[str]:
     python = os.path.basename(os.path.realpath("/usr/bin/python3"))
     wanted = [*PACKAGES, *(package.format(python) for package in PYTHON_PACKAGES)]
     programs = ["/usr/bin/python3", "/bin/ls", "/bin/cp", "/bin/ps", "/bin/grep", "/bin/sort"]
+    programs += [str(path) for path in Path("/usr/lib", python, "lib-dynload").glob("*.so")]
     loaded = subprocess.run(["ldd", *programs], capture_output=True, text=True, check=False).stdout
     libraries = {word for line in loaded.splitlines() for word in line.split() if word.startswith("/lib")}
     for library in sorted(libraries):

@@ -68,8 +68,12 @@ class Job(abc.ABC):
         """Behind walls the kernel ends all of the job with its first process."""
         processes.signal_each([self.root], signal.SIGKILL)
 
-    def setup_failed(self, code: int) -> bool:
-        """Is this exit code the builder's of the walls, the command never started? Ask when it has ended."""
+    def setup_failed(self, code: int, said: bytes) -> bool:
+        """Is this exit code the builder's of the walls, the command never started? Ask when it has ended.
+
+        Args:
+            said: the end of what came on stderr.
+        """
         return False
 
     def told_code(self, code: int, said: bytes) -> int:

@@ -110,7 +110,7 @@ class BwrapJob(Job):
         if message:
             raise LaunchRefused(message)
 
-    def setup_failed(self, code: int) -> bool:
+    def setup_failed(self, code: int, said: bytes) -> bool:
         return code == 1 and "exit-code" not in read_to_end(self._status)
 
 

@@ -1,4 +1,4 @@
-"""A small system call filter for sandboxes: the doors that a job without any capability could still try.
+"""A small system call filter for sandboxes and containers: the doors that a job without any capability could still try.
 
 bwrap takes away capabilities and setuid; what remains open to every user are user namespaces (a new set of
 capabilities over a large part of the kernel), the kernel's key ring, which no namespace divides, and a few
@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from typing import Any
 
 _LOAD, _JUMP_EQUAL, _JUMP_GREATER, _JUMP_SET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _NUMBER, _ARCHITECTURE, _ARGUMENT_0, _ARGUMENT_1 = 0, 4, 16, 24  # offsets in struct seccomp_data
@@ -67,6 +68,20 @@ def build_filter(machine: str | None = None) -> bytes | None:
         program += _refuse_argument(numbers[column], _ARGUMENT_0, _JUMP_SET, (_CLONE_NEWUSER,))
     program += _refuse_argument(_IOCTL[column], _ARGUMENT_1, _JUMP_EQUAL, (_TIOCSTI, _TIOCLINUX))
     return b"".join([*program, _instruction(_RETURN, _ALLOW)])
+
+
+def oci_profile() -> dict[str, Any]:
+    """The same filter as container engines read it; of system calls in another machine's numbers there are none."""
+    refused = {"action": "SCMP_ACT_ERRNO", "errnoRet": errno.EPERM}
+    new_user = {"index": 0, "op": "SCMP_CMP_MASKED_EQ", "value": _CLONE_NEWUSER, "valueTwo": _CLONE_NEWUSER}
+    into_terminals = [{"index": 1, "op": "SCMP_CMP_EQ", "value": request} for request in (_TIOCSTI, _TIOCLINUX)]
+    rules: list[dict[str, Any]] = [
+        {"names": list(_REFUSED), **refused},
+        {"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": errno.ENOSYS},
+        {"names": list(_NEW_NAMESPACE), **refused, "args": [new_user]},
+        *({"names": ["ioctl"], **refused, "args": [argument]} for argument in into_terminals),
+    ]
+    return {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": rules}
 
 
 def _refuse_argument(number: int, argument: int, test: int, values: tuple[int, ...]) -> list[bytes]:

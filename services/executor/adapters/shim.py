@@ -402,7 +402,7 @@ class _Attempt:
 
     def _explain(self, code: int) -> None:
         """Why a job that nobody ended has ended."""
-        if self._job.setup_failed(code):
+        if self._job.setup_failed(code, self._error_tail):
             self._reason, self._detail = "refused", self._error_tail.decode("utf-8", "replace").strip()
         elif code != 0 and self._cgroup is not None and self._cgroup.oom_kills():
             self._reason, self._detail = "out_of_memory", self._killed_by_kernel()

@@ -22,6 +22,7 @@ from services.executor.domain.network import Network, interface_name
 from tests.integration.executor.attempts import JOB_UID, Node, eventually, processes_of, running_node, said, started
 from tests.integration.executor.netspaces import why_no_network
 from tests.integration.executor.runtimes import RUNTIMES, Kit, kit, podman, why_not
+from tests.integration.executor.test_sandbox import ESCAPES
 
 pytestmark = pytest.mark.integration
 
@@ -49,7 +50,11 @@ def node() -> Iterator[Node]:
         yield node
 
 
-@pytest.fixture(scope="module", params=RUNTIMES)
+# As in test_shim, all of an unpacked image is for a long run; test_images runs one in the short.
+PARAMS = [pytest.param(name, marks=[pytest.mark.full] if "image" in name else []) for name in RUNTIMES]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def runtime(request: pytest.FixtureRequest) -> Iterator[Kit]:
     if reason := why_not(request.param):
         pytest.skip(reason)
@@ -111,6 +116,15 @@ def test_nobody_is_root_and_nothing_makes_a_job_so(node: Node, runtime: Kit) -> 
     uid, rights = ended.lines("o")
     assert int(uid) != 0
     assert rights == f"CapEff:{'0' * 16}NoNewPrivs:1"
+
+
+def test_ways_out_are_closed(node: Node, runtime: Kit) -> None:
+    if not runtime.is_walled:
+        pytest.skip("there are no walls")
+    ended = node.run(["python3", "-c", ESCAPES], **runtime.fields)
+    outcomes = dict(line.rsplit(" ", 1) for line in ended.lines("o"))
+    assert len(outcomes) == 12, ended.text
+    assert "open" not in outcomes.values(), outcomes
 
 
 def test_front_door_is_reached_and_the_node_is_not(node: Node, runtime: Kit) -> None:
