@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -143,7 +144,12 @@ def _bases(order: BuildOrder) -> set[Path]:
 
 
 def size_of(folder: Path) -> int:
-    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*"))
+    """Bytes on the disk, as far as it can be told while somebody works in the folder."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.lstat().st_blocks * 512
+    return total
 
 
 def _finish(order: BuildOrder) -> None:
