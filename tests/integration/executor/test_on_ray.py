@@ -201,14 +201,22 @@ async def test_a_job_outlives_its_agent_and_the_executor(
 async def test_nothing_stays_reserved_when_all_has_ended(
     settings: ExecutorSettings, neighbours: Neighbours, onlooker: Onlooker
 ) -> None:
+    # One that was stopped right after an end has left its reservation to the next. A process has one connection to
+    # Ray, so it looks only afterwards.
+    async with running(settings) as service:
+
+        async def done() -> bool:
+            async with service.store.view() as view:
+                return not await view.due() and not await view.unfinished()
+
+        await onlooker.ready_node()
+        await until(done, 30)
     cluster = connect(settings.find_ray_address, agent_config(settings), settings.ray_namespace)
 
     async def nothing() -> bool:
         return not await cluster.reserved()
 
-    # One that was stopped right after an end has left its reservation to the next.
-    async with running(settings):
-        await until(nothing, 30)
+    await until(nothing, 30)
     await cluster.close()
 
 
