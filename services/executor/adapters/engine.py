@@ -7,11 +7,13 @@ own /usr in it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
 import subprocess
 import tempfile
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +108,9 @@ def _try(command: Iterable[str], options: Iterable[str], root: Path, hold: Path)
     hooks = write_hooks(hold, {"precreate": "cat", "createRuntime": 'cat > "$1/held"'})
     user = ["--user", f"{_PROBE_UID}:{_PROBE_UID}"] if os.geteuid() == 0 else []
     ulimits = [f"--ulimit={kind}={_NOFILE}:{_NOFILE}" for kind in ("nofile", "nproc")]
-    run = ["run", "--rm", "--init", "--network=none", "--log-driver=passthrough", "--cap-drop=all", *ulimits, *user]
+    name = f"nabla-probe-{uuid.uuid4().hex[:12]}"
+    run = ["run", "--rm", f"--name={name}", "--init", "--network=none", "--log-driver=passthrough", "--cap-drop=all"]
+    run += [*ulimits, *user]
     try:
         done = subprocess.run(
             [*command, f"--hooks-dir={hooks}", *run, *options, "--volume=/usr:/usr:ro", "--rootfs", str(root), "true"],
@@ -118,7 +122,16 @@ def _try(command: Iterable[str], options: Iterable[str], root: Path, hold: Path)
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
+        _remove(command, name)
         return str(error)
     if done.returncode != 0:
+        _remove(command, name)
         return reason_in(done.stderr) or f"it ended with {done.returncode}"
     return "" if (hold / "held").exists() else "its hooks were not called"
+
+
+def _remove(command: Iterable[str], name: str) -> None:
+    """A container that was made and never started is not taken away by `--rm`."""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        words = [*command, "rm", "--force", "--ignore", name]
+        subprocess.run(words, env=podman_environment(), capture_output=True, timeout=_TRY_LIMIT_S, check=False)
