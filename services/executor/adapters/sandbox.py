@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import uuid
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -220,7 +221,8 @@ def probe_isolation(run_as_uid: int | None = None, wheel_bwrap: str | None = Non
     if bwrap is None:
         return IsolationProbe("process", "bubblewrap is not installed", "apt-get install bubblewrap")
     with tempfile.TemporaryDirectory(prefix="nabla-probe-") as node_dir:
-        spec = AttemptSpec(attempt_id="probe", job_id="probe", command="true", run_as_uid=run_as_uid, bwrap_path=bwrap)
+        name = f"probe-{uuid.uuid4().hex[:12]}"  # its own: two agents of one machine may look at once
+        spec = AttemptSpec(attempt_id=name, job_id=name, command="true", run_as_uid=run_as_uid, bwrap_path=bwrap)
         folder = AttemptFolder.create(node_dir, spec)
         _run_attempt_apart(folder)
         record = folder.read_exit()

@@ -212,7 +212,8 @@ def _run_shim(folder: AttemptFolder, lock: int, report: int, secrets: Sequence[i
         except OSError as error:
             os.write(report, str(error).encode())
             raise
-        os.write(report, b"%d" % record.pid)
+        with contextlib.suppress(BrokenPipeError):  # the zygote was ended: the record says who this is
+            os.write(report, b"%d" % record.pid)
         os.close(report)
         shim.see_through(folder.path, values)
     except BaseException:

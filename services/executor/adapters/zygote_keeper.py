@@ -25,17 +25,21 @@ class ZygoteKeeper:
             path = Path(tempfile.mkdtemp(prefix="nabla-agent-")) / "zygote.sock"
         self.socket_path = path
         self._guard = threading.Lock()
+        self._ended = False
         self.process: subprocess.Popen[bytes] = zygote.start_zygote(path)
 
     def start_attempt(self, attempt_dir: Path, secrets: bytes = b"", answers_s: float = ANSWERS_S) -> int:
         """Has the attempt's shim started, with the values that it is handed; its pid. Called from threads.
 
         Raises:
-            ZygoteUnavailable: it did not answer; there is another one now, and asking again does no harm.
+            ZygoteUnavailable: it did not answer; there is another one now, unless the keeper was ended, and
+                asking again does no harm.
             StartFailed.
         """
         self.revive()
         asked = self.process
+        if self._ended:
+            raise zygote.ZygoteUnavailable("the node agent leaves")
         try:
             return zygote.start_attempt(self.socket_path, attempt_dir, answers_s, secrets=secrets)
         except zygote.ZygoteUnavailable:
@@ -45,7 +49,7 @@ class ZygoteKeeper:
     def revive(self) -> None:
         """Starts another one if it died. Called from threads."""
         with self._guard:
-            if self.process.poll() is not None:
+            if self.process.poll() is not None and not self._ended:
                 self._start()
 
     def replace(self, silent: subprocess.Popen[bytes]) -> None:
@@ -54,7 +58,7 @@ class ZygoteKeeper:
         Its shims live on; a shim that it forks in its last moment is found by its folder.
         """
         with self._guard:
-            if self.process is silent:
+            if self.process is silent and not self._ended:
                 log.warning("the zygote lives and does not answer: it is replaced", extra={"zygote": silent.pid})
                 silent.kill()
                 silent.wait()
@@ -64,6 +68,9 @@ class ZygoteKeeper:
         self.process = zygote.start_zygote(self.socket_path)
 
     def end(self) -> None:
+        """For good. A start that is under way in a thread fails, and its shim, if it came to be, lives on."""
+        with self._guard:
+            self._ended = True
         self.process.terminate()
         try:
             self.process.wait(5)

@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -263,6 +264,12 @@ def test_probe_says_what_jobs_get() -> None:
     probe = sandbox.probe_isolation(JOB_UID, wheel_bwrap())
     assert probe.isolation == ("process" if why_no_bwrap() else "bwrap")
     assert probe.reason
+
+
+def test_several_may_probe_one_machine_at_once() -> None:
+    with ThreadPoolExecutor(4) as pool:
+        probes = list(pool.map(lambda _: sandbox.probe_isolation(JOB_UID, wheel_bwrap()), range(12)))
+    assert {(probe.isolation, probe.reason) for probe in probes} == {(probes[0].isolation, probes[0].reason)}
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from services.executor.adapters import zygote
 from services.executor.adapters.attempt_folder import AttemptFolder, AttemptSpec
-from services.executor.adapters.zygote import ZygoteUnavailable
 from services.executor.adapters.zygote_keeper import ZygoteKeeper
 from tests.integration.executor.attempts import JOB_UID, eventually
 
 pytestmark = pytest.mark.integration
+
+# A zygote that is killed by its shim, once that is one and before it has told.
+KILLED_BY_ITS_SHIM = """
+import os, signal, sys, time
+from services.executor.adapters import shim, zygote
+become, me = shim.become_shim, os.getpid()
+def become_and_kill(path):
+    record = become(path)
+    os.kill(me, signal.SIGKILL)
+    while open(f"/proc/{me}/stat").read().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    return record
+shim.become_shim = become_and_kill
+zygote.serve(sys.argv[1], os.getppid())
+"""
 
 
 def test_a_zygote_that_is_alive_and_silent_is_replaced(node_dir: Path) -> None:
@@ -23,7 +40,7 @@ def test_a_zygote_that_is_alive_and_silent_is_replaced(node_dir: Path) -> None:
     try:
         hung = keeper.process
         hung.send_signal(signal.SIGSTOP)
-        with pytest.raises(ZygoteUnavailable):
+        with pytest.raises(zygote.ZygoteUnavailable):
             keeper.start_attempt(folder.path, answers_s=0.3)
         assert hung.poll() is not None
         assert keeper.start_attempt(folder.path) > 0
@@ -32,6 +49,32 @@ def test_a_zygote_that_is_alive_and_silent_is_replaced(node_dir: Path) -> None:
         eventually(lambda: not folder.shim_is_alive(), "the end of the shim")
     finally:
         keeper.end()
+
+
+def test_a_shim_outlives_a_zygote_that_ends_before_it_hears_of_it(node_dir: Path) -> None:
+    node_dir.chmod(0o711)
+    spec = AttemptSpec(attempt_id="t2", job_id="js2", command="true", isolation="process", run_as_uid=JOB_UID)
+    folder = AttemptFolder.create(node_dir, spec)
+    socket = node_dir / "zygote.sock"
+    killed = subprocess.Popen([sys.executable, "-c", KILLED_BY_ITS_SHIM, str(socket)])
+    try:
+        with pytest.raises(zygote.ZygoteUnavailable):
+            zygote.start_attempt(socket, folder.path)
+        record = eventually(lambda: folder.read_exit() or not folder.shim_is_alive(), "the end of the attempt")
+        assert getattr(record, "code", "the shim died with its zygote") == 0
+    finally:
+        assert killed.wait(30) == -signal.SIGKILL
+        eventually(lambda: not folder.shim_is_alive(), "the end of the shim")
+
+
+def test_one_that_was_ended_is_not_replaced(node_dir: Path) -> None:
+    keeper = ZygoteKeeper(node_dir)
+    last = keeper.process
+    keeper.end()
+    with pytest.raises(zygote.ZygoteUnavailable):
+        keeper.start_attempt(node_dir / "attempts" / "t3")
+    assert keeper.process is last
+    assert last.poll() is not None
 
 
 def test_one_that_another_caller_replaced_is_not_replaced_again(node_dir: Path) -> None:
