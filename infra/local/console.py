@@ -13,7 +13,7 @@ from infra.local import control, secret_keys
 from infra.local.installation import Installation, InstallationError
 from infra.local.servers import ServerMissingError
 from infra.local.settings import LocalSettings
-from services.executor.adapters import isolation
+from services.executor.adapters.runtimes import isolation
 from services.executor.domain.isolation import BWRAP
 
 

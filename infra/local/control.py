@@ -24,7 +24,8 @@ from infra.local.credentials import api_token, s3_keys, write_private
 from infra.local.installation import Installation, InstallationError, claim_ports, open_installation, seaweed_sockets
 from infra.local.settings import CHECKOUT, LocalSettings
 from infra.local.supervisor import Supervisor
-from services.executor.adapters import isolation, network_host
+from services.executor.adapters.networks import network_host
+from services.executor.adapters.runtimes import isolation
 from services.executor.domain.isolation import is_loopback, refusal
 from services.executor.domain.network import installation_tag
 
@@ -155,7 +156,7 @@ def down(settings: LocalSettings, say: Callable[[str], None]) -> None:
 def _leave_their_ray(installation: Installation, say: Callable[[str], None]) -> None:
     """Ends our agents on a cluster that goes on without us."""
     address, namespace = installation.settings.ray_address, installation.settings.ray_namespace
-    command = [sys.executable, "-m", "services.executor.adapters.ray_departure", address, namespace]
+    command = [sys.executable, "-m", "services.executor.adapters.cluster.ray_departure", address, namespace]
     env = os.environ | servers.ray_environment(installation)
     try:
         subprocess.run(command, cwd=CHECKOUT, env=env, capture_output=True, text=True, timeout=DEPARTURE_S, check=True)

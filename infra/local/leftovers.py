@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from infra.local.installation import InstallationError
-from services.executor.adapters import cgroup
-from services.executor.adapters.attempt_folder import AttemptFolder
+from services.executor.adapters.attempts.attempt_folder import AttemptFolder
+from services.executor.adapters.runtimes import cgroup
 
 # Everything that the supervisor starts carries this variable with the installation's folder.
 MARK = "NABLA_SUPERVISED"

@@ -183,7 +183,7 @@ def ray_head(installation: Installation) -> Server:
     command = [
         sys.executable,
         "-m",
-        "services.executor.adapters.loopback",
+        "services.executor.adapters.cluster.loopback",
         "start",
         "--head",
         "--block",

@@ -25,7 +25,7 @@ if not __package__:  # run by its path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from infra.local import leftovers
-from services.executor.adapters.node_agent import stop_all
+from services.executor.adapters.agent.node_agent import stop_all
 
 CODE = Path(__file__).resolve().parents[2]
 AGAIN_S = 5.0

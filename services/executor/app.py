@@ -10,10 +10,10 @@ from libs.common.keyfiles import key_from
 from libs.common.service import Service
 from libs.common.store import Store
 from libs.common.version import VERSION
-from services.executor.adapters.door_tickets import FernetTickets
-from services.executor.adapters.ray_cluster import connect
-from services.executor.adapters.ray_ticket import preparing
-from services.executor.adapters.storage import BusLogs
+from services.executor.adapters.cluster.ray_cluster import connect
+from services.executor.adapters.cluster.ray_ticket import preparing
+from services.executor.adapters.doors.door_tickets import FernetTickets
+from services.executor.adapters.workspaces.storage import BusLogs
 from services.executor.handlers import Doors
 from services.executor.loops import Driver, Scaler, Sweeper, Watcher
 from services.executor.ports import AgentConfig, Cluster

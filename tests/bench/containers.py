@@ -11,8 +11,8 @@ import subprocess
 import time
 from dataclasses import asdict, dataclass
 
-from services.executor.adapters.engine import Engine
-from services.executor.adapters.podman import podman_environment
+from services.executor.adapters.runtimes.engine import Engine
+from services.executor.adapters.runtimes.podman import podman_environment
 from tests.integration.executor.attempts import running_node
 from tests.integration.executor.runtimes import podman, podman_kit, why_no_podman
 

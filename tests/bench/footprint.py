@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 
-from services.executor.adapters import processes
-from services.executor.adapters.attempt_folder import AttemptFolder, FrontDoor
+from services.executor.adapters.attempts import processes
+from services.executor.adapters.attempts.attempt_folder import AttemptFolder, FrontDoor
 from tests.bench.measures import Row, promise
 from tests.integration.executor.attempts import eventually, running_node, why_no_bwrap
 

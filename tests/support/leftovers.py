@@ -10,7 +10,7 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from services.executor.adapters.attempt_folder import AttemptFolder
+from services.executor.adapters.attempts.attempt_folder import AttemptFolder
 
 CGROUPS = Path("/sys/fs/cgroup")
 NAMESPACES = Path("/run/netns")

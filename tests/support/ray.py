@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.executor.adapters import processes
+from services.executor.adapters.attempts import processes
 from tests.support.ports import free_port
 
 START_LIMIT_S = 60
@@ -46,7 +46,7 @@ class RayHead:
         return f"{self.host}:{self.port}"
 
     def start(self) -> None:
-        loopback = "services.executor.adapters.loopback"
+        loopback = "services.executor.adapters.cluster.loopback"
         command = [sys.executable, "-m", loopback, "start", "--head", f"--port={self.port}"]
         command += [
             f"--node-ip-address={self.host}",
@@ -130,7 +130,7 @@ class RayNode:
 
     def start(self) -> None:
         self.node_dir.mkdir(exist_ok=True)
-        command = [*self.inside, sys.executable, "-m", "services.executor.adapters.loopback", "start"]
+        command = [*self.inside, sys.executable, "-m", "services.executor.adapters.cluster.loopback", "start"]
         command += [f"--address={self.head.address}"]
         command += [f"--node-ip-address={self.address}", f"--num-cpus={self.cpus}", f"--num-gpus={self.gpus}"]
         command += ["--disable-usage-stats", "--object-store-memory=78643200"]

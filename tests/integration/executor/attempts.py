@@ -15,10 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from services.executor.adapters import cgroup, processes, zygote
-from services.executor.adapters.attempt_folder import AttemptFolder, AttemptSpec, ExitRecord, StartedRecord
-from services.executor.adapters.sandbox import find_bwrap, probe_isolation
-from services.executor.adapters.spool import LogLine, SpoolReader
+from services.executor.adapters.attempts import processes, zygote
+from services.executor.adapters.attempts.attempt_folder import AttemptFolder, AttemptSpec, ExitRecord, StartedRecord
+from services.executor.adapters.attempts.spool import LogLine, SpoolReader
+from services.executor.adapters.runtimes import cgroup
+from services.executor.adapters.runtimes.sandbox import find_bwrap, probe_isolation
 
 JOB_UID = 30_001 if os.geteuid() == 0 else None
 PATIENCE_S = 60.0

@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 
-from services.executor.adapters.ray_cluster import RayCluster, connect
+from services.executor.adapters.cluster.ray_cluster import RayCluster, connect
 from services.executor.ports import AgentConfig, ClusterAway
 
 TURNS = 8

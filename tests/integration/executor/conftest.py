@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from services.executor.adapters.network_host import take_wall_down
+from services.executor.adapters.networks.network_host import take_wall_down
 from services.executor.domain.network import installation_tag
 from services.executor.routes import routes
 from tests.integration.executor.world import Neighbours, ObjectStore, grants, meet_neighbours

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from services.executor.adapters import kernel, zygote
-from services.executor.adapters.attempt_folder import AttemptFolder
-from services.executor.adapters.network_host import find_tool
+from services.executor.adapters.attempts import kernel, zygote
+from services.executor.adapters.attempts.attempt_folder import AttemptFolder
+from services.executor.adapters.networks.network_host import find_tool
 from services.executor.domain.network import installation_tag
 from tests.integration.executor.attempts import JOB_UID, Node, why_no_bwrap
 
@@ -190,7 +190,7 @@ class NodeOn(Node):
 
     def raise_wall(self, allowed: tuple[str, ...] = ()) -> None:
         self.machine.python(
-            "from services.executor.adapters.network_host import raise_wall; "
+            "from services.executor.adapters.networks.network_host import raise_wall; "
             f"raise_wall({self.installation!r}, '100.96.0.0/16', {list(allowed)!r})"
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from services.executor.adapters.node_agent import NodeAgent
+from services.executor.adapters.agent.node_agent import NodeAgent
 from services.executor.ports import AgentConfig, NodeView, Reservation, StartOrder
 
 NODE = "n" * 56

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from services.executor.adapters.attempt_folder import Image
-from services.executor.adapters.engine import Engine, NoEngine, find_podman
+from services.executor.adapters.attempts.attempt_folder import Image
+from services.executor.adapters.runtimes.engine import Engine, NoEngine, find_podman
 from tests.integration.executor.attempts import why_no_bwrap
 from tests.support.images import podman_image, unpacked_image, why_no_image
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.executor.adapters.storage import BusLogs
+from services.executor.adapters.workspaces.storage import BusLogs
 from tests.integration.executor.world import TEAM, Neighbours
 from tests.support.nats import NatsServer
 

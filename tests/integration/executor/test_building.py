@@ -14,10 +14,10 @@ import pytest
 
 from libs.common.contracts.messages import Environment
 from libs.common.waiting import end
-from services.executor.adapters import zygote
-from services.executor.adapters.attempt_folder import AttemptFolder, AttemptSpec
-from services.executor.adapters.building import InstallerBuilder
-from services.executor.adapters.environments import Asker, EnvironmentRefused, Environments, Prepared
+from services.executor.adapters.attempts import zygote
+from services.executor.adapters.attempts.attempt_folder import AttemptFolder, AttemptSpec
+from services.executor.adapters.environments.building import InstallerBuilder
+from services.executor.adapters.environments.environments import Asker, EnvironmentRefused, Environments, Prepared
 from tests.integration.executor.attempts import JOB_UID, eventually
 from tests.integration.executor.tools import (
     ROOT,

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from libs.common.contracts.messages import Container, Environment
-from services.executor.adapters import processes
-from services.executor.adapters.attempt_folder import AttemptFolder
-from services.executor.adapters.engine import Engine
+from services.executor.adapters.attempts import processes
+from services.executor.adapters.attempts.attempt_folder import AttemptFolder
+from services.executor.adapters.runtimes.engine import Engine
 from services.executor.ports import AgentConfig
 from tests.integration.executor.attempts import processes_of
 from tests.integration.executor.runtimes import podman, why_no_podman

@@ -15,10 +15,10 @@ import pytest
 
 from nabla.http import Http, Response
 from nabla.tunnel import Tunnel
-from services.executor.adapters import door_tickets as tickets_module
-from services.executor.adapters.attempt_folder import AttemptFolder
-from services.executor.adapters.door import PROTOCOL, Config, start_door
-from services.executor.adapters.door_tickets import FernetTickets
+from services.executor.adapters.attempts.attempt_folder import AttemptFolder
+from services.executor.adapters.doors import door_tickets as tickets_module
+from services.executor.adapters.doors.door import PROTOCOL, Config, start_door
+from services.executor.adapters.doors.door_tickets import FernetTickets
 from services.executor.domain.doors import DoorTicket
 from tests.integration.executor.attempts import (
     Node,

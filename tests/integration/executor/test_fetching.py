@@ -13,9 +13,9 @@ import pytest
 from minio import Minio
 
 from libs.common.contracts.messages import Source
-from services.executor.adapters.git_source import GitSource
-from services.executor.adapters.s3_source import S3Source
-from services.executor.adapters.unpacking import unpack
+from services.executor.adapters.runtimes.unpacking import unpack
+from services.executor.adapters.workspaces.git_source import GitSource
+from services.executor.adapters.workspaces.s3_source import S3Source
 from services.executor.domain.sources import BadSource
 from tests.integration.executor.tools import (
     GIT_BACKEND,
@@ -163,7 +163,7 @@ async def test_submodules_and_large_files_are_named_as_left_out(node: ToolNode, 
 
 @git_only
 async def test_links_that_leave_the_repository_are_refused(node: ToolNode, host: GitHost, tmp_path: Path) -> None:
-    from services.executor.adapters.unpacking import BadArchive
+    from services.executor.adapters.runtimes.unpacking import BadArchive
 
     (host.work / "leak").symlink_to("/etc/passwd")
     host.commit({"x": "1"})

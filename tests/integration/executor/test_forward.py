@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from services.executor.adapters import processes
-from services.executor.adapters.attempt_folder import AttemptFolder, FrontDoor
+from services.executor.adapters.attempts import processes
+from services.executor.adapters.attempts.attempt_folder import AttemptFolder, FrontDoor
 from tests.integration.executor.attempts import (
     Node,
     eventually,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from services.executor.adapters import processes, shim
-from services.executor.adapters.attempt_folder import AttemptFolder, Isolation, write_durably
+from services.executor.adapters.attempts import processes, shim
+from services.executor.adapters.attempts.attempt_folder import AttemptFolder, Isolation, write_durably
 from tests.integration.executor.attempts import Node, eventually, log_of, said, why_no_bwrap
 from tests.support.disks import fill, free, small_disk_at
 

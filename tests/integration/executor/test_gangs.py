@@ -16,7 +16,7 @@ import pytest
 from libs.common.contracts.gangs import rank_template, ranks_of
 from libs.common.contracts.messages import Environment, Gang, JobTemplate, Resources, Role
 from libs.common.ids import new_id
-from services.executor.adapters.node_agent import NodeAgent, stop_all
+from services.executor.adapters.agent.node_agent import NodeAgent, stop_all
 from services.executor.domain.gang import BLOCKS, FIRST_PORT, PORT_COUNT, GangFacts, gang_order
 from services.executor.ports import AgentConfig, StartOrder
 from tests.integration.executor.test_node_agent import NODE, ROOT, config, running

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from libs.common.contracts.messages import Container
-from services.executor.adapters.attempt_folder import Bind, Image
-from services.executor.adapters.engine import Engine, NoEngine
-from services.executor.adapters.images import Asker, ImageRefused, Images, Walls
+from services.executor.adapters.attempts.attempt_folder import Bind, Image
+from services.executor.adapters.runtimes.engine import Engine, NoEngine
+from services.executor.adapters.runtimes.images import Asker, ImageRefused, Images, Walls
 from tests.integration.executor.attempts import Node, running_node
 from tests.integration.executor.runtimes import podman, why_no_podman
 from tests.support.images import APP_UID, podman_image, tiny_image, unpacked_image

@@ -28,8 +28,8 @@ from libs.common.contracts.messages import (
 )
 from libs.common.ids import new_id
 from libs.common.service import Service
-from services.executor.adapters.ray_cluster import connect
-from services.executor.adapters.ray_nodes import GPU_MEMORY_LABEL, GPU_MODEL_LABEL
+from services.executor.adapters.cluster.ray_cluster import connect
+from services.executor.adapters.cluster.ray_nodes import GPU_MEMORY_LABEL, GPU_MODEL_LABEL
 from services.executor.app import agent_config
 from services.executor.handlers import drain_node
 from services.executor.routes import routes

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from services.executor.adapters import processes
-from services.executor.adapters.attempt_folder import AttemptFolder, FrontDoor
+from services.executor.adapters.attempts import processes
+from services.executor.adapters.attempts.attempt_folder import AttemptFolder, FrontDoor
 from services.executor.domain.network import Gang, Network, Policy
 from tests.integration.executor.attempts import eventually, log_of, said
 from tests.integration.executor.netspaces import (
@@ -145,7 +145,7 @@ def test_an_interface_of_its_own_choice_leads_past_no_wall(place: Place) -> None
 def test_allowed_networks_are_reached(place: Place) -> None:
     if place.node.uid is None:
         place.node.machine.python(
-            "from services.executor.adapters import network_host as host; "
+            "from services.executor.adapters.networks import network_host as host; "
             f"tag = {place.node.installation!r}; host.take_wall_down(tag)"
         )
         place.node.raise_wall((f"{PRIVATE}/32",))
@@ -331,7 +331,8 @@ def test_what_a_killed_gang_left_is_swept(gangs: Gangs) -> None:
     eventually(lambda: not [n for n in node.machine.interfaces() if n.startswith(prefix)], "the end of the network")
     assert "nabla_" + node.installation + "_" in node.machine.run("nft", "list", "tables")
     node.machine.python(
-        f"from services.executor.adapters import network_host as host; host.close_dead_gates({node.installation!r})"
+        "from services.executor.adapters.networks import network_host as host; "
+        f"host.close_dead_gates({node.installation!r})"
     )
     rules = node.machine.run("nft", "list", "ruleset")
     assert f"_{prefix}" not in rules

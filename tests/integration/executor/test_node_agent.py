@@ -18,9 +18,10 @@ import pytest
 
 from libs.common.contracts.messages import Environment, Execution, Input, JobTemplate, ModelOutput, Resources
 from libs.common.ids import new_id
-from services.executor.adapters import cgroup, node_agent, tries
-from services.executor.adapters.attempt_folder import AttemptFolder
-from services.executor.adapters.node_agent import NodeAgent
+from services.executor.adapters.agent import node_agent, tries
+from services.executor.adapters.agent.node_agent import NodeAgent
+from services.executor.adapters.attempts.attempt_folder import AttemptFolder
+from services.executor.adapters.runtimes import cgroup
 from services.executor.ports import AgentConfig, StartOrder
 from tests.integration.executor.world import PROJECT, TEAM, Neighbours, reports, until
 from tests.support.disks import small_disk_at

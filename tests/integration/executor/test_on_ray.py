@@ -19,7 +19,7 @@ from libs.common.contracts.messages import (
     Resources,
     StopExecution,
 )
-from services.executor.adapters.ray_cluster import RayCluster, connect
+from services.executor.adapters.cluster.ray_cluster import RayCluster, connect
 from services.executor.app import agent_config
 from services.executor.ports import ClusterAway
 from services.executor.routes import routes
@@ -264,7 +264,7 @@ class TestRayCluster(ClusterSuite):
         await until(answers, 40)
         await beside.close()
         assert set(ray_head.agents()) > set(before)
-        command = [sys.executable, "-m", "services.executor.adapters.ray_departure", ray_head.address, "theirs"]
+        command = [sys.executable, "-m", "services.executor.adapters.cluster.ray_departure", ray_head.address, "theirs"]
         process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=asyncio.subprocess.PIPE)
         said, _ = await process.communicate()
         assert said == b"1 agents and 0 reservations were taken off\n"

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from services.executor.adapters import cgroup, processes
-from services.executor.adapters.attempt_folder import AttemptFolder, Bind, FrontDoor
-from services.executor.adapters.launch import end_strays
+from services.executor.adapters.attempts import processes
+from services.executor.adapters.attempts.attempt_folder import AttemptFolder, Bind, FrontDoor
+from services.executor.adapters.attempts.launch import end_strays
+from services.executor.adapters.runtimes import cgroup
 from services.executor.domain.network import Network, interface_name
 from tests.integration.executor.attempts import JOB_UID, Node, eventually, processes_of, running_node, said, started
 from tests.integration.executor.netspaces import why_no_network

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from nabla.hints import LAST_LINES, Ending, hint
-from services.executor.adapters import sandbox, zygote
-from services.executor.adapters.attempt_folder import Bind, Isolation
+from services.executor.adapters.attempts import zygote
+from services.executor.adapters.attempts.attempt_folder import Bind, Isolation
+from services.executor.adapters.runtimes import sandbox
 from tests.integration.executor.attempts import (
     JOB_UID,
     Node,

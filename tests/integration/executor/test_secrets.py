@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from libs.common.contracts.messages import Container, JobTemplate, Source
-from services.executor.adapters.agent_bus import AgentBus
-from services.executor.adapters.secrets import Secrets
+from services.executor.adapters.agent.agent_bus import AgentBus
+from services.executor.adapters.agent.secrets import Secrets
 from services.executor.ports import AgentConfig
 from tests.integration.executor.test_node_agent import config, ended, order, running, texts
 from tests.integration.executor.world import Neighbours, until

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from services.executor.adapters import processes, shim, zygote
-from services.executor.adapters.attempt_folder import WAKE, AttemptFolder
-from services.executor.adapters.spool import SpoolReader
+from services.executor.adapters.attempts import processes, shim, zygote
+from services.executor.adapters.attempts.attempt_folder import WAKE, AttemptFolder
+from services.executor.adapters.attempts.spool import SpoolReader
 from tests.integration.executor.attempts import (
     JOB_UID,
     PATIENCE_S,

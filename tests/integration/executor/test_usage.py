@@ -10,10 +10,10 @@ import pytest
 
 from libs.common.contracts.messages import RecordUsage
 from libs.common.errors import Unavailable
-from services.executor.adapters.attempt_folder import AttemptFolder, Isolation
-from services.executor.adapters.metering import INTERVALS_S, Metered, Metering
-from services.executor.adapters.processes import Tree
-from services.executor.adapters.usage import Meter, Subject, rates
+from services.executor.adapters.agent.metering import INTERVALS_S, Metered, Metering
+from services.executor.adapters.agent.usage import Meter, Subject, rates
+from services.executor.adapters.attempts.attempt_folder import AttemptFolder, Isolation
+from services.executor.adapters.attempts.processes import Tree
 from tests.integration.executor.attempts import Node, eventually, running_node, said, started, why_no_bwrap
 
 pytestmark = pytest.mark.integration

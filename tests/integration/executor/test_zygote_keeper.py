@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from services.executor.adapters import zygote
-from services.executor.adapters.attempt_folder import AttemptFolder, AttemptSpec
-from services.executor.adapters.zygote_keeper import ZygoteKeeper
+from services.executor.adapters.agent.zygote_keeper import ZygoteKeeper
+from services.executor.adapters.attempts import zygote
+from services.executor.adapters.attempts.attempt_folder import AttemptFolder, AttemptSpec
 from tests.integration.executor.attempts import JOB_UID, eventually
 
 pytestmark = pytest.mark.integration
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.integration
 # A zygote that is killed by its shim, once that is one and before it has told.
 KILLED_BY_ITS_SHIM = """
 import os, signal, sys, time
-from services.executor.adapters import shim, zygote
+from services.executor.adapters.attempts import shim, zygote
 become, me = shim.become_shim, os.getpid()
 def become_and_kill(path):
     record = become(path)

@@ -20,12 +20,13 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
-from services.executor.adapters import isolation, zygote
-from services.executor.adapters.folder_watch import FolderWatch
-from services.executor.adapters.job_spec import NodeFacts
-from services.executor.adapters.sandbox import find_bwrap
-from services.executor.adapters.shim import write_contact
-from services.executor.adapters.toolbox import Toolbox
+from services.executor.adapters.agent.folder_watch import FolderWatch
+from services.executor.adapters.attempts import zygote
+from services.executor.adapters.attempts.job_spec import NodeFacts
+from services.executor.adapters.attempts.shim import write_contact
+from services.executor.adapters.environments.toolbox import Toolbox
+from services.executor.adapters.runtimes import isolation
+from services.executor.adapters.runtimes.sandbox import find_bwrap
 from services.executor.domain.network import Network
 from tests.integration.executor.attempts import why_no_bwrap
 

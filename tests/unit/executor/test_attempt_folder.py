@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from services.executor.adapters import processes
-from services.executor.adapters.attempt_folder import (
+from services.executor.adapters.attempts import processes
+from services.executor.adapters.attempts.attempt_folder import (
     AttemptFolder,
     AttemptSpec,
     Bind,

@@ -10,9 +10,9 @@ import pytest
 
 from libs.common.contracts.messages import LogFrame, LogLine
 from libs.common.loglines import Slice
-from services.executor.adapters import attempt_log as attempt_log_module
-from services.executor.adapters.attempt_log import BODY_BYTES, AttemptLog, Identity
-from services.executor.adapters.spool import SpoolWriter
+from services.executor.adapters.agent import attempt_log as attempt_log_module
+from services.executor.adapters.agent.attempt_log import BODY_BYTES, AttemptLog, Identity
+from services.executor.adapters.attempts.spool import SpoolWriter
 
 pytestmark = pytest.mark.unit
 NOW_US = 1_700_000_000_000_000

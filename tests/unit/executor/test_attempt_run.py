@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from libs.common.contracts.messages import JobTemplate
-from services.executor.adapters.attempt_folder import AttemptFolder
-from services.executor.adapters.attempt_run import read_order, write_order
+from services.executor.adapters.agent.attempt_run import read_order, write_order
+from services.executor.adapters.attempts.attempt_folder import AttemptFolder
 from services.executor.ports import StartOrder
 
 pytestmark = pytest.mark.unit

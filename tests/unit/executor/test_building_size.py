@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from services.executor.adapters.building import size_of
+from services.executor.adapters.environments.building import size_of
 
 
 def test_what_goes_while_it_is_counted_is_no_error(tmp_path: Path) -> None:

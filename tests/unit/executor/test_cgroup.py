@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from services.executor.adapters.cgroup import Cgroup, Limits
+from services.executor.adapters.runtimes.cgroup import Cgroup, Limits
 
 pytestmark = pytest.mark.unit
 FILES = ("cgroup.controllers", "pids.max", "cpu.max", "memory.max", "memory.swap.max", "memory.oom.group")

@@ -7,7 +7,7 @@ import resource
 
 import pytest
 
-from services.executor.adapters.forward import keep_only
+from services.executor.adapters.attempts.forward import keep_only
 
 pytestmark = pytest.mark.unit
 

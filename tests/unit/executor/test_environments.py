@@ -12,12 +12,18 @@ import pytest
 
 from libs.common.contracts.messages import Environment
 from libs.common.waiting import end
-from services.executor.adapters.attempt_folder import AttemptFolder, AttemptSpec, ExitRecord
-from services.executor.adapters.building import RECORD, BuildOrder, python_of_record
-from services.executor.adapters.environments import Asker, EnvironmentRefused, Environments, Prepared, key_of
-from services.executor.adapters.interpreters import Interpreters, fits
-from services.executor.adapters.node_agent import environments_in_use
-from services.executor.adapters.toolbox import Tell, ToolFailed
+from services.executor.adapters.agent.node_agent import environments_in_use
+from services.executor.adapters.attempts.attempt_folder import AttemptFolder, AttemptSpec, ExitRecord
+from services.executor.adapters.environments.building import RECORD, BuildOrder, python_of_record
+from services.executor.adapters.environments.environments import (
+    Asker,
+    EnvironmentRefused,
+    Environments,
+    Prepared,
+    key_of,
+)
+from services.executor.adapters.environments.interpreters import Interpreters, fits
+from services.executor.adapters.environments.toolbox import Tell, ToolFailed
 from services.executor.domain.requirements import Packages
 
 pytestmark = pytest.mark.unit

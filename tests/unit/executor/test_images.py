@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from services.executor.adapters import image_root
-from services.executor.adapters.attempt_folder import AttemptFolder, AttemptSpec, Bind, Image, MalformedSpec
-from services.executor.adapters.podman import job_config, reason_in, run_command
+from services.executor.adapters.attempts.attempt_folder import AttemptFolder, AttemptSpec, Bind, Image, MalformedSpec
+from services.executor.adapters.runtimes import image_root
+from services.executor.adapters.runtimes.podman import job_config, reason_in, run_command
 from services.executor.domain.images import (
     BadUser,
     Kept,

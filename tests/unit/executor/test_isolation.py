@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from services.executor.adapters.attempt_folder import AttemptSpec, MalformedSpec
-from services.executor.adapters.isolation import closed_to, in_words, probe
-from services.executor.adapters.sandbox import IsolationProbe
+from services.executor.adapters.attempts.attempt_folder import AttemptSpec, MalformedSpec
+from services.executor.adapters.runtimes.isolation import closed_to, in_words, probe
+from services.executor.adapters.runtimes.sandbox import IsolationProbe
 from services.executor.domain.isolation import refusal
 
 pytestmark = pytest.mark.unit

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.executor.adapters.masking import MOST_FORMS, PIECE, Masker
+from services.executor.adapters.attempts.masking import MOST_FORMS, PIECE, Masker
 
 pytestmark = pytest.mark.unit
 VALUE = 'p@ss wörd/"1\\2"&3'

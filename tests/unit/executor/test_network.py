@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from services.executor.adapters.attempt_folder import AttemptSpec, MalformedSpec
-from services.executor.adapters.network_names import name_servers, resolver_file
-from services.executor.adapters.network_rules import inner_wall, outer_wall
+from services.executor.adapters.attempts.attempt_folder import AttemptSpec, MalformedSpec
+from services.executor.adapters.networks.network_names import name_servers, resolver_file
+from services.executor.adapters.networks.network_rules import inner_wall, outer_wall
 from services.executor.domain.network import (
     Gang,
     MalformedNetwork,

@@ -28,9 +28,9 @@ from libs.common.contracts.messages import (
 from libs.common.errors import Conflict, NotFound, Unauthenticated
 from libs.common.ids import secret_hash
 from services.executor import handlers
-from services.executor.adapters.gpus import Gpus, read_gpus
-from services.executor.adapters.ray_agent import node_own
-from services.executor.adapters.ray_ticket import ticket
+from services.executor.adapters.agent.gpus import Gpus, read_gpus
+from services.executor.adapters.cluster.ray_agent import node_own
+from services.executor.adapters.cluster.ray_ticket import ticket
 from services.executor.domain.demand import HOLDS_S, bundles_for
 from services.executor.domain.inventory import GONE, RESTING, KnownNode, may_rest, next_inventory
 from services.executor.loops import Driver, Scaler, Watcher

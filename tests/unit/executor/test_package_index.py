@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from services.executor.adapters.package_index import index_of, parse_settings
-from services.executor.adapters.reach import Place
+from services.executor.adapters.environments.package_index import index_of, parse_settings
+from services.executor.adapters.networks.reach import Place
 
 pytestmark = pytest.mark.unit
 

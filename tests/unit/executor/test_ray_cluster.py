@@ -8,11 +8,11 @@ from collections.abc import Collection, Mapping
 
 import pytest
 
-from services.executor.adapters.ray_agent import HeadQuestion
-from services.executor.adapters.ray_cluster import RayCluster, connect
-from services.executor.adapters.ray_connection import STARTING, RayConnection
-from services.executor.adapters.ray_nodes import RayNodes
-from services.executor.adapters.ray_reservations import RayReservations
+from services.executor.adapters.cluster.ray_agent import HeadQuestion
+from services.executor.adapters.cluster.ray_cluster import RayCluster, connect
+from services.executor.adapters.cluster.ray_connection import STARTING, RayConnection
+from services.executor.adapters.cluster.ray_nodes import RayNodes
+from services.executor.adapters.cluster.ray_reservations import RayReservations
 from services.executor.ports import AgentConfig, ClusterAway, NodeView, Reservation
 from tests.unit.executor.cluster_suite import eventually, reservation
 

@@ -14,10 +14,10 @@ import pytest
 
 from libs.common.contracts.messages import Fileset, FilesetGrant, ModelOutput, OpenFileset, SealFileset
 from libs.common.errors import Conflict
-from services.executor.adapters import sealing, transfer
-from services.executor.adapters.agent_bus import AgentBus
-from services.executor.adapters.sealing import NotKept, Owner, Sealing
-from services.executor.adapters.unkept import bound_unkept
+from services.executor.adapters.agent.agent_bus import AgentBus
+from services.executor.adapters.agent.unkept import bound_unkept
+from services.executor.adapters.workspaces import sealing, transfer
+from services.executor.adapters.workspaces.sealing import NotKept, Owner, Sealing
 from services.storage.domain import filesets
 from services.storage.domain.filesets import entries_of
 

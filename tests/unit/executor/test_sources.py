@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.executor.adapters.reach import is_public
+from services.executor.adapters.networks.reach import is_public
 from services.executor.domain.sources import BadSource, checked_object, checked_ref, checked_repository, commit_of
 
 pytestmark = pytest.mark.unit

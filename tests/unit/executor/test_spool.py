@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from services.executor.adapters.spool import LINE_LIMIT_BYTES, LogLine, SpoolBatch, SpoolReader, SpoolWriter, Stream
+from services.executor.adapters.attempts.spool import (
+    LINE_LIMIT_BYTES,
+    LogLine,
+    SpoolBatch,
+    SpoolReader,
+    SpoolWriter,
+    Stream,
+)
 
 pytestmark = pytest.mark.unit
 

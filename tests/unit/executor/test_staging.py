@@ -12,10 +12,10 @@ import pytest
 
 from libs.common.contracts.messages import JobTemplate, Source
 from libs.common.errors import NotFound
-from services.executor.adapters.agent_bus import AgentBus
-from services.executor.adapters.sources import Found, key_of
-from services.executor.adapters.staging import Staging, StagingFailed, make_room
-from services.executor.adapters.toolbox import Tell
+from services.executor.adapters.agent.agent_bus import AgentBus
+from services.executor.adapters.environments.toolbox import Tell
+from services.executor.adapters.workspaces.sources import Found, key_of
+from services.executor.adapters.workspaces.staging import Staging, StagingFailed, make_room
 from services.executor.domain.sources import BadSource
 
 pytestmark = pytest.mark.unit

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from services.executor.adapters import transfer
+from services.executor.adapters.workspaces import transfer
 
 pytestmark = pytest.mark.unit
 CONTENT = b"weights"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from services.executor.adapters.unpacking import BadArchive, inner_path, unpack
+from services.executor.adapters.runtimes.unpacking import BadArchive, inner_path, unpack
 
 pytestmark = pytest.mark.unit
 

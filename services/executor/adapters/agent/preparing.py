@@ -1,0 +1,186 @@
+"""Lays out what one attempt starts from: its workspace, its environment, and the spec that its shim reads.
+
+Everything here may be begun again. What was found out on the way (the commit that a branch was, the list of what an
+environment became) is in `origin.json`, for the report: with it the same can be run again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from pathlib import Path
+
+from libs.common.contracts.messages import Container, Environment, JobTemplate
+from services.executor.adapters.agent.attempt_log import AttemptLog
+from services.executor.adapters.attempts.attempt_folder import AttemptFolder, write_durably
+from services.executor.adapters.attempts.job_spec import (
+    NodeFacts,
+    generate_files,
+    job_uid,
+    network_of,
+    spec_for,
+    told_isolation,
+    told_network,
+)
+from services.executor.adapters.environments.building import RECORD, write_new
+from services.executor.adapters.environments.environments import Asker, EnvironmentRefused, Environments, Prepared
+from services.executor.adapters.environments.toolbox import Tell
+from services.executor.adapters.runtimes.images import Asker as ImageAsker
+from services.executor.adapters.runtimes.images import Images, Walls
+from services.executor.adapters.workspaces.sealing import NotKept, Owner, Sealing
+from services.executor.adapters.workspaces.staging import Staging, StagingFailed
+from services.executor.domain.execution import short_reason
+from services.executor.domain.requirements import MAX_TEXT_BYTES
+from services.executor.ports import StartOrder
+
+# A long build says its newest line this often.
+TELL_S = 3.0
+KEEP_LIMIT_S = 30.0
+# In a built environment: the file set that keeps its list, by project.
+KEPT = ".kept.json"
+# What a source's version is called in an origin.
+VERSION_OF = {"git": "commit", "s3": "etag"}
+
+log = logging.getLogger(__name__)
+
+
+class Preparing:
+    """Prepares one attempt on its node."""
+
+    def __init__(
+        self,
+        folder: AttemptFolder,
+        order: StartOrder,
+        log: AttemptLog,
+        *,
+        staging: Staging,
+        environments: Environments,
+        images: Images,
+        sealing: Sealing,
+        node: NodeFacts,
+    ) -> None:
+        self._folder = folder
+        self._order = order
+        self._log = log
+        self._staging = staging
+        self._environments = environments
+        self._images = images
+        self._sealing = sealing
+        self._node = node
+
+    def origin(self) -> dict[str, str]:
+        """What was found out; empty before."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return {str(k): str(v) for k, v in json.loads((self._folder.path / "origin.json").read_bytes()).items()}
+        return {}
+
+    async def prepare(self, template: JobTemplate) -> None:
+        """Ends with the spec on the disk.
+
+        Args:
+            template: the order's, with the values of secrets in place of their names; nothing of it is written down.
+
+        Raises:
+            StagingFailed, ImageRefused, EnvironmentRefused, MalformedSpec, MalformedNetwork, OSError.
+        """
+        order = self._order
+        origin: dict[str, str] = {}
+        tell = self._teller("workspace")
+        version = await self._staging.lay(template, order.team_id, self._folder.workspace, tell)
+        if version:
+            origin[VERSION_OF[template.source.kind]] = version
+            self._log.say("source", f"workspace: {template.source.url} at {version}")
+        if template.container == Container():
+            await self._prepare_environment(template.environment, origin)
+        else:
+            await self._prepare_image(template.container, origin)
+
+    async def _prepare_environment(self, environment_wanted: Environment, origin: dict[str, str]) -> None:
+        order, node = self._order, self._node
+        wanted = await self._wanted(environment_wanted)
+        asker = Asker(order.team_id, self._folder.workspace, self._teller("environment"))
+        async with self._environments.prepared(wanted, asker) as environment:
+            self._log.say("environment", f"environment: {environment.name}")
+            if environment.record:
+                origin |= await self._keep_record(environment)
+            uid = job_uid(order.team_uid, environment.prefix, node)
+            self._tell_of_node(told_isolation(uid, node))
+            await self._write_down(origin, environment.prefix, None)
+
+    async def _prepare_image(self, container: Container, origin: dict[str, str]) -> None:
+        """Args: container: with the registry's password in place of its name."""
+        order = self._order
+        uid = job_uid(order.team_uid, None, self._node)
+        asker = ImageAsker(order.team_id, uid, order.gpu_indices, self._tell_of_image)
+        async with self._images.prepared(container, asker) as walls:
+            self._tell_of_node(f"{walls.isolation}, image: {walls.image.name}")
+            await self._write_down(origin, None, walls)
+
+    def _tell_of_image(self, line: str) -> None:
+        self._log.say(f"image-{line}", f"image: {line}")
+
+    def _tell_of_node(self, isolation: str) -> None:
+        network = told_network(network_of(self._order, self._node))
+        self._log.say("node", f"node: {self._node.hostname}, isolation: {isolation}, network: {network}")
+
+    async def _write_down(self, origin: dict[str, str], prefix: str | None, walls: Walls | None) -> None:
+        if origin:
+            note = json.dumps(origin).encode()
+            await asyncio.to_thread(write_durably, self._folder.path / "origin.json", note)
+        await asyncio.to_thread(generate_files, self._order, self._node)
+        # The order's own template: the values of secrets are on no disk.
+        spec = await asyncio.to_thread(spec_for, self._order, prefix, self._node, walls)
+        await asyncio.to_thread(AttemptFolder.create, self._node.node_dir, spec)
+
+    async def _wanted(self, environment: Environment) -> Environment:
+        """A recorded environment is one whose list is in a file set."""
+        if environment.kind != "recorded":
+            return environment
+        try:
+            team_id = self._order.team_id
+            text = await self._staging.read_file(environment.path, RECORD, team_id, MAX_TEXT_BYTES)
+        except StagingFailed as error:
+            raise EnvironmentRefused(f"the recorded environment cannot be fetched: {error}") from error
+        return Environment(kind="requirements", requirements=text, python=environment.python)
+
+    async def _keep_record(self, environment: Prepared) -> dict[str, str]:
+        """A storage that is away costs the record and no job."""
+        order = self._order
+        assert environment.record
+        note = Path(environment.prefix, KEPT)
+        known = await asyncio.to_thread(_read_ids, note)
+        if order.project_id not in known:
+            owner = Owner(order.attempt_id, order.job_id, order.number, order.team_id, order.project_id)
+            try:
+                async with asyncio.timeout(KEEP_LIMIT_S):
+                    kept = await self._sealing.seal_record(owner, environment.record, "environment")
+            except (TimeoutError, NotKept) as error:
+                why = short_reason(str(error)) or "storage does not answer"
+                self._log.say("unrecorded", f"environment: its list is not kept: {why}")
+                return {}
+            known[order.project_id] = kept
+            await asyncio.to_thread(write_new, note, json.dumps(known))
+        return {"environment": known[order.project_id]}
+
+    def _teller(self, what: str) -> Tell:
+        """Says the first line at once and then the newest one now and then: a build may have thousands."""
+        next_s = 0.0
+
+        def tell(line: str) -> None:
+            nonlocal next_s
+            now_s = time.monotonic()
+            if now_s >= next_s:
+                next_s = now_s + TELL_S
+                self._log.say(f"{what}-{time.time_ns()}", f"{what}: {line[:500]}")
+
+        return tell
+
+
+def _read_ids(note: Path) -> dict[str, str]:
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        loaded: dict[str, str] = json.loads(note.read_bytes())
+        return loaded
+    return {}

@@ -1,0 +1,1 @@
+"""Ray: nodes, reservations, and the one actor on each node that is the agent."""

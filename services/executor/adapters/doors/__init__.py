@@ -1,0 +1,1 @@
+"""The way of people into a running job."""
