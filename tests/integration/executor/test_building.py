@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from libs.common.contracts.messages import Environment
+from libs.common.ids import new_id
 from libs.common.waiting import end
 from services.executor.adapters.attempts import zygote
 from services.executor.adapters.attempts.attempt_folder import AttemptFolder, AttemptSpec
@@ -239,7 +240,7 @@ async def test_a_build_that_nobody_wants_any_more_ends_with_all_of_it(
 
 
 async def test_what_an_agent_left_running_is_ended_by_the_next(node: ToolNode) -> None:
-    spec = AttemptSpec(attempt_id="tool-1", job_id="tool", command=["sleep", "600"], run_as_uid=JOB_UID)
+    spec = AttemptSpec(attempt_id=new_id("attempt"), job_id="tool", command=["sleep", "600"], run_as_uid=JOB_UID)
     folder = AttemptFolder.create(node.path / "tools", spec)
     await asyncio.to_thread(zygote.start_attempt, node.socket, folder.path)
     started = await asyncio.to_thread(eventually, folder.read_started, "the start of the tool")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from libs.common.ids import new_id
 from services.executor.adapters.agent.zygote_keeper import ZygoteKeeper
 from services.executor.adapters.attempts import zygote
 from services.executor.adapters.attempts.attempt_folder import AttemptFolder, AttemptSpec
@@ -32,9 +33,17 @@ zygote.serve(sys.argv[1], os.getppid())
 """
 
 
+def attempt_that_ends(node_dir: Path) -> AttemptFolder:
+    name = new_id("attempt")
+    spec = AttemptSpec(attempt_id=name, job_id=name, command="true", isolation="process", run_as_uid=JOB_UID)
+    return AttemptFolder.create(node_dir, spec)
+
+
 def test_a_zygote_that_is_alive_and_silent_is_replaced(node_dir: Path) -> None:
     node_dir.chmod(0o711)
-    spec = AttemptSpec(attempt_id="t1", job_id="js1", command="true", isolation="process", run_as_uid=JOB_UID)
+    spec = AttemptSpec(
+        attempt_id=new_id("attempt"), job_id="js1", command="true", isolation="process", run_as_uid=JOB_UID
+    )
     folder = AttemptFolder.create(node_dir, spec)
     keeper = ZygoteKeeper(node_dir)
     try:
@@ -53,7 +62,9 @@ def test_a_zygote_that_is_alive_and_silent_is_replaced(node_dir: Path) -> None:
 
 def test_a_shim_outlives_a_zygote_that_ends_before_it_hears_of_it(node_dir: Path) -> None:
     node_dir.chmod(0o711)
-    spec = AttemptSpec(attempt_id="t2", job_id="js2", command="true", isolation="process", run_as_uid=JOB_UID)
+    spec = AttemptSpec(
+        attempt_id=new_id("attempt"), job_id="js2", command="true", isolation="process", run_as_uid=JOB_UID
+    )
     folder = AttemptFolder.create(node_dir, spec)
     socket = node_dir / "zygote.sock"
     killed = subprocess.Popen([sys.executable, "-c", KILLED_BY_ITS_SHIM, str(socket)])
