@@ -29,7 +29,7 @@ from libs.common.migrations import migrate
 from libs.common.routing import Route, Routes
 from libs.common.store import Store
 from services.serving.adapters.vault import FileKeyVault
-from services.serving.domain.front import Base, Config
+from services.serving.domain.front import Backend, Base, Config, Pass
 from services.serving.domain.templates import Programs
 from services.serving.handlers import Handlers
 from services.serving.loops import Front, Reconciler
@@ -83,8 +83,22 @@ class FakePeers:
 class FakeHealth:
     healthy: set[str] = field(default_factory=set)
 
-    async def ready(self, address: str) -> bool:
-        return address in self.healthy
+    async def ready(self, backend: Backend, shown: Pass | None) -> bool:
+        return backend.url.removeprefix("http://") in self.healthy
+
+
+PASS = Pass("certificate", "key", "authority")
+
+
+class FakePasses:
+    """`away` is when the executor does not answer."""
+
+    away = False
+
+    async def front_door(self) -> Pass:
+        if self.away:
+            raise Unavailable("no_answer", "The executor does not answer.")
+        return PASS
 
 
 @dataclass
@@ -197,7 +211,7 @@ async def serving_on(database_url: str, folder: Path) -> AsyncIterator[Serving]:
     await migrate(store.writer, "serving")
     programs = Programs(build="build", replica="replica", endpoint="endpoint")
     peers, health, proxy = FakePeers(), FakeHealth(), FakeProxy()
-    front = Front(store, proxy, lambda: BASE)
+    front = Front(store, proxy, lambda: BASE, FakePasses())
     ports = itertools.count(20_000)
     reconciler = Reconciler(
         store,
