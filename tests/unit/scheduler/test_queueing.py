@@ -321,6 +321,6 @@ def test_a_file_that_changes_is_read_again(tmp_path):
     path = tmp_path / "machines.toml"
     path.write_text('[big]\ncpus = 8\ngpus = 0.5\ngpu_model = "H100"\ngpu_memory = "80G"\n')
     file = MachineFile(path)
-    assert file.types()["big"] == (500, 8000, 0, "H100", 80 * GIB)
+    assert file.types()["big"] == (500, 8000, 0, "H100", 80 * GIB, False)
     path.write_text("[small]\ncpus = 0.5\n")
     assert list(file.types()) == ["small"]
