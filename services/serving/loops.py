@@ -107,14 +107,15 @@ class Front:
         """
         since_s = 0.0
         while True:
-            if since_s >= every_s or self.problem or await self._is_behind():
+            if since_s >= every_s or self.problem or await self.is_behind():
                 with contextlib.suppress(Unavailable):
                     await self.publish()
                 since_s = 0.0
             await asyncio.sleep(BASE_EVERY_S)
             since_s += BASE_EVERY_S
 
-    async def _is_behind(self) -> bool:
+    async def is_behind(self) -> bool:
+        """Whether something would be published that was not."""
         if self._published is None or self._base() != self._published[0]:
             return True
         published = self._published[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pickle
 import shlex
 import shutil
 import subprocess
@@ -103,12 +104,11 @@ def test_an_opened_port_on_the_second_machine_answers(two: Platform, tmp_path: P
     with two.client() as client:
         eventually(lambda: client.jobs.get(job_id).job.state == "running" or None, "the job")  # type: ignore[arg-type]
         nabla = str(Path(sys.executable).parent / "nabla")
-        words = [nabla, "jobs", "open", job_id, "--port", "8000", "--local", "0", "--json"]
+        words = [nabla, "jobs", "open", job_id, "--port", "8000", "--local", "0"]
         opened = subprocess.Popen(words, env=two.environment, stdout=subprocess.PIPE, text=True)
         try:
             assert opened.stdout
-            line = opened.stdout.readline()
-            url = next(word for word in line.replace('"', " ").replace(",", " ").split() if word.startswith("http"))
+            url = opened.stdout.readline().strip()
             eventually(lambda: answers(url) or None, "the port")  # type: ignore[arg-type]
         finally:
             opened.terminate()
@@ -124,6 +124,28 @@ def answers(url: str) -> bool:
         return False
 
 
+def test_a_replica_on_the_second_machine_predicts(two: Platform, tmp_path: Path) -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(LogisticRegression().fit([[0.0], [1.0]], [3, 7])))
+    uploaded = two.command("models", "upload", "model.pkl", "--name", "far", "--framework", "sklearn", cwd=tmp_path)
+    assert uploaded.returncode == 0, uploaded.stderr
+    # Only that machine has GPUs.
+    words = ["deployments", "create", "far", "--model", "far", "--gpus", "1", "--wait"]
+    deployed = two.command(*words, cwd=tmp_path, timeout_s=200)
+    assert deployed.returncode == 0, deployed.stdout + deployed.stderr
+    try:
+        with two.client() as client:
+            deployment = client.deployments.get("far")
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {deployment.endpoint_token}"}
+        body = json.dumps({"inputs": [[1.0]]}).encode()
+        request = urllib.request.Request(f"{two.url}{deployment.path}/predict", body, headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            assert json.load(answer)["predictions"] == [7]
+    finally:
+        two.command("deployments", "delete", "far")
+
+
 def test_the_ranks_of_a_gang_find_each_other_over_both_machines(two: Platform, tmp_path: Path) -> None:
     said = multinode(two, tmp_path, "--workers", "3", "--", "python", "-c", MEET)
     assert "met 2 on 2 nodes" in said
@@ -136,6 +158,7 @@ def test_mpirun_starts_processes_on_both_machines(two: Platform, tmp_path: Path)
     said = multinode(two, tmp_path, "--type", "mpi", "--workers", "2", "--master-command", say)
     lines = [line for line in said.splitlines() if "process " in line and " of " in line]
     assert lines, said
+    assert len({line.split()[-1] for line in lines}) == 2, said
 
 
 def test_one_ranks_failure_ends_the_gang_and_the_next_try_has_the_same_nodes(two: Platform, tmp_path: Path) -> None:

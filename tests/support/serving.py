@@ -90,10 +90,11 @@ class FakeHealth:
 PASS = Pass("certificate", "key", "authority")
 
 
+@dataclass
 class FakePasses:
     """`away` is when the executor does not answer."""
 
-    away = False
+    away: bool = False
 
     async def front_door(self) -> Pass:
         if self.away:
@@ -130,6 +131,7 @@ class Serving:
     proxy: FakeProxy
     reconciler: Reconciler
     front: Front
+    passes: FakePasses
     now: list[datetime]
     job_revisions: Any = field(default_factory=lambda: itertools.count(1))
 
@@ -211,7 +213,8 @@ async def serving_on(database_url: str, folder: Path) -> AsyncIterator[Serving]:
     await migrate(store.writer, "serving")
     programs = Programs(build="build", replica="replica", endpoint="endpoint")
     peers, health, proxy = FakePeers(), FakeHealth(), FakeProxy()
-    front = Front(store, proxy, lambda: BASE, FakePasses())
+    passes = FakePasses()
+    front = Front(store, proxy, lambda: BASE, passes)
     ports = itertools.count(20_000)
     reconciler = Reconciler(
         store,
@@ -223,5 +226,5 @@ async def serving_on(database_url: str, folder: Path) -> AsyncIterator[Serving]:
         clock=lambda: now[0],
     )
     handlers = Handlers(FileKeyVault(folder / "serving.key"), programs, BASE.apps_domain)
-    yield Serving(store, handlers, peers, health, proxy, reconciler, front, now)
+    yield Serving(store, handlers, peers, health, proxy, reconciler, front, passes, now)
     await store.close()
