@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import pickle
 import shlex
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from infra.local import demo
 from tests.e2e.test_joining import eventually
 from tests.support.links import Link, linked_namespace, why_no_links
 from tests.support.platform import Platform, running_platform
@@ -72,7 +72,8 @@ def two() -> Iterator[Platform]:
 @contextlib.contextmanager
 def joined(platform: Platform, link: Link, home: Path) -> Iterator[None]:
     command = platform.command("node", "token").stdout.strip()
-    options = shlex.join(["--home", str(home), "--environment", sys.prefix, "--gpus", "4", "--cpus", "1"])
+    environments = ["--environment", sys.prefix, "--job-environment", str(demo.CHECKOUT / ".venv-serving")]
+    options = shlex.join(["--home", str(home), *environments, "--gpus", "4", "--cpus", "1"])
     path = f"PATH={Path(sys.executable).resolve().parent}:/usr/bin:/bin"
     inside = [*link.inside, "env", "-i", path, "HOME=/root", "sh", "-c", f"{command} {options}"]
     done = subprocess.run(inside, capture_output=True, text=True, timeout=180, check=False, cwd="/")
@@ -125,25 +126,14 @@ def answers(url: str) -> bool:
 
 
 def test_a_replica_on_the_second_machine_predicts(two: Platform, tmp_path: Path) -> None:
-    from sklearn.linear_model import LogisticRegression
-
-    (tmp_path / "model.pkl").write_bytes(pickle.dumps(LogisticRegression().fit([[0.0], [1.0]], [3, 7])))
-    uploaded = two.command("models", "upload", "model.pkl", "--name", "far", "--framework", "sklearn", cwd=tmp_path)
-    assert uploaded.returncode == 0, uploaded.stderr
-    # Only that machine has GPUs.
-    words = ["deployments", "create", "far", "--model", "far", "--gpus", "1", "--wait"]
-    deployed = two.command(*words, cwd=tmp_path, timeout_s=200)
-    assert deployed.returncode == 0, deployed.stdout + deployed.stderr
-    try:
-        with two.client() as client:
-            deployment = client.deployments.get("far")
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {deployment.endpoint_token}"}
-        body = json.dumps({"inputs": [[1.0]]}).encode()
-        request = urllib.request.Request(f"{two.url}{deployment.path}/predict", body, headers)
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            assert json.load(answer)["predictions"] == [7]
-    finally:
-        two.command("deployments", "delete", "far")
+    with two.client() as client:
+        version = demo.registered_model(client, demo.train(client))
+        # Only that machine has GPUs.
+        words = ["deployments", "create", "far", "--model", version.model_name, "--project", version.project_id]
+        deployed = two.command(*words, "--gpus", "1", "--wait", cwd=tmp_path, timeout_s=200)
+        assert deployed.returncode == 0, deployed.stdout + deployed.stderr
+        assert demo.predict(client, client.deployments.get("far")) >= demo.SHOWN - 1
+        assert two.command("deployments", "delete", "far").returncode == 0
 
 
 def test_the_ranks_of_a_gang_find_each_other_over_both_machines(two: Platform, tmp_path: Path) -> None:
