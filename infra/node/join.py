@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
     code = os.path.join(home, "code")
     say(f"Fetching the node's code from {SETTINGS['url']}")
     unpack(ask("GET", "/nodes/bundle"), code)
-    python, jobs = environments(code, options.environment)
+    python, jobs = environments(code, options.environment, options.job_environment)
     check_ray(python)
     grant = json.loads(ask("POST", "/nodes/admission", {"hostname": socket.gethostname()}).decode())
     write_private(os.path.join(home, "ray-token"), grant["ray_token"])
@@ -69,6 +69,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, default=-1, help="GPUs for jobs (default: all)")
     parser.add_argument("--storage", default="", help="the folder of /storage, such as a shared mount")
     parser.add_argument("--environment", default="", help="a virtual environment with Ray in it, to use instead")
+    parser.add_argument("--job-environment", default="", help="that of jobs, beside it (default: the same)")
     return parser.parse_args(arguments)
 
 
@@ -128,10 +129,10 @@ def unpack(archive: bytes, code: str) -> None:
                 shutil.copyfileobj(content, file)
 
 
-def environments(code: str, given: str) -> tuple[str, str]:
+def environments(code: str, given: str, of_jobs: str) -> tuple[str, str]:
     """The platform's Python and the environment of jobs, installed from the locks unless one was given."""
     if given:
-        return os.path.join(os.path.abspath(given), "bin/python"), os.path.abspath(given)
+        return os.path.join(os.path.abspath(given), "bin/python"), os.path.abspath(of_jobs or given)
     say("Installing what the cluster runs, each file checked by its hash; this takes minutes the first time")
     call = "import sys; sys.path.insert(0, 'infra'); import setup; setup.install('platform', 'serving')"
     done = subprocess.run([sys.executable, "-c", call], cwd=code, check=False)

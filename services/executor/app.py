@@ -12,6 +12,7 @@ from libs.common.store import Store
 from libs.common.version import VERSION
 from services.executor.adapters.cluster.ray_cluster import connect
 from services.executor.adapters.cluster.ray_ticket import preparing
+from services.executor.adapters.doors.authority import DoorAuthority
 from services.executor.adapters.doors.door_tickets import FernetTickets
 from services.executor.adapters.workspaces.storage import BusLogs
 from services.executor.handlers import Doors
@@ -43,7 +44,7 @@ def build(settings: ExecutorSettings | None = None, cluster: Cluster | None = No
         store=store,
         bus=bus,
         inbox=inbox,
-        routes=routes(preparing(settings.find_ray_address, os.environ), Doors(FernetTickets(door_key(settings)))),
+        routes=routes(preparing(settings.find_ray_address, os.environ), doors(settings)),
         loops=(driver.run, watcher.run, sweeper.run, scaler.run),
         describe=lambda: (True, watcher.detail),
     )
@@ -81,6 +82,11 @@ def agent_config(settings: ExecutorSettings) -> AgentConfig:
         version=VERSION,
         door_key=door_key(settings).hex(),
     )
+
+
+def doors(settings: ExecutorSettings) -> Doors:
+    key = door_key(settings)
+    return Doors(FernetTickets(key), DoorAuthority(key))
 
 
 def door_key(settings: ExecutorSettings) -> bytes:

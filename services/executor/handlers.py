@@ -23,6 +23,8 @@ from libs.common.contracts.messages import (
     ExecutionFinishing,
     ExecutionPage,
     ExecutionRunning,
+    FrontDoorPass,
+    GetFrontDoorPass,
     JobTemplate,
     ListExecutions,
     ListNodes,
@@ -53,7 +55,7 @@ from services.executor.domain.execution import (
     short_reason,
 )
 from services.executor.domain.gang import execution_ids
-from services.executor.ports import DoorTickets, Ticket
+from services.executor.ports import Authority, DoorTickets, Ticket
 from services.executor.store import NEVER_US, ExecutionRow, ExecutorUnit, NodeRow, NodeTokenRow
 
 log = logging.getLogger(__name__)
@@ -192,10 +194,18 @@ async def authenticate_attempt(message: AuthenticateAttempt, unit: ExecutorUnit,
 
 
 class Doors:
-    """Lets people into running jobs."""
+    """Lets people into running jobs, and the front door to their nodes."""
 
-    def __init__(self, tickets: DoorTickets) -> None:
+    def __init__(self, tickets: DoorTickets, authority: Authority) -> None:
         self._tickets = tickets
+        self._authority = authority
+
+    async def sign_front_door(self, message: GetFrontDoorPass, _unit: ExecutorUnit, _call: Envelope) -> FrontDoorPass:
+        try:
+            certificate = self._authority.of_front_door(message.public_key)
+        except ValueError as error:
+            raise Invalid("bad_key", f"{error}.", "Send an Ed25519 public key in PEM.", field="public_key") from None
+        return FrontDoorPass(certificate=certificate, authority=self._authority.certificate)
 
     async def open_door(self, message: OpenDoor, unit: ExecutorUnit, call: Envelope) -> Door:
         field, detail, remedy = why_not(message.kind, message.port, message.public_key)

@@ -208,6 +208,17 @@ class DoorTickets(Protocol):
         """The key of the attempt's SSH server, as known_hosts has it."""
 
 
+class Authority(Protocol):
+    """Makes certificates that nodes believe."""
+
+    @property
+    def certificate(self) -> str:
+        """Its own, in PEM."""
+
+    def of_front_door(self, public_key: str) -> str:
+        """Of an Ed25519 public key in PEM. Raises ValueError when it is none."""
+
+
 @dataclass(frozen=True, slots=True)
 class NodeView:
     """One node as the cluster sees it; `agent` is None when its agent does not answer, or none is wanted there."""

@@ -12,6 +12,7 @@ from libs.common.contracts.messages import (
     CreateNodeToken,
     DemandChanged,
     DrainNode,
+    GetFrontDoorPass,
     GetLog,
     ListExecutions,
     ListFiles,
@@ -46,6 +47,7 @@ AGENT_SENDS: tuple[type[Message], ...] = (
 _FOR_RECONCILING = Rule(role=None, scope="internal", services=frozenset({"scheduler"}))
 # The registry asks whose secrets a node may have.
 _FOR_TOKENS = Rule(role=None, scope="internal", services=frozenset({"gateway", "registry"}))
+_FOR_THE_PROXY = Rule(role=None, scope="internal", services=frozenset({"serving"}))
 _ENTER = Rule(role="member", scope="write")
 _LEAD = Rule(role="admin", scope="write")
 _FOR_VIEWERS = Rule(role="viewer", scope="read", services=frozenset({"gateway", "scheduler"}))
@@ -69,6 +71,7 @@ def routes(prepare_ticket: Prepare | None = None, doors: handlers.Doors | None =
             Route(DemandChanged, handlers.learn_demand, INTERNAL),
             Route(DrainNode, handlers.drain_node, _LEAD),
             Route(OpenDoor, lets_in.open_door, _ENTER),
+            Route(GetFrontDoorPass, lets_in.sign_front_door, _FOR_THE_PROXY),
             Route(ListNodes, handlers.list_nodes, _FOR_VIEWERS),
         ),
         sends=(GetLog,),

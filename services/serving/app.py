@@ -6,10 +6,11 @@ import random
 
 from libs.common.bus import Bus
 from libs.common.inbox import Inbox
+from libs.common.keyfiles import key_from
 from libs.common.service import Service
 from libs.common.store import Store
 from services.serving.adapters.health import HttpHealth
-from services.serving.adapters.peers import BusPeers
+from services.serving.adapters.peers import BusPasses, BusPeers
 from services.serving.adapters.programs import programs
 from services.serving.adapters.traefik import TraefikFiles
 from services.serving.adapters.vault import FileKeyVault
@@ -33,7 +34,8 @@ def build(settings: ServingSettings | None = None) -> Service:
     inbox: Inbox[ServingUnit] = Inbox(store, NAME)
     texts = programs()
     peers = BusPeers(bus)
-    front = Front(store, TraefikFiles(settings.dynamic_folder, settings.traefik_api), settings.base)
+    passes = BusPasses(bus, key_from(settings.front_key_file))
+    front = Front(store, TraefikFiles(settings.dynamic_folder, settings.traefik_api), settings.base, passes)
     steps = Steps(store, texts, lambda: random.randint(FIRST_PORT, LAST_PORT))
     reconciler = Reconciler(store, steps, front, peers, HttpHealth(), ask_every_s=settings.reconcile_s)
     inbox.after_commit(reconciler.wake.set)

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 
 from libs.common.clock import Clock, from_us, to_us, utc_now
@@ -18,7 +18,7 @@ from libs.common.errors import Unavailable
 from libs.common.store import Store
 from libs.common.telemetry import meter
 from libs.common.waiting import happens
-from services.serving.domain.front import Base, Endpoint, NodeDoor, front_config
+from services.serving.domain.front import Base, Endpoint, NodeDoor, Nodes, Pass, front_config
 from services.serving.domain.plan import (
     CheckHealth,
     Clear,
@@ -31,7 +31,7 @@ from services.serving.domain.plan import (
     Wait,
     next_step,
 )
-from services.serving.ports import Health, Peers, Proxy
+from services.serving.ports import Health, Passes, Peers, Proxy
 from services.serving.steps import Steps
 from services.serving.store import DeploymentRow, OrderedJobRow, RevisionRow, ServingUnit
 
@@ -51,12 +51,14 @@ _steps = meter().create_counter("nabla_deployment_steps_total", description="Ste
 class Front:
     """Keeps the proxy's configuration equal to what the database and the platform's addresses say."""
 
-    def __init__(self, store: Store[ServingUnit], proxy: Proxy, base: Callable[[], Base]) -> None:
+    def __init__(self, store: Store[ServingUnit], proxy: Proxy, base: Callable[[], Base], passes: Passes) -> None:
         self._store = store
         self._proxy = proxy
         self._base = base
+        self._passes = passes
+        self._shown: Pass | None = None
         self._one_at_a_time = asyncio.Lock()
-        self._published: tuple[Base, list[NodeDoor]] | None = None
+        self._published: tuple[Base, Nodes] | None = None
         self._moved = True
         self.problem = "Nothing was published yet."
 
@@ -74,16 +76,30 @@ class Front:
             async with self._store.view() as view:
                 endpoints = [Endpoint(row.name, row.target) for row in await view.routed()]
                 doors = await view.doors()
-            base = self._base()
+            base, nodes = self._base(), await self._nodes(doors, ask=True)
             try:
-                await self._proxy.publish(front_config(base, endpoints, doors))
+                await self._proxy.publish(front_config(base, endpoints, nodes))
             except Unavailable as error:
                 if self.problem != error.detail:
                     log.warning("routes are not live", extra={"reason": error.detail})
                 self.problem = error.detail
                 raise
             self.problem = ""
-            self._published = (base, doors)
+            self._published = (base, nodes)
+
+    async def nodes(self) -> Nodes:
+        """How nodes are reached now."""
+        async with self._store.view() as view:
+            return await self._nodes(await view.doors(), ask=self._shown is None)
+
+    async def _nodes(self, doors: Sequence[NodeDoor], *, ask: bool) -> Nodes:
+        """A silent executor leaves the pass as it was; it is asked only for the sake of other machines."""
+        if ask and any(door.is_far for door in doors):
+            try:
+                self._shown = await self._passes.front_door()
+            except Unavailable as error:
+                log.info("there is no pass to other machines yet", extra={"reason": error.detail})
+        return Nodes(tuple(doors), self._shown)
 
     async def run(self, every_s: float) -> None:
         """Publishes at start, when an address of the platform or of a node's door changes, and now and then in case a
@@ -91,21 +107,23 @@ class Front:
         """
         since_s = 0.0
         while True:
-            if since_s >= every_s or self.problem or await self._is_behind():
+            if since_s >= every_s or self.problem or await self.is_behind():
                 with contextlib.suppress(Unavailable):
                     await self.publish()
                 since_s = 0.0
             await asyncio.sleep(BASE_EVERY_S)
             since_s += BASE_EVERY_S
 
-    async def _is_behind(self) -> bool:
+    async def is_behind(self) -> bool:
+        """Whether something would be published that was not."""
         if self._published is None or self._base() != self._published[0]:
             return True
-        if not self._moved:
+        published = self._published[1]
+        lacks_pass = published.shown is None and any(door.is_far for door in published.doors)
+        if not (self._moved or lacks_pass):
             return False
         self._moved = False
-        async with self._store.view() as view:
-            return await view.doors() != self._published[1]
+        return await self.nodes() != published
 
 
 class Reconciler:
@@ -233,7 +251,8 @@ class Reconciler:
         return min(self._ask_every_s, left_s) if left_s > 0 else self._ask_every_s
 
     async def _check(self, deployment: DeploymentRow, address: str) -> float:
-        if not await self._health.ready(address):
+        nodes = await self._front.nodes()
+        if not await self._health.ready(nodes.backend_of(address), nodes.shown):
             await self._steps.say(deployment, "The replica loads the model.")
             return HEALTH_EVERY_S
         if await self._steps.aim(deployment, address):

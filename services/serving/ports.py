@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from libs.common.contracts.messages import Job
-from services.serving.domain.front import Config
+from services.serving.domain.front import Backend, Config, Pass
 
 
 class Peers(Protocol):
@@ -22,8 +22,17 @@ class Peers(Protocol):
 
 
 class Health(Protocol):
-    async def ready(self, address: str) -> bool:
-        """Whether the replica at "host:port" takes requests."""
+    async def ready(self, backend: Backend, shown: Pass | None) -> bool:
+        """Whether the replica there takes requests.
+
+        Args:
+            shown: what opens other machines, when there is any.
+        """
+
+
+class Passes(Protocol):
+    async def front_door(self) -> Pass:
+        """What the front door shows to nodes; the same until the installation's key changes. Raises Unavailable."""
 
 
 class Proxy(Protocol):

@@ -8,6 +8,7 @@ from libs.common.contracts.messages import (
     CreateDeployment,
     DeleteDeployment,
     GetDeployment,
+    GetFrontDoorPass,
     GetJob,
     GetLog,
     HaltJob,
@@ -49,5 +50,5 @@ def routes(handlers: Handlers | None = None) -> Routes:
             Route(JobTimedOut, do.note_job, INTERNAL),
             Route(NodesReported, do.note_nodes, INTERNAL),
         ),
-        sends=(OrderJob, HaltJob, ListFiles, GetJob, GetLog),
+        sends=(OrderJob, HaltJob, ListFiles, GetJob, GetLog, GetFrontDoorPass),
     )

@@ -29,6 +29,11 @@ class ServingSettings(Settings):
     def key_file(self) -> Path:
         return self.serving_key or self.home / "keys" / "serving.key"
 
+    @property
+    def front_key_file(self) -> Path:
+        """The front door's key, by which nodes on other machines know it."""
+        return self.home / "keys" / "front.key"
+
     def base(self) -> Base:
         """The platform's own addresses as they are now; the gateway tells its own in a file."""
         return Base(

@@ -29,7 +29,7 @@ from libs.common.migrations import migrate
 from libs.common.routing import Route, Routes
 from libs.common.store import Store
 from services.serving.adapters.vault import FileKeyVault
-from services.serving.domain.front import Base, Config
+from services.serving.domain.front import Backend, Base, Config, Pass
 from services.serving.domain.templates import Programs
 from services.serving.handlers import Handlers
 from services.serving.loops import Front, Reconciler
@@ -83,8 +83,23 @@ class FakePeers:
 class FakeHealth:
     healthy: set[str] = field(default_factory=set)
 
-    async def ready(self, address: str) -> bool:
-        return address in self.healthy
+    async def ready(self, backend: Backend, shown: Pass | None) -> bool:
+        return backend.url.removeprefix("http://") in self.healthy
+
+
+PASS = Pass("certificate", "key", "authority")
+
+
+@dataclass
+class FakePasses:
+    """`away` is when the executor does not answer."""
+
+    away: bool = False
+
+    async def front_door(self) -> Pass:
+        if self.away:
+            raise Unavailable("no_answer", "The executor does not answer.")
+        return PASS
 
 
 @dataclass
@@ -116,6 +131,7 @@ class Serving:
     proxy: FakeProxy
     reconciler: Reconciler
     front: Front
+    passes: FakePasses
     now: list[datetime]
     job_revisions: Any = field(default_factory=lambda: itertools.count(1))
 
@@ -197,7 +213,8 @@ async def serving_on(database_url: str, folder: Path) -> AsyncIterator[Serving]:
     await migrate(store.writer, "serving")
     programs = Programs(build="build", replica="replica", endpoint="endpoint")
     peers, health, proxy = FakePeers(), FakeHealth(), FakeProxy()
-    front = Front(store, proxy, lambda: BASE)
+    passes = FakePasses()
+    front = Front(store, proxy, lambda: BASE, passes)
     ports = itertools.count(20_000)
     reconciler = Reconciler(
         store,
@@ -209,5 +226,5 @@ async def serving_on(database_url: str, folder: Path) -> AsyncIterator[Serving]:
         clock=lambda: now[0],
     )
     handlers = Handlers(FileKeyVault(folder / "serving.key"), programs, BASE.apps_domain)
-    yield Serving(store, handlers, peers, health, proxy, reconciler, front, now)
+    yield Serving(store, handlers, peers, health, proxy, reconciler, front, passes, now)
     await store.close()

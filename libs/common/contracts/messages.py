@@ -689,6 +689,21 @@ class DoorOpened(Message):
     by: str = ""
 
 
+class GetFrontDoorPass(Message):
+    """Serving asks that nodes let the front door in, by a key that is the front door's alone."""
+
+    ROUTE: ClassVar[Route] = Route(Kind.QUERY, "executor", "front_door.get", reply="FrontDoorPass")
+
+    # Ed25519, in PEM.
+    public_key: str = ""
+
+
+class FrontDoorPass(Message):
+    # Of the public key, and of the authority that nodes show certificates of; both in PEM.
+    certificate: str = ""
+    authority: str = ""
+
+
 class Execution(Message):
     attempt_id: str = ""
     job_id: str = ""
@@ -1630,6 +1645,8 @@ MESSAGES: tuple[type[Message], ...] = (
     OpenDoor,
     Door,
     DoorOpened,
+    GetFrontDoorPass,
+    FrontDoorPass,
     Execution,
     Seat,
     StartExecution,

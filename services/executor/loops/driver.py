@@ -26,6 +26,7 @@ AT_ONCE = 32
 # Stops have places of their own: reservations may take a minute each, and people wait for a stop.
 STOPS_AT_ONCE = 16
 STOP_GRACE_S = 15.0
+ENGINES = {"podman", "docker"}
 
 log = logging.getLogger(__name__)
 
@@ -116,10 +117,14 @@ class Driver:
 
     async def _refusal(self, row: ExecutionRow) -> str:
         """Why the job may not run on its nodes as they are, or nothing."""
-        gang = row.read_gang()
-        wanted = set(gang.node_ids) if gang else {row.node_id}
+        in_images = _in_images(row)
         async with self._store.view() as view:
-            classes = {node.isolation for node in await view.nodes() if node.id in wanted}
+            # An engine's containers have walls of their own; an unpacked image has the node's.
+            classes = {
+                node.isolation
+                for node in await view.nodes()
+                if node.id in in_images and not (in_images[node.id] and set(node.runtimes) & ENGINES)
+            }
         if PROCESS not in classes:
             return ""
         number = await self._store.run(lambda unit: unit.team_number(row.team_id))
@@ -239,6 +244,16 @@ class Driver:
 
     async def _visit_at(self, row: ExecutionRow, at_us: int) -> None:
         await self._store.run(lambda unit: unit.visit_again(row, at_us))
+
+
+def _in_images(row: ExecutionRow) -> dict[str, bool]:
+    """Of each node of the attempt, whether all that runs there of it runs in container images."""
+    template, gang = row.read_template(), row.read_gang()
+    nodes = gang.node_ids if gang else (row.node_id,)
+    found: dict[str, bool] = {}
+    for node_id, rank in zip(nodes, ranks_of(template), strict=True):
+        found[node_id] = found.get(node_id, True) and bool(rank_template(template, rank).container.image)
+    return found
 
 
 def reservation_of(row: ExecutionRow) -> Reservation:

@@ -11,8 +11,17 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from services.scheduler.domain.shapes import NOTHING, WHOLE_GPU, Parts, Shape, cpus_text, gpus_text, memory_text
-from services.scheduler.domain.shapes import offers as has_kind
+from services.scheduler.domain.shapes import (
+    NOTHING,
+    WHOLE_GPU,
+    Parts,
+    Shape,
+    can_run,
+    cpus_text,
+    gpus_text,
+    memory_text,
+    offers,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +30,12 @@ class Machine:
 
     Args:
         closed: why it takes no new work, for people; empty for one that does.
+        is_island: its sandboxes reach no other node, so that a gang is on it as a whole or not at all.
     """
 
     total: Shape
     closed: str = ""
+    is_island: bool = False
 
 
 class Fit(NamedTuple):
@@ -52,7 +63,7 @@ class Room(NamedTuple):
 
     def fit(self, wanted: Shape) -> Fit | None:
         """With `wanted` moved in, or None when it does not fit."""
-        if not (self.free.holds(wanted) and has_kind(self.total, wanted)):
+        if not (self.free.holds(wanted) and can_run(self.total, wanted)):
             return None
         if not wanted.milli_gpus:
             return Fit(self._changed(wanted, ()), ())
@@ -235,7 +246,7 @@ class Cluster:
         """A node for each part as things are now; nothing when not all of them fit at once."""
         self.touched += len(self._open)
         rooms = {node: room for node, room in self._open.items() if node not in kept_back} if kept_back else self._open
-        return pack(parts, rooms, preferred)
+        return self._pack(parts, rooms, preferred)
 
     def seats_in_time(self, parts: Parts) -> tuple[str, ...]:
         """Where the parts fit when all work that ends has ended, on the nodes that have most free by now."""
@@ -243,7 +254,7 @@ class Cluster:
         chosen: dict[str, Room] = {}
         for node in sorted(self._open, key=lambda each: (self._open[each].free, each), reverse=True):
             chosen[node] = self._lasting_room(node)
-            if found := pack(parts, chosen):
+            if found := self._pack(parts, chosen):
                 return found
         return ()
 
@@ -255,12 +266,21 @@ class Cluster:
 
     def could_hold(self, parts: Parts) -> bool:
         """Whether the machines that take work would have all of it if nobody used them."""
-        return bool(pack(parts, {node: empty_room(room.total) for node, room in self._open.items()}))
+        return bool(self._pack(parts, {node: empty_room(room.total) for node, room in self._open.items()}))
+
+    def keeps_apart(self, parts: Parts) -> bool:
+        """Whether the machines would have all of it, also those that take no work now, if only all of their sandboxes
+        reached each other.
+        """
+        if len(parts) == 1 or not any(machine.is_island for machine in self.machines.values()):
+            return False
+        whole = {node: empty_room(machine.total) for node, machine in self.machines.items()}
+        return bool(pack(parts, whole)) and not self._pack(parts, whole)
 
     def has_gpus(self, parts: Parts) -> bool:
         """Whether some known machine, also one that takes no work now, has each kind of GPU that is asked for."""
         totals = [machine.total for machine in self.machines.values()]
-        return all(any(has_kind(total, part) for total in totals) for part in dict.fromkeys(parts) if part.milli_gpus)
+        return all(any(offers(total, part) for total in totals) for part in dict.fromkeys(parts) if part.milli_gpus)
 
     def open_rooms(self) -> Mapping[str, Room]:
         """What is free on each machine that takes work."""
@@ -275,7 +295,10 @@ class Cluster:
 
     def why_too_small(self, shape: Shape) -> str:
         """Of a shape that no machine has, for people: what is missing most plainly."""
-        totals = [room.total for room in self._open.values() if has_kind(room.total, shape)]
+        able = [room.total for room in self._open.values() if room.total.images or not shape.images]
+        if not able:
+            return "runs in a container image, and no node has podman, or images that an administrator unpacked"
+        totals = [total for total in able if offers(total, shape)]
         if not totals:
             return f"needs {gpus_text(shape)}, and no node that takes work has such a GPU"
         largest = Shape(*(max(amounts) for amounts in zip(*(total.amounts for total in totals), strict=True)))
@@ -288,6 +311,15 @@ class Cluster:
             if wanted > most:
                 return f"needs {text(wanted)}, the largest node has {text(most)}"
         return ""
+
+    def _pack(self, parts: Parts, rooms: Mapping[str, Room], preferred: Sequence[str] = ()) -> tuple[str, ...]:
+        """As `pack`, but a gang is either where all nodes reach each other, or on one that reaches none."""
+        islands = [node for node in rooms if self.machines[node].is_island] if len(parts) > 1 else []
+        if not islands:
+            return pack(parts, rooms, preferred)
+        mainland = {node: room for node, room in rooms.items() if node not in islands}
+        groups = [mainland, *({node: rooms[node]} for node in sorted(islands))]
+        return next((seats for group in groups if (seats := pack(parts, group, preferred))), ())
 
     def _change(self, node: str, room: Room) -> None:
         self._rooms[node] = room

@@ -10,7 +10,7 @@ from services.scheduler.domain.cluster import Machine, Room, empty_room
 from services.scheduler.domain.machine_types import resources_of
 from services.scheduler.domain.model import Case
 from services.scheduler.domain.policy import Demand, Policy
-from services.scheduler.domain.shapes import Parts, Shape, offers, parts_of, parts_text, summed
+from services.scheduler.domain.shapes import Parts, Shape, can_run, offers, parts_of, parts_text, summed
 
 MAX_NODES = 200
 _SENTENCES = {
@@ -115,6 +115,8 @@ def _obstacle(parts: Parts, machine: Machine, room: Room, *, kept_back: bool) ->
         return machine.closed
     if not any(offers(machine.total, part) for part in parts):
         return "has no such GPU"
+    if not any(can_run(machine.total, part) for part in parts):
+        return "has no podman"
     if not any(empty_room(machine.total).fit(part) for part in parts):
         return "is too small"
     if not any(room.fit(part) for part in parts):

@@ -26,6 +26,11 @@ from services.scheduler.domain.cluster import Cluster, Machine
 from services.scheduler.domain.model import DEFAULT_PRIORITY
 from services.scheduler.domain.shapes import NOTHING, Parts, Shape, parts_text, summed
 
+APART = (
+    "on several nodes its ranks could not reach each other, as sandboxes there have loopback only. Ask for less, or "
+    "give sandboxes a network: `apt-get install passt`, or run the platform as root with nftables and iproute2"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Demand:
@@ -271,11 +276,14 @@ class Policy:
         """Why no machine will ever run it, for people; empty while there is hope.
 
         Only kinds of GPUs are hopeless: of all else there may be more tomorrow, and a mistyped model there may not.
+        And ranks that would lie on nodes which do not reach each other: that is what the nodes are, not what is free.
         A machine that is away, or is being drained, still counts as having them.
         """
         demand = self._demands.get(job_id)
         if demand is None or demand.node_ids or not self.cluster.has_open:
             return ""
+        if self.cluster.keeps_apart(demand.parts) and not self._could_come(demand.parts):
+            return f"needs {parts_text(demand.parts)}, which no node has alone; {APART}"
         if self.cluster.has_gpus(demand.parts) or self._could_come(demand.parts):
             return ""
         known = sorted({each.total.gpu_model for each in self.cluster.machines.values() if each.total.gpu_model})
@@ -326,6 +334,8 @@ class Policy:
         alone = next((why for part in dict.fromkeys(parts) if (why := cluster.why_too_small(part))), "")
         if alone:
             return alone
+        if cluster.keeps_apart(parts):
+            return f"needs {parts_text(parts)}, which no node has alone; {APART}"
         if not cluster.could_hold(parts):
             return f"needs {parts_text(parts)}{_where(parts)}, and {_nobody(parts)}"
         kept = self.nodes_kept_from(demand)

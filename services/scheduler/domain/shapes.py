@@ -21,6 +21,7 @@ class Shape(NamedTuple):
         milli_gpus: below 1000 a share of one GPU, else whole ones.
         gpu_model: asked for: any where it is empty.
         gpu_memory_bytes: of each single GPU; asked for: the least.
+        images: it runs container images; asked for: it must.
     """
 
     milli_gpus: int
@@ -28,6 +29,7 @@ class Shape(NamedTuple):
     memory_bytes: int
     gpu_model: str = ""
     gpu_memory_bytes: int = 0
+    images: bool = False
 
     @property
     def amounts(self) -> tuple[int, int, int]:
@@ -41,6 +43,7 @@ class Shape(NamedTuple):
             self.memory_bytes + other.memory_bytes,
             self.gpu_model,
             self.gpu_memory_bytes,
+            self.images,
         )
 
     def minus(self, other: Shape) -> Shape:
@@ -50,6 +53,7 @@ class Shape(NamedTuple):
             self.memory_bytes - other.memory_bytes,
             self.gpu_model,
             self.gpu_memory_bytes,
+            self.images,
         )
 
     def holds(self, other: Shape) -> bool:
@@ -74,13 +78,15 @@ def shape_of(
 
 def parts_of(template: JobTemplate) -> Parts:
     """What each process of the job asks for, by rank: one for a single job."""
-    return tuple(_asked(rank_template(template, rank).resources) for rank in ranks_of(template))
+    ranks = (rank_template(template, rank) for rank in ranks_of(template))
+    return tuple(_asked(rank.resources, images=bool(rank.container.image)) for rank in ranks)
 
 
-def _asked(wish: Resources) -> Shape:
-    return shape_of(
+def _asked(wish: Resources, *, images: bool) -> Shape:
+    shape = shape_of(
         wish.cpu_count or 1.0, wish.memory_bytes, wish.gpu_count, wish.gpu_model.strip(), wish.gpu_memory_bytes
     )
+    return shape._replace(images=images)
 
 
 def summed(parts: Iterable[Shape]) -> Shape:
@@ -103,6 +109,11 @@ def offers(machine: Shape, wanted: Shape) -> bool:
     if wanted.gpu_model and not is_model(wanted.gpu_model, machine.gpu_model):
         return False
     return machine.gpu_memory_bytes >= wanted.gpu_memory_bytes
+
+
+def can_run(machine: Shape, wanted: Shape) -> bool:
+    """Whether the machine is of the kind that is asked for, however much it has."""
+    return (machine.images or not wanted.images) and offers(machine, wanted)
 
 
 def memory_text(size_bytes: int) -> str:

@@ -26,7 +26,7 @@ from services.scheduler.domain.cluster import Machine
 from services.scheduler.domain.lifecycles import CANCELLED, give_up, place
 from services.scheduler.domain.model import Case
 from services.scheduler.domain.policy import Demand, Policy
-from services.scheduler.domain.shapes import shape_of
+from services.scheduler.domain.shapes import Shape, shape_of
 from services.scheduler.store import Inventory, SchedulerStore, SchedulerUnit
 from services.scheduler.tables import JOBS
 
@@ -34,6 +34,8 @@ BATCH = 100
 LOAD_BATCH = 1000
 BACK_OFF_S = 1.0
 TOO_LONG = "waited as long as it may, without its turn"
+# How far a node's sandboxes reach, as its executor says it, when they reach nobody else's.
+LOOPBACK = "loopback"
 NO_EXECUTOR = "no executor has reported its nodes yet"
 
 log = logging.getLogger(__name__)
@@ -176,13 +178,15 @@ class Placer:
 def machines(inventories: list[Inventory]) -> dict[str, Machine]:
     """What is known of, with what takes no new work now."""
     return {
-        node.id: Machine(
-            shape_of(node.cpu_count, node.memory_bytes, node.gpu_count, node.gpu_model, node.gpu_memory_bytes),
-            _why_closed(node),
-        )
+        node.id: Machine(_total(node), _why_closed(node), is_island=node.network == LOOPBACK)
         for inventory in inventories
         for node in inventory.nodes
     }
+
+
+def _total(node: Node) -> Shape:
+    shape = shape_of(node.cpu_count, node.memory_bytes, node.gpu_count, node.gpu_model, node.gpu_memory_bytes)
+    return shape._replace(images=bool(node.runtimes))
 
 
 def _why_closed(node: Node) -> str:

@@ -1,10 +1,24 @@
-"""The scheduler and the storage service, asked over the bus."""
+"""The scheduler, the storage service and the executor, asked over the bus."""
 
 from __future__ import annotations
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
 from libs.common.bus import Bus
-from libs.common.contracts.messages import FilePage, GetJob, GetLog, Job, JobDetail, ListFiles, LogPage
+from libs.common.contracts.messages import (
+    FilePage,
+    FrontDoorPass,
+    GetFrontDoorPass,
+    GetJob,
+    GetLog,
+    Job,
+    JobDetail,
+    ListFiles,
+    LogPage,
+)
 from libs.common.errors import NotFound
+from services.serving.domain.front import Pass
 from services.serving.store import service_principal
 
 BENTO = "bento/bento.yaml"
@@ -41,3 +55,17 @@ class BusPeers:
         except NotFound:
             return [], False
         return [line.text for line in page.lines], page.complete
+
+
+class BusPasses:
+    """Args: key: the front door's own, 32 bytes; it goes nowhere but into the proxy's configuration."""
+
+    def __init__(self, bus: Bus, key: bytes) -> None:
+        self._bus = bus
+        self._key = Ed25519PrivateKey.from_private_bytes(key)
+
+    async def front_door(self) -> Pass:
+        public = self._key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+        signed = await self._bus.ask(GetFrontDoorPass(public_key=public), FrontDoorPass, service_principal(""))
+        private = self._key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+        return Pass(signed.certificate, private, signed.authority)

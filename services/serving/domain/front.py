@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,6 +22,8 @@ MAX_BODY_BYTES = 16 << 20
 STAMP = "nabla-"
 # The object store's own name beside the deployments', which no deployment may have.
 OBJECTS_LABEL = "s3"
+# Nodes are asked by TLS for names below their own: "door.<node id>.nodes.nabla".
+BELOW_NODES = ".nodes.nabla"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,22 +75,83 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class NodeDoor:
-    """Where people enter the running jobs of a node: "host:port"."""
+    """Where a node lets the front door in, "host:port": for people who enter its jobs, and to ports that jobs opened.
+
+    On loopback it is the door alone, without TLS; anywhere else there is TLS, and both ends show certificates.
+    """
 
     node_id: str
     address: str
 
+    @property
+    def is_far(self) -> bool:
+        try:
+            return not ip_address(self.address.rpartition(":")[0].strip("[]")).is_loopback
+        except ValueError:
+            return True
 
-def front_config(base: Base, endpoints: Iterable[Endpoint], doors: Iterable[NodeDoor] = ()) -> Config:
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What the front door shows to nodes, and by what it believes them; all in PEM."""
+
+    certificate: str
+    key: str = field(repr=False)
+    authority: str
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """Where requests are sent.
+
+    Args:
+        name: by which the node is asked for it, by TLS; empty for a server on this machine.
+    """
+
+    url: str
+    name: str = ""
+
+
+NOWHERE = Backend("")
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """How the front door reaches nodes. Without a pass it reaches none on other machines."""
+
+    doors: tuple[NodeDoor, ...] = ()
+    shown: Pass | None = None
+
+    def backend_of(self, address: str) -> Backend:
+        """What is behind a job's address: "127.0.0.1:port", or a name below a node's own; NOWHERE while it is away."""
+        label, _, rest = address.partition(".")
+        if ":" in address or not rest.endswith(BELOW_NODES):
+            return Backend(f"http://{address}") if address else NOWHERE
+        node_id = rest.removesuffix(BELOW_NODES)
+        door = next((each for each in self.doors if each.node_id.lower() == node_id and each.is_far), None)
+        return self._by_tls(door, label) if door else NOWHERE
+
+    def door_of(self, door: NodeDoor) -> Backend:
+        return self._by_tls(door, "door") if door.is_far else Backend(f"http://{door.address}")
+
+    def _by_tls(self, door: NodeDoor, label: str) -> Backend:
+        name = f"{label}.{door.node_id.lower()}{BELOW_NODES}"
+        return Backend(f"https://{door.address}", name) if self.shown else NOWHERE
+
+
+NO_NODES = Nodes()
+
+
+def front_config(base: Base, endpoints: Iterable[Endpoint], nodes: Nodes = NO_NODES) -> Config:
     """The configuration of Traefik's file provider."""
     http: Config = {"routers": {}, "services": {}, "middlewares": _shared(base)}
     if base.gateway:
         _add_gateway(http, base)
     _add_objects(http, base)
     for endpoint in sorted(endpoints, key=lambda each: each.name):
-        _add_endpoint(http, base, endpoint)
-    for door in sorted(doors, key=lambda each: each.node_id):
-        _add_door(http, base, door)
+        _add_endpoint(http, base, endpoint, nodes)
+    for door in sorted(nodes.doors, key=lambda each: each.node_id):
+        _add_door(http, base, door, nodes)
     return {"http": http}
 
 
@@ -158,12 +222,12 @@ def _add_objects(http: Config, base: Base) -> None:
     http["routers"]["objects"] = _router(rule, "objects", priority=90, middlewares=["objects-cors"])
 
 
-def _add_endpoint(http: Config, base: Base, endpoint: Endpoint) -> None:
+def _add_endpoint(http: Config, base: Base, endpoint: Endpoint, nodes: Nodes) -> None:
     name, path = f"d-{endpoint.name}", endpoint_path(endpoint.name)
     by_host = f"Host(`{endpoint_host(endpoint.name, base.apps_domain)}`)"
     by_path = f"{_hosts(base.path_hosts)} && (Path(`{path}`) || PathPrefix(`{path}/`))"
     guards = ["endpoint-cors", "no-cookies", "body-limit"]
-    http["services"][name] = _service(f"http://{endpoint.target}" if endpoint.target else "")
+    _add_backend(http, name, nodes.backend_of(endpoint.target), nodes.shown)
     http["middlewares"][f"{name}-strip"] = {"stripPrefix": {"prefixes": [path]}}
     http["routers"] |= {
         f"{name}-host": _router(by_host, name, priority=100, middlewares=guards),
@@ -171,13 +235,25 @@ def _add_endpoint(http: Config, base: Base, endpoint: Endpoint) -> None:
     }
 
 
-def _add_door(http: Config, base: Base, door: NodeDoor) -> None:
+def _add_door(http: Config, base: Base, door: NodeDoor, nodes: Nodes) -> None:
     """On every name that programs use: what is behind it answers tickets alone, and never with a page."""
     name = f"n-{door.node_id}"
     every_host = _hosts((base.ui_host, "localhost", *base.path_hosts))
-    http["services"][name] = _service(f"http://{door.address}")
+    _add_backend(http, name, nodes.door_of(door), nodes.shown)
     rule = f"{every_host} && Path(`/n/{door.node_id}/enter`)"
     http["routers"][name] = _router(rule, name, priority=100, middlewares=["no-cookies"])
+
+
+def _add_backend(http: Config, name: str, backend: Backend, shown: Pass | None) -> None:
+    """Each with connections of its own: by their name the node knows where they lead."""
+    http["services"][name] = _service(backend.url)
+    if backend.name and shown:
+        http["services"][name]["loadBalancer"]["serversTransport"] = name
+        http.setdefault("serversTransports", {})[name] = {
+            "serverName": backend.name,
+            "rootCAs": [shown.authority],
+            "certificates": [{"certFile": shown.certificate, "keyFile": shown.key}],
+        }
 
 
 def _hosts(hosts: Iterable[str]) -> str:

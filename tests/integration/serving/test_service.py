@@ -223,4 +223,4 @@ async def test_its_nats_user_may_order_jobs_and_not_tell_their_fate(tmp_path: Pa
 
 def test_messages_name_their_owner() -> None:
     owners: dict[type[Message], str] = {message: message.ROUTE.owner for message in routes().sends}
-    assert set(owners.values()) == {"scheduler", "storage"}
+    assert set(owners.values()) == {"scheduler", "storage", "executor"}

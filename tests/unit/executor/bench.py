@@ -74,7 +74,7 @@ class Bench:
             type=message.ROUTE.type,
             source="test",
             time=utc_now(),
-            team_id=TEAM,
+            team_id=fields.pop("team_id", TEAM),
             sender=sender,
             **fields,
         )

@@ -48,6 +48,7 @@ class FakeCluster:
     stops: list[tuple[str, str]] = field(default_factory=list)
     calls: int = 0
     isolation: str = "bwrap"
+    runtimes: tuple[str, ...] = ()
     resting: frozenset[str] = frozenset()
     asked_for: list[list[dict[str, float]]] = field(default_factory=list)
 
@@ -150,7 +151,11 @@ class FakeCluster:
             for attempt, seen in here.items()
             if (seen.state != believed[attempt] if attempt in believed else seen.state != "ended")
         )
-        agent = None if node_id in self.deaf | self.resting else AgentView(self.isolation, "", frozenset(here), news)
+        agent = (
+            None
+            if node_id in self.deaf | self.resting
+            else AgentView(self.isolation, "", frozenset(here), news, self.runtimes)
+        )
         counts = self.amounts
         address = f"10.0.0.{sorted(self.alive).index(node_id) + 1}"
         memory_bytes = int(counts["memory"])

@@ -14,6 +14,7 @@ from libs.common.clock import to_us, utc_now
 from libs.common.contracts.envelope import Envelope
 from libs.common.contracts.messages import (
     AuthenticateAttempt,
+    Container,
     Execution,
     JobTemplate,
     ListExecutions,
@@ -504,6 +505,24 @@ async def test_without_walls_a_job_is_refused_where_others_could_come_in(bench: 
     row = await bench.row(refused.attempt_id)
     assert (row.state, row.reason) == ("ended", "refused")
     assert "listens on 0.0.0.0" in row.detail
+
+
+@pytest.mark.parametrize(("runtimes", "state"), [(("podman",), "starting"), (("bwrap",), "ended")])
+async def test_only_an_engines_containers_have_walls_where_the_node_has_none(
+    bench: Bench, runtimes: tuple[str, ...], state: str
+) -> None:
+    bench.cluster.isolation, bench.cluster.runtimes = "process", runtimes
+    await bench.watcher.look()
+    first, second = start(), start()
+    await bench.deliver(first)
+    await bench.work()
+    in_image = second.template.model_copy(update={"container": Container(image="python:3.12")})
+    second = second.model_copy(update={"template": in_image})
+    await bench.deliver(second, team_id="another")
+    await bench.work()
+    row = await bench.row(second.attempt_id)
+    assert row.state == state, row.detail
+    assert state != "ended" or "only the first team" in row.detail
 
 
 @dataclass

@@ -385,3 +385,59 @@ def replay(dice: random.Random) -> list[Placement]:
         assert not any(left.holds(demand.parts[0]) for left in free.values() for demand in waiting.values())
         assert policy.waiting == len(waiting)
     return history
+
+
+def islands(**nodes: Shape) -> dict[str, Machine]:
+    return {node: Machine(total, is_island=True) for node, total in nodes.items()}
+
+
+def test_a_gang_is_not_spread_over_nodes_whose_sandboxes_reach_no_other():
+    policy = policy_with(job("g", ranks=2))
+    policy.apply_nodes(islands(n1=ONE_CPU, n2=ONE_CPU), "")
+    assert policy.decide(0) == []
+    for why in (policy.why_hopeless("g"), policy.why_waiting("g")):
+        assert why.startswith(
+            "needs 2 times (1 CPU), which no node has alone; on several nodes its ranks could not reach"
+        )
+        assert "apt-get install passt" in why
+
+
+def test_a_gang_is_placed_where_nodes_reach_each_other_or_on_one_that_does_not():
+    policy = policy_with(job("g", ranks=2), job("h", 1, ranks=2))
+    reaching = machines({"n2": ONE_CPU, "n3": ONE_CPU})
+    policy.apply_nodes(islands(n1=ONE_CPU, n4=shape_of(2, 0, 0)) | reaching, "")
+    placed = {placement.job_id: set(placement.node_ids) for placement in policy.decide(0)}
+    assert placed == {"g": {"n2", "n3"}, "h": {"n4"}}
+
+
+def test_a_gang_that_waits_for_a_node_whose_sandboxes_reach_others_has_hope():
+    policy = policy_with(job("g", ranks=2))
+    away = {node: Machine(ONE_CPU, closed="is silent") for node in ("n2", "n3")}
+    policy.apply_nodes(islands(n1=ONE_CPU) | away, "")
+    assert policy.decide(0) == []
+    assert policy.why_hopeless("g") == ""
+
+
+def test_islands_keep_single_jobs_as_any_node_does():
+    policy = policy_with(job("a"), job("b", 1))
+    policy.apply_nodes(islands(n1=ONE_CPU, n2=ONE_CPU), "")
+    assert ids(policy.decide(0)) == ["a", "b"]
+
+
+IN_IMAGE = ONE_CPU._replace(images=True)
+
+
+def test_a_job_in_an_image_goes_where_images_run():
+    policy = policy_with(job("j", shape=IN_IMAGE), n1=ONE_CPU, n2=shape_of(8, 0, 0)._replace(images=True))
+    assert [placement.node_ids for placement in policy.decide(0)] == [("n2",)]
+    policy.apply(job("plain", 1))
+    assert [placement.node_ids for placement in policy.decide(0)] == [("n1",)]
+
+
+def test_a_job_in_an_image_waits_for_a_node_that_has_podman():
+    policy = policy_with(job("j", shape=IN_IMAGE), n1=shape_of(8, 0, 0))
+    assert policy.decide(0) == []
+    assert policy.why_waiting("j").startswith("runs in a container image, and no node has podman")
+    assert policy.why_hopeless("j") == "", "somebody may install it"
+    policy.apply_nodes(machines({"n1": shape_of(8, 0, 0)._replace(images=True)}), "")
+    assert ids(policy.decide(0)) == ["j"]

@@ -6,6 +6,7 @@ import pytest
 
 from libs.common.contracts.messages import (
     CloneJob,
+    Container,
     ExecutionEnded,
     ExecutionRunning,
     ExplainJob,
@@ -222,6 +223,31 @@ async def test_a_waiting_job_is_explained_with_what_is_free_and_who_holds_it(wor
         await world.query(ExplainJob(job_id=job_id), STRANGER)
 
 
+async def test_a_job_in_an_image_is_explained_by_who_has_no_podman(world):
+    await world.report_nodes(node(hostname="a"), node("node2", hostname="b", draining=True, runtimes=("podman",)))
+    job_id = await world.submit(container=Container(image="python:3.12"))
+    await world.place()
+    told = await world.query(ExplainJob(job_id=job_id))
+    assert "runs in a container image, and no node has podman" in told.summary.replace("Runs", "runs")
+    assert [(room.hostname, room.obstacle) for room in told.nodes] == [
+        ("a", "has no podman"),
+        ("b", "is being drained"),
+    ]
+    await world.report_nodes(node(hostname="a"), node("node2", hostname="b", runtimes=("podman",)))
+    await world.place()
+    assert (await world.job(job_id)).state == "starting"
+
+
+async def test_a_gang_that_only_nodes_with_loopback_could_hold_ends_with_the_reason(world):
+    await world.report_nodes(*(node(f"node{n}", network="loopback") for n in (1, 2)))
+    gang = Gang(type="torch", roles=(Role(name="worker", count=2),))
+    job_id = await world.submit(gang=gang, resources=Resources(cpu_count=3))
+    await world.place()
+    ended = await world.job(job_id)
+    assert ended.state == "failed"
+    assert "its ranks could not reach each other" in ended.detail
+
+
 async def test_jobs_in_every_other_state_are_explained_by_what_happened(world):
     job_id = await world.running_job(max_retries=1)
     assert "being started" in (await world.query(ExplainJob(job_id=job_id))).summary
@@ -321,6 +347,6 @@ def test_a_file_that_changes_is_read_again(tmp_path):
     path = tmp_path / "machines.toml"
     path.write_text('[big]\ncpus = 8\ngpus = 0.5\ngpu_model = "H100"\ngpu_memory = "80G"\n')
     file = MachineFile(path)
-    assert file.types()["big"] == (500, 8000, 0, "H100", 80 * GIB)
+    assert file.types()["big"] == (500, 8000, 0, "H100", 80 * GIB, False)
     path.write_text("[small]\ncpus = 0.5\n")
     assert list(file.types()) == ["small"]

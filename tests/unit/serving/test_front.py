@@ -10,7 +10,7 @@ import pytest
 
 from libs.common.errors import Invalid
 from services.gateway.domain.origins import origins_of
-from services.serving.domain.front import Base, Endpoint, front_config, stamped
+from services.serving.domain.front import NOWHERE, Backend, Base, Endpoint, NodeDoor, Nodes, Pass, front_config, stamped
 from services.serving.domain.names import checked_name
 
 pytestmark = pytest.mark.unit
@@ -130,3 +130,41 @@ def test_a_dns_label_is_a_name(name: str) -> None:
 def test_other_names_are_refused_with_a_proposal(name: str) -> None:
     with pytest.raises(Invalid):
         checked_name(name)
+
+
+NAME = "8000-at1.ab12.nodes.nabla"
+FAR = NodeDoor("Ab12", "10.0.0.2:4000")
+PASS = Pass("certificate", "key", "authority")
+
+
+@pytest.mark.parametrize(
+    ("address", "nodes", "backend"),
+    [
+        ("127.0.0.1:9000", Nodes(), Backend("http://127.0.0.1:9000")),
+        (
+            "8000-at1.ab12.nodes.nabla",
+            Nodes((FAR,), PASS),
+            Backend("https://10.0.0.2:4000", "8000-at1.ab12.nodes.nabla"),
+        ),
+        ("8000-at1.ab12.nodes.nabla", Nodes((FAR,)), NOWHERE),
+        ("8000-at1.cd34.nodes.nabla", Nodes((FAR,), PASS), NOWHERE),
+        (NAME, Nodes((NodeDoor("Ab12", "127.0.0.1:4000"),), PASS), NOWHERE),
+        ("", Nodes((FAR,), PASS), NOWHERE),
+    ],
+)
+def test_a_jobs_address_is_a_port_here_or_a_name_at_its_node(address: str, nodes: Nodes, backend: Backend) -> None:
+    assert nodes.backend_of(address) == backend
+
+
+def test_another_machine_is_spoken_to_by_tls_alone() -> None:
+    here = NodeDoor("here", "127.0.0.1:4000")
+    http = front_config(BASE, [Endpoint("digits", NAME)], Nodes((FAR, here), PASS))["http"]
+    shown = [{"certFile": "certificate", "keyFile": "key"}]
+    names = {"d-digits": NAME, "n-Ab12": "door.ab12.nodes.nabla"}
+    assert http["serversTransports"] == {
+        name: {"serverName": asked, "rootCAs": ["authority"], "certificates": shown} for name, asked in names.items()
+    }
+    for name in names:
+        balancer = http["services"][name]["loadBalancer"]
+        assert (balancer["servers"], balancer["serversTransport"]) == ([{"url": "https://10.0.0.2:4000"}], name)
+    assert http["services"]["n-here"]["loadBalancer"]["servers"] == [{"url": "http://127.0.0.1:4000"}]

@@ -18,6 +18,8 @@ from libs.common.contracts.messages import (
     JobQueued,
     JobRunning,
     JobSucceeded,
+    Node,
+    NodesReported,
 )
 from libs.common.waiting import end
 from tests.support.serving import CREATE, Serving, serving_on
@@ -99,6 +101,26 @@ async def test_it_is_not_ready_before_the_proxy_shows_the_route(serving: Serving
     await serving.look()
     assert (await serving.deployment()).state == "ready"
     assert not serving.front.problem
+
+
+def far_servers(serving: Serving) -> object:
+    return serving.proxy.config["http"]["services"]["n-ab12"]["loadBalancer"]["servers"]
+
+
+async def test_a_node_on_another_machine_is_reached_as_soon_as_the_executor_gives_a_pass(serving: Serving) -> None:
+    serving.passes.away = True
+    node = Node(id="ab12", state="ready", door="10.0.0.2:4000")
+    await serving.send(NodesReported(nodes=(node,)))
+    await serving.front.publish()
+    assert far_servers(serving) == []
+    assert not await serving.front.is_behind()
+    serving.passes.away = False
+    assert await serving.front.is_behind()
+    await serving.front.publish()
+    assert far_servers(serving) == [{"url": "https://10.0.0.2:4000"}]
+    serving.passes.away = True
+    await serving.front.publish()
+    assert far_servers(serving) == [{"url": "https://10.0.0.2:4000"}], "the pass is good without the executor"
 
 
 async def test_a_failed_build_tells_the_reason_and_the_end_of_the_log(serving: Serving) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import logging
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -64,7 +65,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Means:
-    """What all attempts of a node share."""
+    """What all attempts of a node share.
+
+    Args:
+        address_of: where the front door finds a port of an execution, from the port and that of this node's loopback
+            which leads to it.
+    """
 
     bus: AgentBus
     secrets: Secrets
@@ -76,6 +82,7 @@ class Means:
     node: NodeFacts
     starting: Threads
     zygote: ZygoteKeeper
+    address_of: Callable[[str, int, int], str]
 
 
 class AttemptRun:
@@ -314,6 +321,10 @@ class AttemptRun:
         self._reported = told
         self.phase = state
 
+    def _addresses(self, ports: Mapping[int, int]) -> dict[str, str]:
+        find, execution_id = self._means.address_of, self.order.execution_id
+        return {str(port): find(execution_id, port, host_port) for port, host_port in ports.items()}
+
     def _execution(self, state: str) -> Execution:
         order, started, ended = self.order, self._folder.read_started(), self._folder.read_exit()
         seen = Execution(
@@ -326,7 +337,7 @@ class AttemptRun:
             node_id=self._means.node.node_id,
             state=state,
             isolation=started.isolation if started else "",
-            addresses={str(port): f"127.0.0.1:{at}" for port, at in started.ports.items()} if started else {},
+            addresses=self._addresses(started.ports if started else {}),
             gpu_indices=order.gpu_indices,
             origin=self._preparing.origin(),
             started_at=from_us(started.at_us) if started else None,

@@ -41,7 +41,7 @@ from services.executor.adapters.agent.zygote_keeper import ZygoteKeeper
 from services.executor.adapters.attempts.attempt_folder import AttemptFolder, MalformedSpec
 from services.executor.adapters.attempts.job_spec import NodeFacts
 from services.executor.adapters.attempts.shim import write_contact
-from services.executor.adapters.doors.door_keeper import DoorKeeper, address_towards
+from services.executor.adapters.doors.door_keeper import DoorKeeper, address_here, address_towards
 from services.executor.adapters.environments.building import InstallerBuilder
 from services.executor.adapters.environments.environments import Environments
 from services.executor.adapters.environments.toolbox import Toolbox
@@ -124,13 +124,14 @@ class NodeAgent:
             asyncio.to_thread(isolation.probe, self._config.isolation), asyncio.to_thread(find_gpus)
         )
         await asyncio.to_thread(self._find_network)
+        if self._config.door_key:
+            host, key = address_towards(self._config.front_door), bytes.fromhex(self._config.door_key)
+            self._door = await asyncio.to_thread(DoorKeeper, host, key, self._node_id, self._node_dir)
         self._means = self._make_means(self._zygote)
         for path in sorted(self._attempts.iterdir()):
             if path.is_dir():
                 self._take_up(AttemptFolder(path))
-        if self._config.door_key:
-            key = bytes.fromhex(self._config.door_key)
-            self._door = DoorKeeper(address_towards(self._config.front_door), key, self._node_dir)
+        if self._door:
             self._tasks["door"] = asyncio.create_task(self._door.watch())
         self._tasks["contact"] = asyncio.create_task(self._keep_contact())
         metering = Metering(self._metered, self._record_usage)
@@ -346,6 +347,7 @@ class NodeAgent:
             node=node,
             starting=starting,
             zygote=zygote_process,
+            address_of=self._door.address_of if self._door else address_here,
         )
 
     def _make_images(self, cache: Path) -> Images:
