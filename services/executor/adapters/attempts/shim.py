@@ -93,7 +93,8 @@ def see_through(path: str | os.PathLike[str], secrets: Mapping[str, str] = NO_SE
         except Exception as error:
             _say(traceback.format_exc())
             started = folder.read_started()  # what it left is kept, although nobody knows how it ended
-            record = _refused(f"the shim failed: {error!r}", started.at_us if started else None)
+            reason: ExitReason = "refused" if started else "start_failure"
+            record = _without_end(reason, f"the shim failed: {error!r}", started.at_us if started else None)
         undead = _end_all()
         clean_up(folder)
         if undead and undead not in record.detail:
@@ -445,8 +446,8 @@ def _without_end(reason: ExitReason, detail: str, started_at_us: int | None = No
     )
 
 
-def _refused(detail: str, started_at_us: int | None = None) -> ExitRecord:
-    return _without_end("refused", detail, started_at_us)
+def _refused(detail: str) -> ExitRecord:
+    return _without_end("refused", detail)
 
 
 def _memory_detail(limit_bytes: int | None, what: str) -> str:
