@@ -23,13 +23,13 @@ class Ending:
     state: str
     detail: str = ""
     exit_code: int | None = None
-    reason: str = ""
     lines: Sequence[str] = ()
     peak_memory_bytes: int = 0
     memory_limit_bytes: int = 0
     timeout_s: float = 0.0
     environment: str = "default"
     isolation: str = ""
+    reason: str = ""
 
     @classmethod
     def of(cls, job: Job, lines: Sequence[str]) -> Ending:
@@ -205,12 +205,12 @@ RULES: tuple[Rule, ...] = (
     start_failed,
     workspace_too_large,
     no_interpreter,
-    not_executable,
     gpu_out_of_memory,
     python_out_of_memory,
     missing_module,
     disk_full,
     permission_denied,
+    not_executable,
     command_not_found,
     no_internet,
     missing_file,

@@ -55,7 +55,7 @@ WAITING = {
     "a retry's delay": Waiting(("It is tried again soon",), ("nabla jobs logs",), ready_us=9),
     "too many CPUs": Waiting(("the largest node has 2 CPUs",), (ASK_FOR_LESS, "nabla machines"), shape_of(3, 0, 0)),
     "too much memory": Waiting(("the largest node has 8 GiB",), (ASK_FOR_LESS,), shape_of(1, 9 * GIB, 0)),
-    "no GPU at all": Waiting(("the largest node has no GPU",), (ASK_FOR_LESS,), GPU),
+    "no GPU at all": Waiting(("the largest node has 0 GPUs",), (ASK_FOR_LESS,), GPU),
     "a GPU that is nowhere": Waiting(
         ("no node that takes work has such a GPU",), (ASK_FOR_LESS,), Shape(1000, 1000, 0, "B900")
     ),
