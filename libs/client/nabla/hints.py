@@ -101,12 +101,6 @@ def no_interpreter(ending: Ending) -> str | None:
     return "Mend the script's first line, or name the interpreter in the command: nabla run -- bash SCRIPT."
 
 
-def not_executable(ending: Ending) -> str | None:
-    if ending.exit_code != 126:
-        return None
-    return "Make the file executable (chmod +x FILE) and run again, or name its interpreter: nabla run -- bash FILE."
-
-
 def gpu_out_of_memory(ending: Ending) -> str | None:
     if _found(r"CUDA out of memory|OutOfMemoryError: CUDA|CUDNN_STATUS_ALLOC_FAILED", ending) is None:
         return None
@@ -210,7 +204,6 @@ RULES: tuple[Rule, ...] = (
     missing_module,
     disk_full,
     permission_denied,
-    not_executable,
     command_not_found,
     no_internet,
     missing_file,

@@ -48,7 +48,6 @@ ENDINGS: list[tuple[str, Ending, tuple[str, ...]]] = [
         Ending("failed", "a.sh is there, and not the interpreter that its first line names: /x", exit_code=127),
         ("first line", "nabla run -- bash"),
     ),
-    ("a file that is not executable", Ending("failed", "not executable: ./a", exit_code=126), ("chmod +x",)),
     (
         "a missing module in the default environment",
         Ending("failed", exit_code=1, lines=("ModuleNotFoundError: No module named 'sklearn.svm'",)),
