@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -136,7 +137,7 @@ def test_a_run_shows_its_attempts_its_timeline_its_ranks_and_what_it_used(
     expect(attempts.get_by_text("exited 3")).to_be_visible(timeout=60_000)
     expect(attempts.get_by_text(node.hostname)).to_be_visible()
     expect(timeline.get_by_text("failure")).to_be_visible()
-    expect(page.locator("#usage-charts").get_by_text("system/cpu_percent")).to_be_visible()
+    expect(page.locator("#usage-charts").get_by_text("system/cpu_percent", exact=True)).to_be_visible()
     lines = page.locator("#lines")
     expect(lines.get_by_text("I am 0")).to_be_visible()
     page.get_by_label("Rank").select_option("1")
@@ -144,16 +145,25 @@ def test_a_run_shows_its_attempts_its_timeline_its_ranks_and_what_it_used(
     expect(lines.get_by_text("I am 0")).to_be_hidden()
 
 
+def wait_until(holds: Callable[[], bool], limit_s: float = 60.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_nodes_are_shown_with_their_state_and_what_is_free(view: Watched, client: Client, ui: str) -> None:
     node = next(node for node in client.status().nodes if node.state == "ready")
-    client.nodes.drain(node.id)
     try:
+        client.nodes.drain(node.id)
+        wait_until(lambda: client.nodes.get(node.id).draining)
         view.page.goto(f"{ui}/nodes")
         row = view.page.get_by_role("row", name=node.hostname)
         expect(row.get_by_text(f"of {node.cpu_count:g}").first).to_be_visible()
         expect(row.get_by_text(re.compile("drain"))).to_be_visible()
     finally:
         client.nodes.undrain(node.id)
+        wait_until(lambda: client.nodes.get(node.id).state == "ready")
 
 
 def test_runs_models_and_deployments_are_listed(view: Watched, digits: Deployment, ui: str) -> None:
