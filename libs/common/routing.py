@@ -29,12 +29,14 @@ class Rule:
         scope: what a limited token must allow.
         attempts: whether a running job may, with its own token.
         services: other services that may act on a team's behalf.
+        operator: only who runs the installation: it is about what belongs to no team.
     """
 
     role: str | None
     scope: str
     attempts: bool = False
     services: frozenset[str] = frozenset()
+    operator: bool = False
 
     def check(self, principal: Principal, name: str) -> None:
         """Raises Forbidden, saying why, unless the rule allows it."""
@@ -54,6 +56,9 @@ class Rule:
         if principal.role not in ROLES or ROLES.index(principal.role) < ROLES.index(self.role):
             detail = f"{name} needs the role {self.role} in the team; this token has {principal.role or 'none'}."
             raise Forbidden("role_too_low", detail, "Ask an owner or admin of the team.")
+        if self.operator and not principal.operator:
+            detail = f"{name} is for those who run this installation; it is not a matter of one team."
+            raise Forbidden("not_operator", detail, "Ask an owner or admin of the installation's first team.")
         if principal.scopes and self.scope not in principal.scopes:
             detail = f"{name} needs the scope {self.scope}; this token has {', '.join(principal.scopes)}."
             raise Forbidden("scope_missing", detail, "Use a token with that scope.")

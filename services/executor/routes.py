@@ -49,7 +49,8 @@ _FOR_RECONCILING = Rule(role=None, scope="internal", services=frozenset({"schedu
 _FOR_TOKENS = Rule(role=None, scope="internal", services=frozenset({"gateway", "registry"}))
 _FOR_THE_PROXY = Rule(role=None, scope="internal", services=frozenset({"serving"}))
 _ENTER = Rule(role="member", scope="write")
-_LEAD = Rule(role="admin", scope="write")
+# Nodes belong to the installation, whose jobs of all teams run there.
+_OPERATE = Rule(role="admin", scope="write", operator=True)
 _FOR_VIEWERS = Rule(role="viewer", scope="read", services=frozenset({"gateway", "scheduler"}))
 
 
@@ -65,11 +66,11 @@ def routes(prepare_ticket: Prepare | None = None, doors: handlers.Doors | None =
             Route(LogSealed, handlers.note_sealed_log, INTERNAL),
             Route(ListExecutions, handlers.list_executions, _FOR_RECONCILING),
             Route(AuthenticateAttempt, handlers.authenticate_attempt, _FOR_TOKENS),
-            Route(CreateNodeToken, handlers.invite_node, _LEAD, prepare=prepare_ticket),
+            Route(CreateNodeToken, handlers.invite_node, _OPERATE, prepare=prepare_ticket),
             Route(CheckNodeToken, handlers.authenticate_node, GATEWAY_ONLY, prepare=prepare_ticket),
             Route(AdmitNode, handlers.admit_node, GATEWAY_ONLY, prepare=prepare_ticket),
             Route(DemandChanged, handlers.learn_demand, INTERNAL),
-            Route(DrainNode, handlers.drain_node, _LEAD),
+            Route(DrainNode, handlers.drain_node, _OPERATE),
             Route(OpenDoor, lets_in.open_door, _ENTER),
             Route(GetFrontDoorPass, lets_in.sign_front_door, _FOR_THE_PROXY),
             Route(ListNodes, handlers.list_nodes, _FOR_VIEWERS),

@@ -15,7 +15,9 @@ from tests.support.platform import Platform, running_platform
 
 @pytest.fixture(scope="session")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with running_platform(tmp_path_factory.mktemp("platform") / "home", gpus="2") as platform:
+    # Test servers are here, so its own loopback is a place that workspaces may come from.
+    settings = {"gpus": "2", "source_hosts": '["127.0.0.1"]', "workspace_bytes": "50000000"}
+    with running_platform(tmp_path_factory.mktemp("platform") / "home", **settings) as platform:
         yield platform
 
 

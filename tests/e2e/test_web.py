@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -12,7 +13,7 @@ pytest.importorskip("playwright", reason="Playwright is not installed: it comes 
 from playwright.sync_api import Browser, BrowserContext, expect
 
 from nabla import Client
-from nabla.objects import Deployment, JobTemplate
+from nabla.objects import Deployment, Gang, JobTemplate, Resources, Role
 from tests.support.browser import CHROMIUM, HINT, Watched, running_browser, sideways, watched
 from tests.support.platform import Platform
 
@@ -75,7 +76,7 @@ def test_a_sign_in_link_signs_in_once_and_not_twice(platform: Platform, client: 
 def test_signed_out_every_page_leads_to_the_sign_in(browser: Browser, ui: str) -> None:
     context = browser.new_context()
     page = context.new_page()
-    for path in ("/", "/projects", "/runs", "/models", "/deployments", "/system"):
+    for path in ("/", "/projects", "/runs", "/models", "/deployments", "/nodes", "/system"):
         page.goto(ui + path)
         expect(page).to_have_url(f"{ui}/sign-in")
     context.close()
@@ -112,6 +113,57 @@ def test_from_the_projects_to_a_run_whose_log_comes_live(view: Watched, client: 
     expect(page.get_by_role("link", name="kept.txt")).to_be_visible()
     assert page.evaluate("window.sameDocument") is True
     assert client.jobs.get(job.id).job.state == "succeeded"
+
+
+def test_a_waiting_run_says_why_and_what_to_do(view: Watched, client: Client, project: str, ui: str) -> None:
+    wish = JobTemplate(name="large", command=("true",), resources=Resources(memory_bytes=900 << 40))
+    job = client.experiments.start(project, "large", wish).jobs[0]
+    view.page.goto(f"{ui}/runs/{job.id}")
+    expect(view.page.get_by_text("the largest node has")).to_be_visible()
+    expect(view.page.get_by_text("ask for less")).to_be_visible()
+    client.jobs.stop(job.id)
+
+
+def test_a_run_shows_its_attempts_its_timeline_its_ranks_and_what_it_used(
+    view: Watched, client: Client, project: str, ui: str
+) -> None:
+    gang = Gang("torch", (Role("worker", 2),))
+    wish = JobTemplate(name="gang", command=('echo "I am $RANK"; sleep 4; exit 3',), gang=gang)
+    job = client.experiments.start(project, "gang", wish).jobs[0]
+    page = view.page
+    page.goto(f"{ui}/runs/{job.id}")
+    node = next(node for node in client.status().nodes if node.state == "ready")
+    attempts, timeline = page.locator("[data-live=attempts]"), page.locator("[data-live=timeline]")
+    expect(attempts.get_by_text("exited 3")).to_be_visible(timeout=60_000)
+    expect(attempts.get_by_text(node.hostname)).to_be_visible()
+    expect(timeline.get_by_text("failure")).to_be_visible()
+    expect(page.locator("#usage-charts").get_by_text("system/cpu_percent", exact=True)).to_be_visible()
+    lines = page.locator("#lines")
+    expect(lines.get_by_text("I am 0")).to_be_visible()
+    page.get_by_label("Rank").select_option("1")
+    expect(lines.get_by_text("I am 1")).to_be_visible()
+    expect(lines.get_by_text("I am 0")).to_be_hidden()
+
+
+def wait_until(holds: Callable[[], bool], limit_s: float = 60.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_nodes_are_shown_with_their_state_and_what_is_free(view: Watched, client: Client, ui: str) -> None:
+    node = next(node for node in client.status().nodes if node.state == "ready")
+    try:
+        client.nodes.drain(node.id)
+        wait_until(lambda: client.nodes.get(node.id).draining)
+        view.page.goto(f"{ui}/nodes")
+        row = view.page.get_by_role("row", name=node.hostname)
+        expect(row.get_by_text(f"of {node.cpu_count:g}").first).to_be_visible()
+        expect(row.get_by_text(re.compile("drain"))).to_be_visible()
+    finally:
+        client.nodes.undrain(node.id)
+        wait_until(lambda: client.nodes.get(node.id).state == "ready")
 
 
 def test_runs_models_and_deployments_are_listed(view: Watched, digits: Deployment, ui: str) -> None:
@@ -175,7 +227,7 @@ def test_no_page_scrolls_sideways_on_a_phone(
         "/deployments/digits",
         "/deployments/digits/draw",
     )
-    for path in ("/projects", "/runs", "/models", "/deployments", "/system", *detail):
+    for path in ("/projects", "/runs", "/models", "/deployments", "/nodes", "/system", *detail):
         page.goto(ui + path)
         assert sideways(page) <= 0, path
     page.close()

@@ -29,6 +29,7 @@ class Ending:
     timeout_s: float = 0.0
     environment: str = "default"
     isolation: str = ""
+    reason: str = ""
 
     @classmethod
     def of(cls, job: Job, lines: Sequence[str]) -> Ending:
@@ -37,6 +38,7 @@ class Ending:
             state=job.state,
             detail=" ".join(filter(None, (job.detail, attempt.detail if attempt else ""))),
             exit_code=job.exit_code,
+            reason=attempt.reason if attempt else "",
             lines=lines[-LAST_LINES:],
             peak_memory_bytes=attempt.peak_memory_bytes if attempt else 0,
             memory_limit_bytes=template.resources.memory_bytes,
@@ -70,6 +72,33 @@ def out_of_memory(ending: Ending) -> str | None:
     used = f"It used {peak}" if ending.peak_memory_bytes else "It used more memory than it may"
     allowed = f" of the {limit} it asked for" if ending.memory_limit_bytes else ""
     return f"The job ran out of memory. {used}{allowed}; ask for more with --memory, or use smaller batches."
+
+
+def no_machine(ending: Ending) -> str | None:
+    if not re.search(r"no node has|largest node has|waited as long as it may", ending.detail):
+        return None
+    return (
+        "`nabla machines` shows what there is and what is free; ask for one of those or for less, "
+        "or let the job wait longer with --max-wait."
+    )
+
+
+def start_failed(ending: Ending) -> str | None:
+    if ending.reason != "start_failure":
+        return None
+    return "This may pass: `nabla jobs retry` runs it again, and --retries N has such a start tried again by itself."
+
+
+def workspace_too_large(ending: Ending) -> str | None:
+    if not re.search(r"unpacks to more than|the most for a workspace|bytes packed", ending.detail):
+        return None
+    return "Leave large files out by naming them in .nablaignore, and keep data in $NABLA_STORAGE."
+
+
+def no_interpreter(ending: Ending) -> str | None:
+    if "its first line names" not in ending.detail:
+        return None
+    return "Mend the script's first line, or name the interpreter in the command: nabla run -- bash SCRIPT."
 
 
 def gpu_out_of_memory(ending: Ending) -> str | None:
@@ -166,6 +195,10 @@ def crashed(ending: Ending) -> str | None:
 RULES: tuple[Rule, ...] = (
     timed_out,
     out_of_memory,
+    no_machine,
+    start_failed,
+    workspace_too_large,
+    no_interpreter,
     gpu_out_of_memory,
     python_out_of_memory,
     missing_module,

@@ -222,6 +222,8 @@ class Attempt(Record):
     number: int = 0
     state: str = ""
     node_id: str = ""
+    reason: str = ""
+    """When ended: exited, stopped, timed_out, out_of_memory, fenced, lost, refused or start_failure."""
     detail: str = ""
     exit_code: Optional[int] = None
     created_at: Optional[datetime] = None
@@ -314,6 +316,7 @@ class JobExplanation(Record):
     held_by_others: Resources = Resources()
     not_before: Optional[datetime] = None
     give_up_at: Optional[datetime] = None
+    advice: str = ""
 
 
 class MachineType(Record):

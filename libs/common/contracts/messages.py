@@ -28,6 +28,8 @@ class Principal(Message):
     project_id: str = ""
     job_id: str = ""
     attempt: int = 0
+    # Whether it may also decide about what belongs to the whole installation, as its nodes do.
+    operator: bool = False
 
 
 class User(Message):
@@ -323,6 +325,8 @@ class Attempt(Message):
     gpu_indices: tuple[int, ...] = ()
     # Of a gang, by rank; empty for a job of one process.
     members: tuple[Member, ...] = ()
+    # When ended, as of the execution whose end it is: of a gang, the one that broke it.
+    reason: str = ""
     # As of an execution.
     origin: dict[str, str] = Field(default_factory=dict)
 
@@ -536,6 +540,8 @@ class JobExplanation(Message):
     held_by_others: Resources = Field(default_factory=Resources)
     not_before: datetime | None = None
     give_up_at: datetime | None = None
+    # What can be done about it, for people.
+    advice: str = ""
 
 
 class Revision(Message):

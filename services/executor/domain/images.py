@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from services.executor.domain.beginnings import sounds_passing
+
 LOCAL = "localhost/"
 
 
@@ -89,16 +91,18 @@ def too_many(kept: Iterable[Kept], most_bytes: int, used: Iterable[str]) -> list
     return gone
 
 
-def pull_problem(name: str, said: str, *, has_credentials: bool) -> str:
-    """Why an image could not be fetched, for people, from what the engine said."""
+def pull_problem(name: str, said: str, *, has_credentials: bool) -> tuple[str, bool]:
+    """Why an image could not be fetched, for people, from what the engine said; and whether that may pass."""
     words = said.lower()
     reason = said.strip().splitlines()[-1][:300] if said.strip() else "no reason given"
+    if sounds_passing(said):
+        return f"{name} cannot be fetched now: {reason}", True
     if any(sign in words for sign in ("manifest unknown", "not found", "name unknown", "does not exist")):
-        return f"there is no image {name} ({reason})"
+        return f"there is no image {name} ({reason})", False
     if any(sign in words for sign in ("unauthorized", "denied", "authentication required", "forbidden")):
         what = "these credentials" if has_credentials else "--registry-username and --registry-password"
         advice = f"check {what}" if has_credentials else f"an image that is not public needs {what}"
-        return f"the registry does not give out {name}: {advice} ({reason})"
+        return f"the registry does not give out {name}: {advice} ({reason})", False
     if "short-name" in words or "unqualified-search" in words:
-        return f"the node does not know which registry {name} is in: write the registry's host before it"
-    return f"{name} cannot be fetched: {reason}"
+        return f"the node does not know which registry {name} is in: write the registry's host before it", False
+    return f"{name} cannot be fetched: {reason}", False

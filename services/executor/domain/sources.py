@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from urllib.parse import SplitResult, urlsplit
 
-from libs.common.errors import NablaError
+from services.executor.domain.beginnings import NotStarted
 
 MAX_URL_LENGTH = 2000
 AMAZON = "https://s3.amazonaws.com"
@@ -17,7 +17,7 @@ _REF = re.compile(r"(?!-)(?!.*(\.\.|//|@\{|\.lock(/|$)))[^\x00-\x20\x7f~^:?*\[\\
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 
 
-class BadSource(NablaError):
+class BadSource(NotStarted):
     """The workspace cannot be fetched from there; the text says why, for the user to read."""
 
 

@@ -15,13 +15,16 @@ from libs.common.contracts.messages import (
     GetDeployment,
     GetModelVersion,
     ListDeployments,
+    ListMachines,
+    MachinePage,
     ModelVersion,
+    Principal,
     Resources,
 )
 from libs.common.errors import Invalid
 from services.gateway.http.bodies import Body
 from services.gateway.http.errors import RESPONSES
-from services.gateway.http.parts import API, Caller, Cursor, Knows, Limit, Ref, Wired, Word, answers_again
+from services.gateway.http.parts import API, Caller, Cursor, Knows, Limit, Parts, Ref, Wired, Word, answers_again
 from services.gateway.http.projects import ProjectRef, resolve_active, resolve_id
 
 router = APIRouter(prefix=API, tags=["deployments"], responses=RESPONSES)
@@ -32,6 +35,9 @@ class NewDeployment(Body):
     project_id: Annotated[ProjectRef, Field(description="The model's own when left out.")] = ""
     model: Annotated[str, Field(max_length=220, description="NAME or NAME:VERSION.", examples=["digits:3"])]
     resources: Resources = Field(default_factory=Resources)
+    machine_type: Annotated[str, Field(max_length=63, description="What resources leave open.", examples=["cpu-2"])] = (
+        ""
+    )
 
 
 def parse_model(text: str) -> tuple[str, int]:
@@ -47,6 +53,23 @@ def parse_model(text: str) -> tuple[str, int]:
         detail = f"{version[:50]!r} is not a version number."
         raise Invalid("bad_model_version", detail, "Write NAME or NAME:VERSION, such as digits:3.")
     return name, int(version[:10])
+
+
+async def machine_of(body: NewDeployment, caller: Principal, parts: Parts) -> Resources:
+    """What a replica asks for: what was said, and of the rest what its machine type has now.
+
+    Raises:
+        Invalid: there is no such type.
+    """
+    if not body.machine_type:
+        return body.resources
+    page = await parts.owners.ask(ListMachines(), MachinePage, caller)
+    types = {item.name: item.resources for item in page.items}
+    if body.machine_type not in types:
+        known = f"there are {', '.join(types)}" if types else page.detail or "there is none"
+        detail = f"There is no machine type {body.machine_type!r}; {known}."
+        raise Invalid("bad_machine_type", detail, "See `nabla machines`.", field="machine_type")
+    return types[body.machine_type].model_copy(update={name: value for name, value in body.resources if value})
 
 
 @router.post("/deployments", status_code=201, summary="Deploy a model")
@@ -65,7 +88,7 @@ async def create_deployment(body: NewDeployment, caller: Caller, once: Knows, pa
         model_version=version.version,
         framework=version.framework,
         model_fileset_id=version.fileset_id,
-        resources=body.resources,
+        resources=await machine_of(body, caller, parts),
     )
     return await parts.owners.ask(message, Deployment, caller, once=once)
 

@@ -125,13 +125,33 @@ async def runs_page(visitor: Here, state: Word = "", cursor: Cursor = "") -> HTM
 async def run_page(visitor: Here, job_id: Id) -> HTMLResponse:
     detail = await visitor.ask(m.GetJob(job_id=job_id), m.JobDetail)
     endpoint = visitor.parts.settings.origins.content_address(visitor.host)
-    files, run, project = await asyncio.gather(
+    files, run, project, told, nodes = await asyncio.gather(
         visitor.ask_or(m.ListFiles(job_id=job_id, limit=MANY, endpoint=endpoint), m.FilePage),
         visitor.ask_or(m.GetRun(job_id=job_id), m.Run),
         visitor.ask_or(m.GetProject(project_id=detail.job.project_id), m.Project),
+        explanation_of(visitor, detail.job),
+        visitor.ask_or(m.ListNodes(), m.NodePage),
     )
+    hostnames = {node.id: node.hostname for node in nodes.items}
     title = detail.job.template.name or job_id
-    return visitor.page("run.html", title, detail=detail, job=detail.job, files=files, run=run, project=project)
+    return visitor.page(
+        "run.html",
+        title,
+        detail=detail,
+        job=detail.job,
+        files=files,
+        run=run,
+        project=project,
+        told=told,
+        hostnames=hostnames,
+    )
+
+
+async def explanation_of(visitor: Visitor, job: m.Job) -> m.JobExplanation:
+    """Of a job that waits; of others the job itself says it."""
+    if job.state != "queued":
+        return m.JobExplanation()
+    return await visitor.ask_or(m.ExplainJob(job_id=job.id), m.JobExplanation)
 
 
 @router.get("/models")
@@ -176,6 +196,11 @@ async def draw_page(visitor: Here, deployment: Ref) -> HTMLResponse:
     found = await visitor.ask(m.GetDeployment(deployment_id=deployment), m.Deployment)
     origin = f"{visitor.request.url.scheme}://{found.host}{port_suffix(visitor.host)}"
     return visitor.page("draw.html", f"Draw a digit for {found.name}", connect=origin, deployment=found, origin=origin)
+
+
+@router.get("/nodes")
+async def nodes_page(visitor: Here) -> HTMLResponse:
+    return visitor.page("nodes.html", "Nodes", nodes=await visitor.ask(m.ListNodes(), m.NodePage))
 
 
 @router.get("/system")

@@ -26,7 +26,9 @@ from services.registry.domain import accounts as rules
 from services.registry.store import RegistryUnit
 from services.registry.store.accounts import Signing
 
+# Who leads the first team runs the installation.
 FIRST_USER, FIRST_TEAM = "admin", "main"
+LEADERS = frozenset({"admin", "owner"})
 
 
 async def authenticate_token(message: AuthenticateToken, unit: RegistryUnit, _call: Envelope) -> Principal:
@@ -45,6 +47,7 @@ async def authenticate_token(message: AuthenticateToken, unit: RegistryUnit, _ca
         team_id=token.team_id,
         role=holder.role,
         scopes=token.scopes,
+        operator=holder.team_name == FIRST_TEAM and holder.role in LEADERS,
     )
 
 
@@ -164,4 +167,4 @@ async def _add_token(unit: RegistryUnit, owner: Signing, name: str, life: timede
 
 
 def _leads(principal: Principal) -> bool:
-    return principal.role in {"admin", "owner"}
+    return principal.role in LEADERS

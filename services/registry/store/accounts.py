@@ -26,6 +26,7 @@ class Holder:
     token_hash: str
     user_name: str
     role: str
+    team_name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,9 @@ class Accounts:
     async def holder_of(self, token_hash: str) -> Holder | None:
         """The token with this hash, if its user still belongs to its team."""
         query = (
-            select(TOKENS, USERS.c.name.label("user_name"), MEMBERSHIPS.c.role)
+            select(TOKENS, USERS.c.name.label("user_name"), MEMBERSHIPS.c.role, TEAMS.c.name.label("team_name"))
             .join(USERS, USERS.c.id == TOKENS.c.user_id)
+            .join(TEAMS, TEAMS.c.id == TOKENS.c.team_id)
             .join(
                 MEMBERSHIPS,
                 and_(MEMBERSHIPS.c.user_id == TOKENS.c.user_id, MEMBERSHIPS.c.team_id == TOKENS.c.team_id),
@@ -57,7 +59,7 @@ class Accounts:
         row = await self._unit.one(query)
         if row is None or not hmac.compare_digest(row.token_hash.encode(), token_hash.encode()):
             return None
-        return Holder(_token(row), row.token_hash, row.user_name, row.role)
+        return Holder(_token(row), row.token_hash, row.user_name, row.role, row.team_name)
 
     async def with_hash(self, token_hash: str) -> Token | None:
         """The token with this hash, valid or not."""

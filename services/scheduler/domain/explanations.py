@@ -62,6 +62,7 @@ def _of_waiting(
     before = policy.before(demand.job_id)
     return {
         "summary": _waits(case, demand, policy, before),
+        "advice": _advice(case, demand, policy),
         "before": before,
         "nodes": tuple(_rooms(demand, policy, hostnames))[:MAX_NODES],
         "holders": tuple(mine),
@@ -82,6 +83,25 @@ def _waits(case: Case, demand: Demand, policy: Policy, before: int) -> str:
     reason = policy.why_waiting(demand.job_id) or "its turn comes next"
     ahead = f"; {before} {'job waits' if before == 1 else 'jobs wait'} before it" if before else ""
     return f"It needs {parts_text(demand.parts)}. {reason[0].upper()}{reason[1:]}{ahead}."
+
+
+def _advice(case: Case, demand: Demand, policy: Policy) -> str:
+    job = case.job
+    if demand.hold:
+        return f"`nabla projects restore {job.project_id}` lets it go on, `nabla jobs stop {job.id}` ends it."
+    if demand.ready_us:
+        return f"Nothing: it goes on by itself. `nabla jobs logs {job.id}` shows how the last try went."
+    if not policy.cluster.has_open:
+        return (
+            "See `nabla nodes list`: `nabla nodes drain NODE --undo` uses one again, `nabla node token` adds one. "
+            "The job starts by itself as soon as there is a node."
+        )
+    if not policy.cluster.could_hold(demand.parts):
+        return (
+            "Waiting does not help as the nodes are: see `nabla machines` and ask for less, "
+            f"as with `nabla jobs clone {job.id} --machine-type TYPE`, or add a larger node with `nabla node token`."
+        )
+    return "Nothing: it starts by itself when there is room; a higher --priority comes first, and less fits sooner."
 
 
 def _holder(case: Case) -> Holder:

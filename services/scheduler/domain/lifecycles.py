@@ -36,8 +36,9 @@ processes moves when all of them have come so far; see `members`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from libs.common.contracts.messages import Execution, Retry, Seat, StartExecution, StopExecution
 from libs.common.transitions import TransitionTable
@@ -52,6 +53,7 @@ from services.scheduler.domain.members import (
     with_news,
 )
 from services.scheduler.domain.model import Attempt, Case, Job
+from services.scheduler.domain.origins import exact
 from services.scheduler.domain.shapes import memory_text
 
 MAX_INFRA_RETRIES = 5
@@ -62,6 +64,7 @@ RETRIED = ("failure", "node_lost", "start_failure")
 EXECUTOR = "executor"
 CANCELLED = "cancelled"
 DEFAULT_RETRY = Retry()
+NOTHING_FOUND: Mapping[str, str] = MappingProxyType({})
 BEING_STOPPED = "is being stopped"
 FORGOTTEN = (
     "the executor no longer knows its attempt, as if its database had been restored from before: the attempt may "
@@ -129,10 +132,16 @@ def admit(job: Job, now_us: int, actor: str) -> Case:
     return Case(replace(_move(job, "admit"), queued_us=now_us), cause="admitted", actor=actor)
 
 
-def place(job: Job, attempt_id: str, node_ids: Iterable[str], now_us: int) -> Case:
-    """A new attempt with a node for each rank, and the command that starts it."""
+def place(
+    job: Job, attempt_id: str, node_ids: Iterable[str], now_us: int, origin: Mapping[str, str] = NOTHING_FOUND
+) -> Case:
+    """A new attempt with a node for each rank, and the command that starts it.
+
+    Args:
+        origin: what the attempt before found its code and packages to be; this one runs the same.
+    """
     number = job.attempt_count + 1
-    fresh = Attempt(id=attempt_id, number=number, created_us=now_us, members=seated(node_ids))
+    fresh = Attempt(id=attempt_id, number=number, created_us=now_us, members=seated(node_ids), origin=dict(origin))
     attempt = replace(fresh, state=ATTEMPTS.next_state(fresh.id, fresh.state, "place"))
     placed = replace(_move(job, "place"), attempt_count=number, started_us=None, exit_code=None)
     return Case(placed, attempt, (start_command(placed, attempt),), "placed")
@@ -313,7 +322,7 @@ def start_command(job: Job, attempt: Attempt) -> StartExecution:
         project_id=job.project_id,
         node_id=attempt.node_id,
         experiment_id=job.experiment_id,
-        template=job.template,
+        template=exact(job.template, attempt.origin),
         seats=_seats(job, attempt),
     )
 
@@ -350,7 +359,7 @@ def _ended(job: Job, attempt: Attempt, now_us: int, jitter: float) -> Case:
     execution, outcome = decided.seen, outcome_of(job, decided.seen)
     if job.template.gang.type and not ends_well(execution) and job.desired_state != CANCELLED:
         outcome = replace(outcome, detail=f"{title(job.template, decided.rank)}: {outcome.detail}")
-    attempt = replace(attempt, exit_code=execution.exit_code)
+    attempt = replace(attempt, exit_code=execution.exit_code, reason=execution.reason)
     over = replace(_move_attempt(attempt, outcome.attempt_trigger), ended_us=now_us, detail=outcome.detail)
     tries_left = _tries_left(job, outcome.retry)
     if tries_left > 0:

@@ -126,7 +126,7 @@ def _with_facts(attempt: Attempt, news: Execution) -> Attempt:
         peak_memory_bytes=max(news.peak_memory_bytes, attempt.peak_memory_bytes),
         addresses=first.addresses or attempt.addresses,
         gpu_indices=first.gpu_indices or attempt.gpu_indices,
-        origin=first.origin or attempt.origin,
+        origin={**attempt.origin, **first.origin},
         started_us=max(starts) if len(starts) == len(attempt.members) else attempt.started_us,
     )
 

@@ -26,6 +26,7 @@ class Attempt:
     Args:
         members: all its processes, by rank: one, or those of a gang.
         decided_by: the rank whose end decided how the attempt ends, while others may still be ending.
+        reason: when ended, the reason of the execution that decided how.
         execution_revision: the newest snapshot applied of what the executor says of any rank; -1 before the first.
         forgotten: the executor told of it before and says now that it knows of none: its database was restored.
     """
@@ -36,6 +37,7 @@ class Attempt:
     members: tuple[Member, ...]
     state: str = "created"
     decided_by: int | None = None
+    reason: str = ""
     detail: str = ""
     exit_code: int | None = None
     started_us: int | None = None

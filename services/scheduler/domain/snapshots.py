@@ -57,6 +57,7 @@ def attempt_message(template: messages.JobTemplate, attempt: Attempt) -> message
         number=attempt.number,
         state=attempt.state,
         node_id=attempt.node_id,
+        reason=attempt.reason,
         detail=attempt.detail,
         exit_code=attempt.exit_code,
         created_at=from_us(attempt.created_us),

@@ -249,9 +249,9 @@ async def end_waiting(unit: SchedulerUnit, case: Case, ending: Ending) -> None:
 
 
 async def _place_one(unit: SchedulerUnit, case: Case, node_ids: tuple[str, ...]) -> None:
-    job = case.job
+    job, origin = case.job, case.attempt.origin if case.attempt else {}
     with span("scheduler place job", job.traceparent, object=job.id, team=job.team_id):
-        await unit.save(case, place(job, new_id("attempt"), node_ids, unit.now_us))
+        await unit.save(case, place(job, new_id("attempt"), node_ids, unit.now_us, origin))
     # The wait that the policy could have ended: a retry's delay is not its own.
     since_us = max(job.queued_us or unit.now_us, job.ready_us)
     _placement_seconds.record(max(0, unit.now_us - since_us) / 1_000_000)

@@ -309,7 +309,7 @@ async def test_a_workspace_for_which_the_disk_has_no_room_is_refused_and_takes_n
                 asked = order("true", workspace_id=workspace)
                 await agent.start(asked)
                 end = await ended(agent, asked.attempt_id)
-                assert end.reason == "refused"
+                assert end.reason == "start_failure"
                 assert "No space left on device" in end.detail
         used = sum(path.stat().st_blocks * 512 for path in disk.rglob("*"))
     assert used < 1_000_000
@@ -405,7 +405,7 @@ async def test_a_start_that_breaks_each_time_is_told_as_the_platforms_failure(
         await agent.start(asked)
         end = await ended(agent, asked.attempt_id)
     assert neighbours.asked.count("ListFiles") == 3
-    assert (end.reason, end.exit_code) == ("refused", None)
+    assert (end.reason, end.exit_code) == ("start_failure", None)
     assert "the platform failed to start the job, 3 times: " in end.detail
     assert any("failed to start the job" in text for text in await texts(neighbours, asked, "nabla"))
 

@@ -33,6 +33,22 @@ WITHOUT_INTERNET: list[tuple[str, int, tuple[str, ...]]] = [
 # name, how it ended, what the hint must say
 ENDINGS: list[tuple[str, Ending, tuple[str, ...]]] = [
     (
+        "a wish that no node can meet",
+        Ending("failed", "needs 1 GPU (B900), and no node has such a GPU"),
+        ("nabla machines", "ask for"),
+    ),
+    ("a start that failed for now", Ending("failed", "x", reason="start_failure"), ("nabla jobs retry", "--retries")),
+    (
+        "a workspace over the limit",
+        Ending("failed", "the workspace cannot be unpacked: it unpacks to more than 50 bytes", reason="refused"),
+        (".nablaignore", "$NABLA_STORAGE"),
+    ),
+    (
+        "a script whose interpreter is missing",
+        Ending("failed", "a.sh is there, and not the interpreter that its first line names: /x", exit_code=127),
+        ("first line", "nabla run -- bash"),
+    ),
+    (
         "a missing module in the default environment",
         Ending("failed", exit_code=1, lines=("ModuleNotFoundError: No module named 'sklearn.svm'",)),
         ("scikit-learn", "requirements.txt", "--env active"),

@@ -21,6 +21,20 @@ RULES = {
     "internal": INTERNAL,
     "gateway": GATEWAY_ONLY,
 }
+
+
+def test_what_is_the_installations_needs_who_runs_it() -> None:
+    rule = Rule("admin", "write", operator=True)
+    owner = Principal(kind="user", id="u", team_id="t", role="owner")
+    with pytest.raises(Forbidden, match="not a matter of one team") as refusal:
+        rule.check(owner, "node.drain")
+    assert "first team" in refusal.value.remedy
+    rule.check(owner.model_copy(update={"operator": True}), "node.drain")
+    for update in ({"role": "member"}, {"scopes": ("read",)}, {"kind": "attempt"}):
+        with pytest.raises(Forbidden):
+            rule.check(owner.model_copy(update={"operator": True} | update), "node.drain")
+
+
 SCOPES: tuple[tuple[str, ...], ...] = ((), ("read",), ("write",), ("admin",), ("read", "write"), ("internal",))
 
 

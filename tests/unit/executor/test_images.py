@@ -136,17 +136,21 @@ def test_the_longest_unused_go_and_none_in_use() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("said", "told", "passes"),
     [
-        ("reading manifest 1 in r.example/x: manifest unknown", "there is no image r.example/x:1"),
-        ("requested access to the resource is denied", "an image that is not public needs --registry-username"),
-        ("short-name resolution enforced", "write the registry's host before it"),
-        ("dial tcp: connection refused", "r.example/x:1 cannot be fetched: dial tcp: connection refused"),
-        ("", "no reason given"),
+        ("reading manifest 1 in r.example/x: manifest unknown", "there is no image r.example/x:1", False),
+        ("requested access to the resource is denied", "an image that is not public needs --registry-username", False),
+        ("short-name resolution enforced", "write the registry's host before it", False),
+        ("dial tcp: connection refused", "r.example/x:1 cannot be fetched now: dial tcp: connection refused", True),
+        ("received unexpected HTTP status: 503 Service Unavailable", "503 Service Unavailable", True),
+        ("toomanyrequests: you have reached your pull rate limit", "cannot be fetched now", True),
+        ("", "no reason given", False),
     ],
 )
-def test_why_an_image_cannot_be_had_is_told_in_words(said: str, told: str) -> None:
-    assert told in pull_problem("r.example/x:1", said, has_credentials=False)
+def test_why_an_image_cannot_be_had_is_told_in_words(said: str, told: str, passes: bool) -> None:
+    problem, may_pass = pull_problem("r.example/x:1", said, has_credentials=False)
+    assert told in problem
+    assert may_pass == passes
 
 
 def test_of_what_podman_says_the_reason_is_told() -> None:

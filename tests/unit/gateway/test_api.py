@@ -49,6 +49,7 @@ from libs.common.contracts.messages import (
     OpenFileset,
     Project,
     RegisterModel,
+    Resources,
     RetryJob,
     Run,
     ServiceStatus,
@@ -346,6 +347,25 @@ async def test_a_deployment_carries_what_the_registry_says_of_the_model(
     assert world.owners.of(GetModelVersion)[0].version == version
     message = world.owners.of(CreateDeployment)[0]
     assert (message.model_id, message.model_version, message.model_fileset_id) == ("mo1", 3, "fs1")
+
+
+async def test_a_deployment_takes_what_its_machine_type_has_and_what_was_said_over_it(
+    client: httpx.AsyncClient, world: World
+) -> None:
+    found = ModelVersion(model_id="mo1", model_name="digits", version=3, project_id="pr1", fileset_id="fs1")
+    shape = Resources(cpu_count=4, memory_bytes=8 << 30, gpu_count=1, gpu_model="H100")
+    world.owners.answers |= {
+        GetModelVersion: lambda _: found,
+        ListMachines: lambda _: MachinePage(items=(MachineType(name="gpu-h100-1", resources=shape),)),
+        CreateDeployment: lambda message: Deployment(id="de1", name=message.name),
+    }
+    body = {"name": "d", "model": "digits", "machine_type": "gpu-h100-1", "resources": {"cpu_count": 2}}
+    assert (await client.post("/api/v1/deployments", json=body, headers=BEARER)).status_code == 201
+    assert world.owners.of(CreateDeployment)[0].resources == shape.model_copy(update={"cpu_count": 2})
+    answer = await client.post("/api/v1/deployments", json=body | {"machine_type": "moon-1"}, headers=BEARER)
+    assert problem(answer) == (422, "bad_machine_type")
+    assert "gpu-h100-1" in answer.json()["detail"]
+    assert len(world.owners.of(CreateDeployment)) == 1
 
 
 @pytest.mark.parametrize("model", ["digits:x", "digits:0", "digits:-1", "digits:", "digits:9999999999", "d:1:2"])

@@ -41,6 +41,7 @@ PAGES = {
     "deployments.html": "/deployments",
     "deployment.html": "/deployments/de1",
     "draw.html": "/deployments/de1/draw",
+    "nodes.html": "/nodes",
     "system.html": "/system",
     "problem.html": "/projects/pr2",
     "sign_in.html": "/sign-in",
@@ -63,6 +64,7 @@ ANSWERS = {
     m.GetLog: m.LogPage,
     m.GetService: m.ServiceStatus,
     m.ListNodes: m.NodePage,
+    m.ExplainJob: m.JobExplanation,
 }
 
 

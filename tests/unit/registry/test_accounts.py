@@ -233,7 +233,7 @@ async def test_first_account_is_made_once_and_its_token_opens_it(catalogue: Cata
     for _ in range(3):
         await bootstrap(catalogue.store, token_hash)
     holder = await whose(catalogue, token_hash)
-    assert (holder.name, holder.role, holder.scopes) == ("admin", "owner", ())
+    assert (holder.name, holder.role, holder.scopes, holder.operator) == ("admin", "owner", (), True)
     assert len((await catalogue.ask(m.ListTokens(), holder, m.TokenPage)).items) == 1
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from libs.common.contracts.messages import Execution, Retry, StartExecution, StopExecution
+from libs.common.contracts.messages import Environment, Execution, Retry, Source, StartExecution, StopExecution
 from libs.common.errors import IllegalTransition
 from services.scheduler.domain import shapes
 from services.scheduler.domain.lifecycles import (
@@ -364,3 +364,23 @@ def test_a_waiting_job_can_be_given_up_and_no_other():
     assert (over.job.state, over.job.detail, over.job.ended_us) == ("failed", "waited as long as it may", NOW)
     with pytest.raises(IllegalTransition):
         give_up(placed(), "", "", NOW)
+
+
+def test_another_try_runs_the_commit_and_the_packages_of_the_first() -> None:
+    source = Source(kind="git", url="https://host/x.git", ref="main")
+    case = placed(source=source, environment=Environment(kind="workspace", path="requirements.txt"), max_retries=2)
+    found = {"commit": "a" * 40, "environment": "fs1"}
+    after = follow_execution(case, said(case, "ended", reason="start_failure", origin=found), NOW)
+    assert after.attempt
+    assert (after.job.state, after.attempt.reason, after.attempt.origin) == ("queued", "start_failure", found)
+    again = place(after.job, "at2", ("node2",), NOW, after.attempt.origin)
+    command = again.commands[0]
+    assert isinstance(command, StartExecution)
+    assert command.template.source.ref == "a" * 40
+    assert command.template.environment == Environment(kind="recorded", path="fs1")
+    assert again.job.template.source.ref == "main"
+    # What is found anew on the way adds to what is known, and takes nothing away.
+    assert again.attempt
+    seen = follow_execution(again, said(again, "starting", origin={"commit": "a" * 40}), NOW)
+    assert seen.attempt
+    assert seen.attempt.origin == found

@@ -25,6 +25,14 @@ def deployments() -> None:
 @click.option("--cpus", type=float, default=0.0, help="CPU cores of a replica.")
 @click.option("--memory", type=size, default="0", help="Memory of a replica, such as 2G.")
 @click.option("--gpus", type=float, default=0.0, help="GPUs of a replica.")
+@click.option(
+    "--machine-type",
+    "--machine",
+    "machine_type",
+    default="",
+    metavar="TYPE",
+    help="What the options above leave open; see `nabla machines`.",
+)
 @click.option("--wait", is_flag=True, help="Until it serves or has failed; the exit code says which.")
 @click.option("--timeout", type=span, default="10m", show_default=True, help="How long to wait.")
 @pass_session
@@ -36,6 +44,7 @@ def create(
     cpus: float,
     memory: int,
     gpus: float,
+    machine_type: str,
     wait: bool,
     timeout: float,
 ) -> int:
@@ -47,7 +56,11 @@ def create(
     chosen = choose_project(client, project, Path.cwd())
     wishes = Resources(cpus, memory, gpus)
     made = client.deployments.create(
-        name, project=chosen, model=model, resources=wishes if wishes != Resources() else None
+        name,
+        project=chosen,
+        model=model,
+        resources=wishes if wishes != Resources() else None,
+        machine_type=machine_type,
     )
     if wait:
         made = client.deployments.wait(made.id, timeout, _say_state)

@@ -26,6 +26,8 @@ def explain(session: Session, job: str) -> None:
     if session.as_json:
         return print_json(found)
     click.echo(found.summary)
+    if found.advice:
+        click.echo(f"What to do: {found.advice}")
     if found.state == "queued":
         _show_waiting(found)
 

@@ -99,7 +99,12 @@ _OPTIONS = (
     click.option("--gpu-model", default="", metavar="MODEL", help="Only on such GPUs, such as H100."),
     click.option("--gpu-memory", type=size, default="0", metavar="SIZE", help="The least memory of each GPU, as 40G."),
     click.option(
-        "--machine-type", default="", metavar="TYPE", help="What the options above leave open; see `nabla machines`."
+        "--machine-type",
+        "--machine",
+        "machine_type",
+        default="",
+        metavar="TYPE",
+        help="What the options above leave open; see `nabla machines`.",
     ),
     click.option("--priority", type=click.IntRange(0, 100), help="The higher first; 50 when left out."),
     click.option("--max-wait", type=span, default="0", metavar="TIME", help="Give up when no machine is free so long."),

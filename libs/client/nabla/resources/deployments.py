@@ -15,11 +15,16 @@ POLL_S = 0.5
 
 
 class Deployments(Resource):
-    def create(self, name: str, *, project: str, model: str, resources: Resources | None = None) -> Deployment:
-        """`model` is NAME or NAME:VERSION. Answers at once; `wait` tells when it serves."""
+    def create(
+        self, name: str, *, project: str, model: str, resources: Resources | None = None, machine_type: str = ""
+    ) -> Deployment:
+        """`model` is NAME or NAME:VERSION; `machine_type` says what `resources` leave open. Answers at once; `wait`
+        tells when it serves."""
         body: dict[str, object] = {"name": name, "project_id": project, "model": model}
         if resources is not None:
             body["resources"] = as_json(resources)
+        if machine_type:
+            body["machine_type"] = machine_type
         return decode(Deployment, self._transport.post("/deployments", body))
 
     def list(self, project: str = "", limit: int | None = None) -> Iterator[Deployment]:

@@ -42,6 +42,7 @@ from services.executor.adapters.runtimes.images import ImageRefused, Images
 from services.executor.adapters.workspaces.sealing import Sealing
 from services.executor.adapters.workspaces.staging import Staging, StagingFailed
 from services.executor.adapters.workspaces.transfer import Threads, remove_tree
+from services.executor.domain.beginnings import may_pass
 from services.executor.domain.execution import ENDED, FINISHING, RUNNING, STARTING, short_reason
 from services.executor.domain.network import MalformedNetwork
 from services.executor.ports import GangOrder, Peer, StartOrder
@@ -210,7 +211,7 @@ class AttemptRun:
         await asyncio.to_thread(remove_tree, self._folder.workspace)
         for number, line in enumerate(str(error).splitlines() or [repr(error)]):
             self._log.say(f"refused-{number}", line)
-        await self._never_started("refused", str(error))
+        await self._never_started("start_failure" if may_pass(error) else "refused", str(error))
 
     def _span(self, step: str) -> AbstractContextManager[object]:
         return span(f"agent {step}", self.order.traceparent, object=self.order.execution_id)
@@ -394,6 +395,8 @@ def end_line(ended: ExitRecord, template: JobTemplate) -> str:
         case "out_of_memory":
             limit = template.resources.memory_bytes
             facts.insert(0, "killed: out of memory" + (f", limit {_bytes(limit)}" if limit else ""))
+        case "start_failure":
+            facts.insert(0, f"could not be started: {short_reason(ended.detail, 300)}")
         case "timed_out":
             facts.insert(0, f"ended: its time limit of {template.timeout_s:g} s is over")
         case _:

@@ -93,6 +93,7 @@ class Preparing:
         if version:
             origin[VERSION_OF[template.source.kind]] = version
             self._log.say("source", f"workspace: {template.source.url} at {version}")
+            await self._note(origin)  # another try is of the same, whatever keeps this one from starting
         if template.container == Container():
             await self._prepare_environment(template.environment, origin)
         else:
@@ -127,13 +128,16 @@ class Preparing:
         self._log.say("node", f"node: {self._node.hostname}, isolation: {isolation}, network: {network}")
 
     async def _write_down(self, origin: dict[str, str], prefix: str | None, walls: Walls | None) -> None:
-        if origin:
-            note = json.dumps(origin).encode()
-            await asyncio.to_thread(write_durably, self._folder.path / "origin.json", note)
+        await self._note(origin)
         await asyncio.to_thread(generate_files, self._order, self._node)
         # The order's own template: the values of secrets are on no disk.
         spec = await asyncio.to_thread(spec_for, self._order, prefix, self._node, walls)
         await asyncio.to_thread(AttemptFolder.create, self._node.node_dir, spec)
+
+    async def _note(self, origin: dict[str, str]) -> None:
+        if origin:
+            note = json.dumps(origin).encode()
+            await asyncio.to_thread(write_durably, self._folder.path / "origin.json", note)
 
     async def _wanted(self, environment: Environment) -> Environment:
         """A recorded environment is one whose list is in a file set."""
@@ -143,7 +147,8 @@ class Preparing:
             team_id = self._order.team_id
             text = await self._staging.read_file(environment.path, RECORD, team_id, MAX_TEXT_BYTES)
         except StagingFailed as error:
-            raise EnvironmentRefused(f"the recorded environment cannot be fetched: {error}") from error
+            detail = f"the recorded environment cannot be fetched: {error}"
+            raise EnvironmentRefused(detail, may_pass=error.may_pass) from error
         return Environment(kind="requirements", requirements=text, python=environment.python)
 
     async def _keep_record(self, environment: Prepared) -> dict[str, str]:

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 
 from libs.common import secret_refs
 from libs.common.contracts.messages import JobTemplate, RevealedSecrets, RevealSecrets
-from libs.common.errors import NablaError, Refusal
+from libs.common.errors import Refusal, Unavailable
 from libs.common.ids import secret_hash
 from libs.common.secret_transfer import NotForUs, Reader
 from services.executor.adapters.agent.agent_bus import AgentBus, patiently_ask
 from services.executor.adapters.attempts.masking import Masker
+from services.executor.domain.beginnings import NotStarted
 from services.executor.ports import StartOrder
 
 PATIENCE_S = 120.0
@@ -24,7 +25,7 @@ PATIENCE_S = 120.0
 NAMES_A_QUESTION = 8
 
 
-class SecretsRefused(NablaError):
+class SecretsRefused(NotStarted):
     """The job cannot have what it names; the text says which and why, for the user to read."""
 
 
@@ -74,7 +75,8 @@ class Secrets:
             answer = await patiently_ask(self._bus, asked, RevealedSecrets, order.team_id, patience_s=PATIENCE_S)
             values = {item.name: reader.open(item.name, item.sealed) for item in answer.items}
         except Refusal as error:
-            raise SecretsRefused(" ".join(filter(None, (error.detail, error.remedy)))) from error
+            said = " ".join(filter(None, (error.detail, error.remedy)))
+            raise SecretsRefused(said, may_pass=isinstance(error, Unavailable)) from error
         except NotForUs as error:
             raise SecretsRefused(f"{error}.") from error
         missing = [name for name in names if name not in values]

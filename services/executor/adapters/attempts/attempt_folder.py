@@ -36,7 +36,7 @@ from services.executor.adapters.attempts import processes
 from services.executor.domain.network import Gang, MalformedNetwork, Network
 
 Isolation = Literal["bwrap", "process", "podman"]
-ExitReason = Literal["exited", "stopped", "timed_out", "out_of_memory", "fenced", "refused"]
+ExitReason = Literal["exited", "stopped", "timed_out", "out_of_memory", "fenced", "refused", "start_failure"]
 
 WAKE = signal.SIGURG  # ignored by default: it cannot end a shim that does not listen for it yet
 

@@ -47,6 +47,7 @@ _SAMPLE_SHARE = 20  # memory is looked at for at most a twentieth of the time
 _DRAIN_LIMIT_S = 5.0
 _ENDING_S = 5.0  # what has not died by then is told
 _UNDEAD_NAMED = 5
+_MAX_FIRST_LINE_BYTES = 200
 _ENDING_LIMIT_S = 60.0  # and by then left behind: it dies when the kernel lets it
 _KILL_AGAIN_S = 1.0
 _WRITE_AGAIN_S = 1.0
@@ -93,7 +94,8 @@ def see_through(path: str | os.PathLike[str], secrets: Mapping[str, str] = NO_SE
         except Exception as error:
             _say(traceback.format_exc())
             started = folder.read_started()  # what it left is kept, although nobody knows how it ended
-            record = _refused(f"the shim failed: {error!r}", started.at_us if started else None)
+            reason: ExitReason = "refused" if started else "start_failure"
+            record = _without_end(reason, f"the shim failed: {error!r}", started.at_us if started else None)
         undead = _end_all()
         clean_up(folder)
         if undead and undead not in record.detail:
@@ -322,7 +324,7 @@ class _Attempt:
             return
         end = self._begun_at + limit_s
         if now >= end:
-            self._end("timed_out", f"it ran for {limit_s:g} s", now, self._spec.stop_grace_s)
+            self._end("timed_out", f"it ran longer than its limit of {limit_s:g} s", now, self._spec.stop_grace_s)
         else:
             self._check_at = min(self._check_at, end)
 
@@ -407,7 +409,9 @@ class _Attempt:
         elif code != 0 and self._cgroup is not None and self._cgroup.oom_kills():
             self._reason, self._detail = "out_of_memory", self._killed_by_kernel()
         elif code == 127:
-            self._detail = f"command not found: {_first_word(self._spec.command)}"
+            word = _first_word(self._spec.command)
+            missing = _missing_interpreter(self._folder.workspace, word)
+            self._detail = missing or f"command not found: {word}"
         elif code == 126:
             self._detail = f"not executable: {_first_word(self._spec.command)}"
         elif 128 < code < 128 + signal.NSIG:
@@ -445,8 +449,8 @@ def _without_end(reason: ExitReason, detail: str, started_at_us: int | None = No
     )
 
 
-def _refused(detail: str, started_at_us: int | None = None) -> ExitRecord:
-    return _without_end("refused", detail, started_at_us)
+def _refused(detail: str) -> ExitRecord:
+    return _without_end("refused", detail)
 
 
 def _memory_detail(limit_bytes: int | None, what: str) -> str:
@@ -456,6 +460,20 @@ def _memory_detail(limit_bytes: int | None, what: str) -> str:
 def _first_word(command: list[str] | str) -> str:
     words = command if isinstance(command, list) else command.split()
     return words[0] if words else ""
+
+
+def _missing_interpreter(workspace: Path, word: str) -> str:
+    """Of a script that is there, what to read its first line for: "not found" is said of that too."""
+    try:
+        script = (workspace / word).resolve()
+        if "/" not in word or not script.is_relative_to(workspace.resolve()):
+            return ""
+        with script.open("rb") as file:
+            first = file.readline(_MAX_FIRST_LINE_BYTES).decode("utf-8", "replace").strip()
+    except (OSError, RuntimeError):
+        return ""
+    interpreter = first.removeprefix("#!").strip() if first.startswith("#!") else ""
+    return f"{word} is there, and not the interpreter that its first line names: {interpreter}" if interpreter else ""
 
 
 def _signal_name(number: int) -> str:

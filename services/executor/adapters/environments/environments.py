@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Protocol
 
 from libs.common.contracts.messages import Environment
-from libs.common.errors import NablaError
 from services.executor.adapters.environments.building import RECORD, BuildOrder, python_of_record, size_of, write_new
 from services.executor.adapters.environments.interpreters import Interpreter, Interpreters, NoSuchPython
 from services.executor.adapters.environments.toolbox import Tell, ToolFailed, ToolStopped
 from services.executor.adapters.runtimes.unpacking import BadArchive, inner_path
 from services.executor.adapters.workspaces.transfer import remove_tree
+from services.executor.domain.beginnings import NotStarted, sounds_passing
 from services.executor.domain.requirements import (
     MAX_TEXT_BYTES,
     BadRequirements,
@@ -46,7 +46,7 @@ GONE = ".gone-"
 log = logging.getLogger(__name__)
 
 
-class EnvironmentRefused(NablaError):
+class EnvironmentRefused(NotStarted):
     """The job cannot have this environment; the text says why, for the user to read."""
 
 
@@ -192,7 +192,8 @@ class Environments:
         try:
             await self._builder.build(order, tell)
         except (ToolFailed, ToolStopped) as error:
-            raise EnvironmentRefused(f"the requirements cannot be installed:\n{error}") from error
+            detail = f"the requirements cannot be installed:\n{error}"
+            raise EnvironmentRefused(detail, may_pass=sounds_passing(str(error))) from error
         size_bytes = await asyncio.to_thread(size_of, order.prefix)
         await asyncio.to_thread(write_new, order.prefix / COMPLETE, str(size_bytes))
 

@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from libs.common.contracts.messages import Container
-from libs.common.errors import NablaError
 from libs.common.image_names import name_problem
 from services.executor.adapters.attempts.attempt_folder import Image, Isolation, write_durably
 from services.executor.adapters.runtimes.engine import Engine, NoEngine, image_list
@@ -27,6 +26,7 @@ from services.executor.adapters.runtimes.engine_calls import AUTH_PREFIX, Tell, 
 from services.executor.adapters.runtimes.image_root import has_program, lines_of
 from services.executor.adapters.runtimes.job_view import have_devices
 from services.executor.adapters.runtimes.podman import reason_in
+from services.executor.domain.beginnings import NotStarted
 from services.executor.domain.images import (
     LOCAL,
     BadUser,
@@ -49,7 +49,7 @@ CDI_KIND = "nvidia.com/gpu"
 log = logging.getLogger(__name__)
 
 
-class ImageRefused(NablaError):
+class ImageRefused(NotStarted):
     """The job cannot have this image; the text says why, for the user to read."""
 
 
@@ -244,7 +244,8 @@ class Images:
         self._stamp = ()
         if code != 0:
             has_credentials = bool(container.registry_username or container.registry_password)
-            raise ImageRefused(pull_problem(name, reason_in(said) or said, has_credentials=has_credentials))
+            detail, passing = pull_problem(name, reason_in(said) or said, has_credentials=has_credentials)
+            raise ImageRefused(detail, may_pass=passing)
         tell(f"pulled {name} in {time.monotonic() - started:.1f} s")
 
     async def _ids_in_store(self, engine: Engine) -> list[str]:

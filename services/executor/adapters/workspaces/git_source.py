@@ -19,6 +19,7 @@ from services.executor.adapters.environments.building import size_of
 from services.executor.adapters.environments.toolbox import Tell, Tool, Toolbox, ToolFailed, ToolStopped
 from services.executor.adapters.networks.reach import Place
 from services.executor.adapters.workspaces.transfer import remove_tree
+from services.executor.domain.beginnings import sounds_passing
 from services.executor.domain.sources import BadSource, checked_ref, checked_repository, commit_of, is_commit
 
 LIST_LIMIT_S = 60.0
@@ -79,7 +80,7 @@ class GitSource:
         try:
             await self._toolbox.run(self._tool(source, url, command, limit_s=LIST_LIMIT_S), listing.append)
         except (ToolFailed, ToolStopped) as error:
-            raise BadSource(_in_words(url, ref, str(error))) from error
+            raise _told(url, ref, str(error)) from error
         commit = commit_of("\n".join(listing), ref)
         if not commit:
             raise BadSource(f"there is no {ref or 'commit'} in {url}")
@@ -106,7 +107,7 @@ class GitSource:
                 raise BadSource(reason)
             await asyncio.to_thread(_take, folder / PACKED, target)
         except (ToolFailed, ToolStopped) as error:
-            raise BadSource(_in_words(url, commit, str(error))) from error
+            raise _told(url, commit, str(error)) from error
         finally:
             await asyncio.to_thread(remove_tree, folder)
         for line in _left_out(said):
@@ -182,9 +183,9 @@ def _left_out(said: Sequence[str]) -> list[str]:
     return lines
 
 
-def _in_words(url: str, ref: str, said: str) -> str:
+def _told(url: str, ref: str, said: str) -> BadSource:
     if any(text in said for text in _NOT_THERE):
-        return f"there is no {ref} in {url}, or its server does not give it away by its number"
+        return BadSource(f"there is no {ref} in {url}, or its server does not give it away by its number")
     if any(text in said for text in _NOT_ALLOWED):
-        return f"{url} wants a user and password (or token), or refuses those that it was given"
-    return f"{url} cannot be fetched: {said}"
+        return BadSource(f"{url} wants a user and password (or token), or refuses those that it was given")
+    return BadSource(f"{url} cannot be fetched: {said}", may_pass=sounds_passing(said))

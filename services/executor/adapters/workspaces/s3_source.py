@@ -17,10 +17,12 @@ from urllib3.exceptions import HTTPError
 
 from libs.common.contracts.messages import Source
 from services.executor.adapters.networks.reach import OutOfReach, Place, connect, port_of
+from services.executor.domain.beginnings import sounds_passing
 from services.executor.domain.sources import BadSource, S3Place, checked_object
 
 CHUNK_BYTES = 1 << 20
 TRIES = 3
+_DENIED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AuthorizationHeaderMalformed")
 _MISSING = ("NoSuchKey", "NoSuchBucket", "NoSuchObject")
 
 
@@ -113,6 +115,11 @@ def _told(source: Source) -> Any:
     except S3Error as error:
         if error.code in _MISSING:
             raise BadSource(f"there is no {source.url}") from error
-        raise BadSource(f"{source.url} cannot be fetched: {error.code}: {error.message}") from error
+        if error.code in _DENIED:
+            detail = f"{source.url} is not given out for these credentials ({error.code}); check user name and password"
+            raise BadSource(detail) from error
+        said = f"{error.code}: {error.message}"
+        raise BadSource(f"{source.url} cannot be fetched: {said}", may_pass=sounds_passing(said)) from error
     except (MinioException, HTTPError, OutOfReach, ValueError) as error:
-        raise BadSource(f"{source.url} cannot be fetched: {error}") from error
+        passing = isinstance(error, HTTPError) or sounds_passing(str(error))
+        raise BadSource(f"{source.url} cannot be fetched: {error}", may_pass=passing) from error

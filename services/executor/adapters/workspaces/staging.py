@@ -19,13 +19,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from libs.common.contracts.messages import File, FilePage, Input, JobTemplate, ListFiles, Source
-from libs.common.errors import NablaError, Refusal
+from libs.common.errors import Refusal, Unavailable
 from services.executor.adapters.agent.agent_bus import FIRST_DELAY_S, LONGEST_DELAY_S, AgentBus, patiently_ask
 from services.executor.adapters.environments.toolbox import Tell
 from services.executor.adapters.runtimes.unpacking import MAX_BYTES, BadArchive, inner_path, unpack
 from services.executor.adapters.workspaces import transfer
 from services.executor.adapters.workspaces.sources import Sources
 from services.executor.adapters.workspaces.transfer import TransferBroken, WrongContent
+from services.executor.domain.beginnings import NotStarted
 from services.executor.domain.sources import BadSource
 
 ARCHIVE = "workspace.tar.gz"
@@ -37,7 +38,7 @@ AT_ONCE = 4
 _ID = re.compile(r"[a-z0-9]{1,64}")
 
 
-class StagingFailed(NablaError):
+class StagingFailed(NotStarted):
     """The job cannot start; the text says what is missing and why, for the user to read."""
 
 
@@ -101,7 +102,7 @@ class Staging:
             kept = self._cache / team_id / f"{found.key}.archive"
             await self._unpack_kept(kept, partial(self._sources.fetch, source, found, tell=tell), workspace)
         except BadSource as error:
-            raise StagingFailed(f"the workspace: {error}") from error
+            raise StagingFailed(f"the workspace: {error}", may_pass=error.may_pass) from error
         return found.version
 
     async def _unpack_kept(self, kept: Path, fetch: Callable[[Path], Awaitable[None]], workspace: Path) -> None:
@@ -170,7 +171,8 @@ class Staging:
             try:
                 page = await patiently_ask(self._bus, question, FilePage, team_id, patience_s=PATIENCE_S)
             except Refusal as error:
-                raise StagingFailed(f"{what} cannot be fetched: {error.detail}") from error
+                away = isinstance(error, Unavailable)
+                raise StagingFailed(f"{what} cannot be fetched: {error.detail}", may_pass=away) from error
             for file in page.items:
                 yield file
             cursor = page.next_cursor
@@ -188,7 +190,8 @@ class Staging:
                 raise StagingFailed(f"{file.path} of {fileset_id} is damaged: {error}") from error
             except TransferBroken as error:
                 if asyncio.get_running_loop().time() + delay_s > deadline:
-                    raise StagingFailed(f"{file.path} of {fileset_id} cannot be fetched: {error}") from error
+                    detail = f"{file.path} of {fileset_id} cannot be fetched: {error}"
+                    raise StagingFailed(detail, may_pass=True) from error
             else:
                 return
             await asyncio.sleep(delay_s)

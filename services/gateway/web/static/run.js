@@ -10,6 +10,7 @@ const job = document.body.dataset.job;
 const lines = document.getElementById("lines");
 const follow = document.getElementById("follow");
 const search = document.getElementById("search");
+const rank = document.getElementById("rank");
 const count = document.getElementById("count");
 const escapes = /\u001b\[[0-9;?]*[ -/]*[@-~]|\u001b[@-_]/g;
 
@@ -19,6 +20,7 @@ let waiting = [];
 function row(line) {
   const element = document.createElement("div");
   element.className = line.stream;
+  element.dataset.rank = line.rank;
   const number = document.createElement("span");
   number.textContent = line.sequence;
   const text = document.createElement("span");
@@ -31,15 +33,27 @@ function row(line) {
 function paint(element) {
   const cell = element.lastElementChild, text = cell.dataset.text, wanted = search.value;
   const at = wanted ? text.toLowerCase().indexOf(wanted.toLowerCase()) : -1;
-  element.classList.toggle("hidden", Boolean(wanted) && at < 0);
+  const otherRank = rank.value !== "" && element.dataset.rank !== rank.value;
+  element.classList.toggle("hidden", otherRank || (Boolean(wanted) && at < 0));
   if (at < 0) { cell.textContent = text; return; }
   const mark = document.createElement("mark");
   mark.textContent = text.slice(at, at + wanted.length);
   cell.replaceChildren(text.slice(0, at), mark, text.slice(at + wanted.length));
 }
 
+// Of a job of several processes: offers each that has said something.
+const ranks = new Set([0]);
+function offer(found) {
+  if (ranks.has(found)) return;
+  ranks.add(found);
+  const options = [...ranks].sort((a, b) => a - b).map((each) => new Option(`Rank ${each}`, each, false, rank.value === String(each)));
+  rank.replaceChildren(new Option("All ranks", "", false, rank.value === ""), ...options);
+  rank.hidden = false;
+}
+
 function flush() {
   if (!waiting.length) return;
+  for (const line of waiting) offer(line.rank);
   total += waiting.length;
   lines.append(...waiting.slice(-KEPT).map(row));
   waiting = [];
@@ -77,14 +91,25 @@ lines.addEventListener("scroll", () => {
   follow.checked = lines.scrollHeight - lines.scrollTop - lines.clientHeight < 24;
 });
 follow.addEventListener("change", () => { if (follow.checked) lines.scrollTop = lines.scrollHeight; });
-search.addEventListener("input", () => { for (const element of lines.children) paint(element); });
+for (const [control, event] of [[search, "input"], [rank, "change"]]) {
+  control.addEventListener(event, () => { for (const element of lines.children) paint(element); });
+}
 
-async function charts() {
-  const answer = await fetch(`/api/v1/jobs/${job}/metrics?max_points=400`);
+async function show(query, section, place, wanted) {
+  const answer = await fetch(`/api/v1/jobs/${job}/metrics?${query}`);
   if (!answer.ok) return;
-  const { items } = await answer.json();
-  document.getElementById("metrics").hidden = items.length === 0;
-  drawCharts(document.getElementById("charts"), items);
+  const items = (await answer.json()).items.filter(({ name }) => wanted(name));
+  document.getElementById(section).hidden = items.length === 0;
+  drawCharts(document.getElementById(place), items);
+}
+
+const SYSTEM = "system/";
+const SHOWN = /^system\/(cpu|memory|gpu)/;
+
+// What the job records of itself, and what its node sees it use in the last minutes.
+async function charts() {
+  await show("max_points=400", "metrics", "charts", (name) => !name.startsWith(SYSTEM));
+  await show(`prefix=${SYSTEM}&newest=300`, "usage", "usage-charts", (name) => SHOWN.test(name));
 }
 
 charts();
