@@ -25,7 +25,6 @@ from libs.common.contracts.messages import (
 )
 from libs.common.errors import Unavailable
 from libs.common.ids import new_id
-from libs.common.migrations import migrate
 from libs.common.routing import Route, Routes
 from libs.common.store import Store
 from services.serving.adapters.vault import FileKeyVault
@@ -36,6 +35,7 @@ from services.serving.loops import Front, Reconciler
 from services.serving.routes import routes
 from services.serving.steps import Steps
 from services.serving.store import SKELETON, ServingUnit
+from tests.support.databases import migrate_new
 
 TEAM = "t1"
 MEMBER = Principal(kind="user", id="u1", team_id=TEAM, role="member")
@@ -210,7 +210,7 @@ def envelope_for(message: Message, sender: Principal, key: str = "") -> Envelope
 async def serving_on(database_url: str, folder: Path) -> AsyncIterator[Serving]:
     now = [datetime(2026, 1, 1, tzinfo=UTC)]
     store = Store(database_url, ServingUnit, SKELETON, "serving", clock=lambda: now[0])
-    await migrate(store.writer, "serving")
+    await migrate_new(store, "serving")
     programs = Programs(build="build", replica="replica", endpoint="endpoint")
     peers, health, proxy = FakePeers(), FakeHealth(), FakeProxy()
     passes = FakePasses()

@@ -109,8 +109,10 @@ async def test_packages_of_the_index_become_an_environment_that_is_written_down(
     assert again.record.read_text() == found.record.read_text()
 
 
-@pytest.mark.skipif(not shutil.which("uv"), reason="uv is not installed here: pip install uv")
-async def test_uv_builds_the_same(node: ToolNode, index: list[str]) -> None:
+async def test_uv_builds_the_same(node: ToolNode, index: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the uv of infra/locks/dev.txt, which is beside the Python of the tests and need not be on the PATH."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert shutil.which("uv"), "uv comes with infra/locks/dev.txt: python3 infra/setup.py test installs it"
     found = await prepare(environments(node, "uv"), "alpha")
     assert run(found, "import alpha; print(alpha.number)") == "42"
     assert found.record

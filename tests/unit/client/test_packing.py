@@ -21,6 +21,7 @@ from nabla.packing.origin import parse_status
 from nabla.packing.tree import scan
 from nabla.progress import Progress
 from nabla.transfer import inside
+from tests.support.users import ordinary_user
 
 from .stub import Reply, Seen, StubServer
 
@@ -323,14 +324,13 @@ def test_a_folder_that_is_not_there_is_an_error_of_ours(tmp_path: Path) -> None:
         pack(tmp_path / "nowhere")
 
 
-@pytest.mark.skipif(
-    os.name != "posix" or (hasattr(os, "geteuid") and os.geteuid() == 0) or sys.platform == "win32",
-    reason="root may read everything",
-)
-def test_an_unreadable_folder_is_named(folder: Path) -> None:
-    (folder / "pkg").chmod(0)
-    with pytest.raises(WorkspaceError, match="pkg"):
-        pack(folder)
+@posix
+def test_an_unreadable_folder_is_named() -> None:
+    with ordinary_user() as folder:
+        (folder / "train.py").touch()
+        (folder / "pkg").mkdir(mode=0)
+        with pytest.raises(WorkspaceError, match="pkg"):
+            pack(folder)
 
 
 @posix

@@ -6,8 +6,12 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from types import SimpleNamespace
+from typing import Any, TypeVar, cast
+
+from fastapi import FastAPI
 
 from libs.common.contracts.message import Message
 from libs.common.contracts.messages import AuthenticateAttempt, AuthenticateToken, Execution, Principal
@@ -150,7 +154,23 @@ def new_world(home: Path, **settings: Any) -> World:
     owners.answers |= {AuthenticateToken: authenticate_token, AuthenticateAttempt: authenticate_attempt}
     chosen = GatewaySettings(home=home, front_door="http://127.0.0.1:8080", follow_poll_s=0.05, **settings)
     parts = parts_with(owners, chosen, hints, event_log, clock)
-    return World(owners, hints, event_log, clock, parts, application(parts))
+    return World(owners, hints, event_log, clock, parts, application_of(parts))
+
+
+def application_of(parts: Parts) -> FastAPI:
+    """The application over these parts, one at a time.
+
+    FastAPI works out all routes anew for each application, a tenth of a second with which every test would begin;
+    what tests change are the parts behind it.
+    """
+    app = shared_application(parts.settings.model_copy(update={"home": Path("/nowhere")}))
+    app.state.parts = parts
+    return app
+
+
+@cache
+def shared_application(settings: GatewaySettings) -> FastAPI:
+    return application(cast("Parts", SimpleNamespace(settings=settings)))
 
 
 def parts_with(

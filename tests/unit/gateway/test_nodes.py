@@ -112,7 +112,8 @@ async def test_the_bundle_is_code_and_nothing_else(client: httpx.AsyncClient) ->
     with tarfile.open(fileobj=io.BytesIO(answer.content)) as packed:
         names = set(packed.getnames())
         assert all(member.isfile() for member in packed)
-    assert {"services/executor/adapters/cluster/ray_agent.py", "infra/node/node.py", "infra/setup.py"} <= names
+    assert {"services/executor/adapters/cluster/ray_agent.py", "infra/node/node.py"} <= names
+    assert {"infra/setup.py", "infra/install/__init__.py", "infra/install/environments.py"} <= names
     assert "libs/client/nabla/__init__.py" in names
     assert not [
         name for name in names if "/." in name or name.startswith((".", "tests", "docs")) or "__pycache__" in name

@@ -20,7 +20,6 @@ from libs.common.contracts.message import Kind, Message
 from libs.common.errors import Unauthenticated
 from libs.common.ids import new_id
 from libs.common.inbox import Answer, Inbox
-from libs.common.migrations import migrate
 from libs.common.routing import Route
 from libs.common.store import Store
 from libs.common.waiting import end
@@ -31,6 +30,7 @@ from services.registry.routes import routes
 from services.registry.store import SKELETON, RegistryUnit
 from services.registry.store.runs import SKELETON as RUNS_SKELETON
 from services.registry.store.runs import RunsUnit
+from tests.support.databases import migrate_new
 
 M = TypeVar("M", bound=Message)
 
@@ -207,8 +207,8 @@ async def running_catalogue(url: str, runs_url: str, keys: Path) -> AsyncIterato
     time = Time()
     store = Store(url, RegistryUnit, SKELETON, "registry", time)
     runs = Store(runs_url, RunsUnit, RUNS_SKELETON, "registry", time)
-    await migrate(store.writer, "registry")
-    await migrate(runs.writer, "registry/runs")
+    await migrate_new(store, "registry")
+    await migrate_new(runs, "registry/runs")
     catalogue = Catalogue(store, runs, time, FileVault(keys))
     tasks = [asyncio.create_task(inbox.run()) for inbox in catalogue.inboxes.values()]
     try:

@@ -27,7 +27,6 @@ from libs.common.contracts.messages import (
 from libs.common.errors import Refusal, Unavailable
 from libs.common.ids import new_id
 from libs.common.inbox import Inbox
-from libs.common.migrations import migrate
 from libs.common.routing import Route
 from libs.common.waiting import end
 from services.scheduler.handlers import get_job
@@ -36,6 +35,7 @@ from services.scheduler.loops.reconciler import Patience, Reconciler
 from services.scheduler.routes import routes
 from services.scheduler.store import SchedulerStore
 from services.scheduler.tables import SKELETON
+from tests.support.databases import migrate_new
 from tests.unit.scheduler.cases import PROJECT, TEAM, template
 
 ROUTES = routes()
@@ -105,7 +105,7 @@ class World:
         self._running = asyncio.create_task(self.inbox.run())
 
     async def open(self) -> World:
-        await migrate(self.store.writer, "scheduler")
+        await migrate_new(self.store, "scheduler")
         return self
 
     async def close(self) -> None:

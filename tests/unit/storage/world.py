@@ -32,7 +32,6 @@ from libs.common.contracts.messages import (
 from libs.common.ids import new_id
 from libs.common.inbox import Inbox
 from libs.common.loglines import Slice
-from libs.common.migrations import migrate
 from libs.common.store import Store
 from libs.common.waiting import end
 from services.storage.adapters.tail import Tail
@@ -43,6 +42,7 @@ from services.storage.loops.logs import LogCheck, LogKeeper, LogScrub
 from services.storage.routes import routes
 from services.storage.settings import StorageSettings
 from services.storage.store import SKELETON, StorageUnit
+from tests.support.databases import migrate_new
 from tests.unit.storage.fakes import FakeFrames, FakeJobs, FakeObjects
 
 M = TypeVar("M", bound=Message)
@@ -181,7 +181,7 @@ class World:
 @asynccontextmanager
 async def running_world(url: str, folder: Path) -> AsyncIterator[World]:
     world = World(url, folder)
-    await migrate(world.store.writer, "storage")
+    await migrate_new(world.store, "storage")
     tasks = [asyncio.create_task(world.inbox.run()), asyncio.create_task(world.tail.run())]
     try:
         yield world
