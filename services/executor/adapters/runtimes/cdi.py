@@ -35,7 +35,7 @@ class NoDevices(NablaError):
     """Containers do not get these GPUs on this node; the text says what to do."""
 
 
-def names_of(indices: Sequence[int]) -> list[str]:
+def names_of(indices: Sequence[int], folders: Sequence[Path] = FOLDERS) -> list[str]:
     """What an engine is told for the GPUs of these numbers. As root, what the toolkit would say is had from it.
 
     Raises:
@@ -43,9 +43,9 @@ def names_of(indices: Sequence[int]) -> list[str]:
     """
     if not indices:
         return []
-    specs = read_specs()
-    if not specs and _generated():
-        specs = read_specs()
+    specs = read_specs(folders)
+    if not specs and _generated(folders[-1]):
+        specs = read_specs(folders)
     if not specs:
         how = f"`{GENERATE}` does" if shutil.which("nvidia-ctk") else _install_first()
         raise NoDevices(f"this node does not say how containers get its GPUs; there, {how}")
@@ -91,14 +91,14 @@ def _mounts(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from (each.get("containerEdits") or {}).get("mounts") or ()
 
 
-def _generated() -> bool:
+def _generated(folder: Path) -> bool:
     """Into the folder that a reboot, and with it a new driver, empties."""
     tool = shutil.which("nvidia-ctk")
     if tool is None or os.geteuid() != 0:
         return False
     with suppress(OSError, subprocess.SubprocessError):
-        command = [tool, "cdi", "generate", f"--output={FOLDERS[1] / 'nvidia.yaml'}"]
-        FOLDERS[1].mkdir(parents=True, exist_ok=True)
+        command = [tool, "cdi", "generate", f"--output={folder / 'nvidia.yaml'}"]
+        folder.mkdir(parents=True, exist_ok=True)
         return subprocess.run(command, capture_output=True, timeout=_GENERATE_LIMIT_S, check=False).returncode == 0
     return False
 
