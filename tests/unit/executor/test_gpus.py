@@ -10,8 +10,10 @@ import pytest
 
 from services.executor.adapters.agent.gpus import GpuMeter, Gpus, load_nvml, read_gpus, read_minors
 from services.executor.adapters.attempts.attempt_folder import Bind
+from services.executor.adapters.cluster.ray_reservations import numbers_of
 from services.executor.adapters.runtimes import cdi
 from services.executor.domain.gpus import Use, free_gpus
+from services.executor.ports import NoRoom
 
 pytestmark = pytest.mark.unit
 SPEC = """
@@ -162,6 +164,12 @@ def test_gpus_are_rays_unless_somebody_is_on_them(
     others = [Use("n", indices, share) for indices, share in used] + [Use("other", (0, 1, 2), 1000)]
     answer = free_gpus([Use("n", given, milli)], others, {"n": 3})
     assert answer == (None if found is None else [found])
+
+
+def test_gpus_without_numbers_are_told_of_with_the_way_out() -> None:
+    assert numbers_of(("10", "2")) == (2, 10)
+    with pytest.raises(NoRoom, match=r"calls a GPU of the node MIG-41b3.*without CUDA_VISIBLE_DEVICES or with numbers"):
+        numbers_of(("0", "MIG-41b3"))
 
 
 def test_ranks_of_a_gang_are_not_put_on_one_gpu() -> None:
