@@ -16,8 +16,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +42,8 @@ SYSTEM = {
     "/usr/bin/rsync": "rsync",
 }
 
+FOR_CONTAINERS = {pattern: package for pattern, package in SYSTEM.items() if package in ("podman", "runc", "uidmap")}
+
 
 @dataclass
 class Outcome:
@@ -57,11 +60,13 @@ def main() -> int:
     # Started in the background of a script, this is deaf to SIGINT, and so would be all that tests interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     arguments = parse()
-    if not arguments.gpu:
-        install_system_packages()
-    marks = "gpu" if arguments.gpu else "not gpu" if arguments.full else "not gpu and not full"
-    outcomes = [run_stage(stage, marks, arguments.rest) for stage in STAGES]
-    return close(outcomes)
+    if arguments.gpu:
+        install_system_packages(FOR_CONTAINERS)
+        # One after the other: the machine's GPUs are there once.
+        return close([run_stage(tuple(chain(*STAGES)), "gpu", arguments.rest, workers=1)], workers=1)
+    install_system_packages(SYSTEM)
+    marks = "not gpu" if arguments.full else "not gpu and not full"
+    return close([run_stage(stage, marks, arguments.rest) for stage in STAGES])
 
 
 def parse() -> argparse.Namespace:
@@ -72,9 +77,9 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def install_system_packages() -> None:
+def install_system_packages(wanted: Mapping[str, str]) -> None:
     """As root, installs the Debian packages that are missing; an ordinary user's tests skip with the same line."""
-    missing = [package for pattern, package in SYSTEM.items() if not list(Path("/").glob(pattern.lstrip("/")))]
+    missing = [package for pattern, package in wanted.items() if not list(Path("/").glob(pattern.lstrip("/")))]
     if not missing or os.geteuid() != 0 or not shutil.which("apt-get"):
         return
     print(f"── installing Debian packages: {' '.join(missing)}", flush=True)
@@ -86,13 +91,13 @@ def install_system_packages() -> None:
             return
 
 
-def run_stage(suites: Sequence[str], marks: str, rest: Sequence[str]) -> Outcome:
+def run_stage(suites: Sequence[str], marks: str, rest: Sequence[str], workers: int = WORKERS) -> Outcome:
     print(f"\n══ {', '.join(suites)}", flush=True)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pytest", *(f"tests/{suite}" for suite in suites), "-m", marks]
-        command += ["-n", str(WORKERS), "--no-loadscope-reorder"]
+        command += ["-n", str(workers), "--no-loadscope-reorder"]
         command += ["-p", "tests.support.report", f"--report-file={report}", "--no-header", "--tb=short", "-q", *rest]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
@@ -101,7 +106,7 @@ def run_stage(suites: Sequence[str], marks: str, rest: Sequence[str]) -> Outcome
     return Outcome(0 if code == 5 else code, time.monotonic() - began, **found)
 
 
-def close(outcomes: Sequence[Outcome]) -> int:
+def close(outcomes: Sequence[Outcome], workers: int = WORKERS) -> int:
     """The table, the skips with the line that enables each, and the one line that machines read."""
     print("\n══ summary")
     total: Counter[str] = Counter()
@@ -112,7 +117,7 @@ def close(outcomes: Sequence[Outcome]) -> int:
             print(f"  {suite:<12} {stage.times[suite]:6.0f} s of tests   {numbers}")
             total.update(counts)
         skips.update(stage.skips)
-        print(f"  {'':<12} {stage.seconds:6.0f} s with {WORKERS} workers")
+        print(f"  {'':<12} {stage.seconds:6.0f} s with {workers} worker{'' if workers == 1 else 's'}")
     print("\n  skipped: nothing" if not skips else "\n  skipped:")
     for reason, count in skips.most_common():
         print(f"  {count:4}  {reason}")

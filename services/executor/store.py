@@ -263,6 +263,11 @@ class ExecutorUnit(UnitOfWork):
         columns = select(ExecutionRow.node_id, ExecutionRow.team_id, ExecutionRow.job_id, ExecutionRow.template)
         return (await self.session.exec(columns.where(ExecutionRow.state != ENDED))).all()
 
+    async def gpu_users(self, node_ids: Iterable[str]) -> Sequence[ExecutionRow]:
+        """What has GPUs of these nodes, by our own record."""
+        query = select(ExecutionRow).where(ExecutionRow.state != ENDED, col(ExecutionRow.node_id).in_(list(node_ids)))
+        return [row for row in (await self.session.exec(query)).all() if row.gpu_indices]
+
     async def due(self) -> Sequence[ExecutionRow]:
         """Executions with something to do, longest due first; at most PAGE."""
         query = (

@@ -152,6 +152,20 @@ def test_gpu_indices_are_given_to_one_job_at_a_time(client: Client, project: str
     assert seen == {"gpu=0", "gpu=1"}
 
 
+def test_a_model_of_gpus_that_no_node_has_fails_the_job_with_the_reason(client: Client, project: str) -> None:
+    """Not in a time limit of its own: it is over before its log could be followed."""
+    job = client.jobs.submit(project, JobTemplate(name="h", command=("true",), resources=Resources(gpu_model="H200")))
+    list(client.jobs.follow(job.id))
+    found = client.jobs.get(job.id)
+    known = "no node has a GPU whose model is known"
+    assert (found.job.state, found.job.detail.partition("; ")[0]) == (
+        "failed",
+        "needs 1 H200 GPU, 1 CPU, and no node has such a GPU",
+    )
+    assert known in found.job.detail or "the GPUs here are" in found.job.detail
+    assert found.attempts == (), "nothing was tried"
+
+
 def test_a_job_that_cannot_be_placed_says_why_it_waits(client: Client, project: str) -> None:
     template = JobTemplate(name="huge", command=("true",), resources=Resources(gpu_count=64))
     job = client.jobs.submit(project, template)

@@ -40,6 +40,7 @@ class RayHead:
     cpus: int = 4
     gpus: int = 2
     options: tuple[str, ...] = ()
+    inside: tuple[str, ...] = ()
 
     @property
     def address(self) -> str:
@@ -47,7 +48,7 @@ class RayHead:
 
     def start(self) -> None:
         loopback = "services.executor.adapters.cluster.loopback"
-        command = [sys.executable, "-m", loopback, "start", "--head", f"--port={self.port}"]
+        command = [*self.inside, sys.executable, "-m", loopback, "start", "--head", f"--port={self.port}"]
         command += [
             f"--node-ip-address={self.host}",
             f"--num-cpus={self.cpus}",
@@ -181,9 +182,13 @@ def _command_line(pid: int) -> bytes:
 
 
 @contextmanager
-def running_ray(host: str = "127.0.0.1") -> Iterator[RayHead]:
+def running_ray(
+    host: str = "127.0.0.1", *, gpus: int = 2, inside: Sequence[str] = (), variables: Mapping[str, str] | None = None
+) -> Iterator[RayHead]:
+    """Args: inside: what to put before its command, as for nodes; variables: more of its environment."""
     with ended_afterwards() as (folder, environment):
-        head = RayHead(free_port(), folder / "r", environment, host)
+        own = environment | dict(variables or {})
+        head = RayHead(free_port(), folder / "r", own, host, gpus=gpus, inside=tuple(inside))
         try:
             head.start()
             yield head

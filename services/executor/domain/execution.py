@@ -90,7 +90,8 @@ def amounts_for(resources: Resources) -> dict[str, float]:
     if resources.memory_bytes:
         amounts["memory"] = float(resources.memory_bytes)
     if resources.gpu_count:
-        amounts["GPU"] = resources.gpu_count
+        # As exact as the scheduler counts: three times 0.33349 fit there, and would not fit here.
+        amounts["GPU"] = round(resources.gpu_count, 3)
     return amounts
 
 

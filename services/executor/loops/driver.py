@@ -14,6 +14,7 @@ from libs.common.telemetry import span
 from libs.common.waiting import end, happens
 from services.executor.domain.execution import ACCEPTED, ENDED, RESERVED, amounts_for
 from services.executor.domain.gang import BLOCKS, free_block, gang_order, missing_addresses
+from services.executor.domain.gpus import Use, free_gpus, share_of
 from services.executor.domain.inventory import GONE
 from services.executor.domain.isolation import PROCESS, refusal
 from services.executor.handlers import advance
@@ -111,9 +112,16 @@ class Driver:
             await self._wait_for_room(row, error)
         else:
             crash_point("executor.after_reserve")
+            await self._tell_reserved(row, gpus)
+
+    async def _tell_reserved(self, row: ExecutionRow, gpus: Sequence[Sequence[int]]) -> None:
+        try:
             reserved, order = await self._store.run(lambda unit: self._note_reserved(unit, row, gpus))
-            crash_point("executor.before_tell")
-            await self._tell(reserved, order)
+        except NoRoom as error:
+            await self._wait_for_room(row, error)
+            return
+        crash_point("executor.before_tell")
+        await self._tell(reserved, order)
 
     async def _refusal(self, row: ExecutionRow) -> str:
         """Why the job may not run on its nodes as they are, or nothing."""
@@ -133,8 +141,13 @@ class Driver:
     async def _note_reserved(
         self, unit: ExecutorUnit, lead: ExecutionRow, gpus: Sequence[Sequence[int]]
     ) -> tuple[ExecutionRow, StartOrder]:
-        """Of all ranks at once: the others are due from now on."""
-        for row, indices in zip(await unit.of_attempts([lead.attempt_id]), gpus, strict=True):
+        """Of all ranks at once: the others are due from now on.
+
+        Raises:
+            NoRoom: GPUs that Ray counts as free are used.
+        """
+        rows = await unit.of_attempts([lead.attempt_id])
+        for row, indices in zip(rows, await _unused_gpus(unit, rows, gpus), strict=True):
             reserved = await advance(unit, row, "reserve", gpu_indices=list(indices), detail="", visit_us=0)
             if row.id == lead.id:
                 lead = reserved
@@ -263,6 +276,28 @@ def reservation_of(row: ExecutionRow) -> Reservation:
     wishes = [rank_template(template, rank).resources for rank in ranks_of(template)]
     parts = (Part(node_id, amounts_for(wish)) for node_id, wish in zip(nodes, wishes, strict=True))
     return Reservation(row.attempt_id, tuple(parts))
+
+
+async def _unused_gpus(
+    unit: ExecutorUnit, rows: Sequence[ExecutionRow], given: Sequence[Sequence[int]]
+) -> Sequence[Sequence[int]]:
+    """Ray's, or others where what runs is on them."""
+    if not any(given):
+        return given
+    attempt_id, parts = rows[0].attempt_id, reservation_of(rows[0]).parts
+    wanted = [Use(part.node_id, indices, share_of(part.gpu_count)) for part, indices in zip(parts, given, strict=True)]
+    nodes = {use.node_id for use in wanted}
+    used = [
+        Use(row.node_id, row.gpu_indices, share_of(reservation_of(row).parts[row.rank].gpu_count))
+        for row in await unit.gpu_users(nodes)
+        if row.attempt_id != attempt_id
+    ]
+    counts = {node.id: int(node.gpu_count) for node in await unit.nodes()}
+    found = free_gpus([use for use in wanted if use.indices], used, counts)
+    if found is None:
+        raise NoRoom("GPUs that Ray counts as free are used by what runs since before its head was lost")
+    settled = iter(found)
+    return [next(settled) if use.indices else () for use in wanted]
 
 
 async def _take_ports(unit: ExecutorUnit, attempt_id: str) -> None:

@@ -11,6 +11,10 @@ from libs.common.contracts.gangs import rank_template, ranks_of
 from libs.common.contracts.messages import JobTemplate, Resources
 
 WHOLE_GPU = 1000
+# A GPU sold with 24 GB shows its driver 22.5 GiB (A10, L4), one with 80 GB 79.6 GiB: the rest is the card's own.
+GPU_MEMORY_SHOWN_PERCENT = 93
+# Between the names of a machine that has several models.
+BETWEEN_MODELS = ", "
 _WORDS = re.compile(r"[a-z0-9]+")
 
 
@@ -103,12 +107,16 @@ def is_model(wanted: str, name: str) -> bool:
 
 
 def offers(machine: Shape, wanted: Shape) -> bool:
-    """Whether the machine's GPUs are of the kind that is asked for, however many there are."""
+    """Whether the machine's GPUs are of the kind that is asked for, however many there are.
+
+    All of them: which one of its own a machine gives is not for us to choose.
+    """
     if not wanted.milli_gpus:
         return True
-    if wanted.gpu_model and not is_model(wanted.gpu_model, machine.gpu_model):
+    names = machine.gpu_model.split(BETWEEN_MODELS)
+    if wanted.gpu_model and not all(is_model(wanted.gpu_model, name) for name in names):
         return False
-    return machine.gpu_memory_bytes >= wanted.gpu_memory_bytes
+    return machine.gpu_memory_bytes * 100 >= wanted.gpu_memory_bytes * GPU_MEMORY_SHOWN_PERCENT
 
 
 def can_run(machine: Shape, wanted: Shape) -> bool:

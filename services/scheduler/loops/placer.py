@@ -36,6 +36,7 @@ BACK_OFF_S = 1.0
 TOO_LONG = "waited as long as it may, without its turn"
 # How far a node's sandboxes reach, as its executor says it, when they reach nobody else's.
 LOOPBACK = "loopback"
+SILENT_EXECUTOR = "the executor is silent"
 NO_EXECUTOR = "no executor has reported its nodes yet"
 
 log = logging.getLogger(__name__)
@@ -163,7 +164,8 @@ class Placer:
     def _learn_nodes(self) -> None:
         heard_since_us = to_us(self._clock() - self._silent)
         heard = [inventory for inventory in self._inventories if inventory.heard_us >= heard_since_us]
-        self.policy.apply_nodes(machines(heard), _why_none(self._inventories, heard))
+        silent = [inventory for inventory in self._inventories if inventory.heard_us < heard_since_us]
+        self.policy.apply_nodes(known_machines(heard, silent), _why_none(self._inventories, heard))
 
     async def _wait_for_change(self) -> None:
         wait_s = self._pass_s
@@ -189,6 +191,12 @@ def _total(node: Node) -> Shape:
     return shape._replace(images=bool(node.runtimes))
 
 
+def known_machines(heard: list[Inventory], silent: list[Inventory]) -> dict[str, Machine]:
+    """With those of executors that are away: nobody may say meanwhile that there are no such machines."""
+    away = {node: replace(machine, closed=SILENT_EXECUTOR) for node, machine in machines(silent).items()}
+    return away | machines(heard)
+
+
 def _why_closed(node: Node) -> str:
     if node.state != "ready":
         return f"is {node.state}"
@@ -204,7 +212,7 @@ def _why_none(inventories: list[Inventory], heard: list[Inventory]) -> str:
     if not inventories:
         return NO_EXECUTOR
     if not heard:
-        return "the executor is silent"
+        return SILENT_EXECUTOR
     ready = [node for inventory in heard for node in inventory.nodes if node.state == "ready"]
     if ready and all(node.draining for node in ready):
         return "all nodes are being drained"

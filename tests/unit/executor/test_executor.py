@@ -481,6 +481,37 @@ async def test_the_sweeper_mends_reservations_in_both_directions(bench: Bench) -
     assert set(bench.cluster.held) == {going.attempt_id}
 
 
+def gpu_job() -> StartExecution:
+    return start(template=JobTemplate(command=("x",), resources=Resources(gpu_count=1)))
+
+
+async def test_a_head_that_lost_count_of_gpus_puts_nobody_beside_a_job_that_runs(bench: Bench) -> None:
+    first, second, third, fourth = (gpu_job() for _ in range(4))
+    for asked in (first, second):
+        await bench.deliver(asked)
+        await bench.work()
+    assert (await bench.row(second.attempt_id)).gpu_indices == [1]
+    await bench.deliver(report(first, "ended", reason="exited", exit_code=0))
+    await bench.watcher.look()
+    await bench.work()
+    # The head is lost with all reservations, and has the survivor's again: on the first GPU.
+    bench.cluster.held.clear()
+    await bench.sweeper.sweep()
+    assert bench.cluster.gpus[second.attempt_id] == ((0,),)
+    await bench.deliver(third)
+    await bench.work()
+    assert bench.cluster.gpus[third.attempt_id] == ((1,),)
+    assert (await bench.row(third.attempt_id)).gpu_indices == [0], "where really nobody is"
+    assert bench.cluster.orders[-1].gpu_indices == (0,)
+    # It is lost again, and a job comes before what runs has its reservation back.
+    bench.cluster.held.clear()
+    await bench.deliver(fourth)
+    await bench.work()
+    row = await bench.row(fourth.attempt_id)
+    assert (row.state, row.gpu_indices) == ("accepted", [])
+    assert row.detail == "GPUs that Ray counts as free are used by what runs since before its head was lost"
+
+
 async def test_a_start_waits_while_there_is_no_cluster(bench: Bench) -> None:
     bench.cluster.away = "the Ray cluster is still starting"
     asked = start()

@@ -28,7 +28,6 @@ from libs.common.contracts.messages import (
 from libs.common.errors import Conflict, NotFound, Unauthenticated
 from libs.common.ids import secret_hash
 from services.executor import handlers
-from services.executor.adapters.agent.gpus import Gpus, read_gpus
 from services.executor.adapters.cluster.ray_agent import node_own
 from services.executor.adapters.cluster.ray_ticket import ticket
 from services.executor.domain.demand import HOLDS_S, bundles_for
@@ -310,19 +309,6 @@ async def test_two_nodes_of_one_machine_have_folders_of_their_own() -> None:
     own = node_own(config, {"NABLA_NODE_DIR": "/mine", "NABLA_NODE_STORAGE": "", "HOME": "/root"}, "n1")
     assert node_own(config, {"NABLA_NODE_DIR": "/nodes/{node_id}"}, "n1").node_dir == "/nodes/n1"
     assert (own.node_dir, own.storage_root, own.default_environment) == ("/mine", "/storage", "/env")
-
-
-@pytest.mark.parametrize(
-    ("said", "model", "memory_bytes"),
-    [
-        ("NVIDIA H100 80GB HBM3, 81559\nNVIDIA H100 80GB HBM3, 81559\n", "H100 80GB HBM3", 81559 << 20),
-        ("NVIDIA A100-SXM4-40GB, 40960\nTesla T4, 15360\n", "A100-SXM4-40GB, Tesla T4", 15360 << 20),
-        ("NVIDIA GB10, [N/A]\n", "GB10", 0),
-        ("No devices were found\n", "", 0),
-    ],
-)
-def test_gpus_are_read_from_what_the_driver_says(said: str, model: str, memory_bytes: int) -> None:
-    assert read_gpus(said) == Gpus(model, memory_bytes)
 
 
 def test_another_machine_is_told_the_outer_addresses() -> None:

@@ -96,6 +96,24 @@ def test_only_gpus_of_the_wanted_kind_are_taken():
     assert not cluster.has_gpus((shape_of(1, 0, 1, "a100", 60 * GIB),))
 
 
+@pytest.mark.parametrize(
+    ("sold_gib", "shown_mib"), [(80, 81559), (24, 23028), (16, 15360), (40, 40960)], ids=["H100", "A10", "T4", "A100"]
+)
+def test_a_gpu_counts_with_the_memory_that_it_is_sold_with(sold_gib, shown_mib):
+    cluster = cluster_with(n=shape_of(8, 0, 1, "", shown_mib << 20))
+    assert cluster.seats((shape_of(1, 0, 1, "", sold_gib * GIB),)) == ("n",)
+    assert not cluster.has_gpus((shape_of(1, 0, 1, "", sold_gib * GIB * 5 // 4),))
+
+
+def test_a_machine_of_several_models_is_asked_for_none_of_them():
+    """Ray gives any of its GPUs, and a job that wants an H100 is not to find an A100."""
+    both = "NVIDIA A100-SXM4-40GB, NVIDIA H100 80GB HBM3"
+    cluster = cluster_with(mixed=shape_of(8, 0, 2, both, 40 * GIB))
+    assert not cluster.has_gpus((shape_of(1, 0, 1, "h100"),))
+    assert cluster.seats((shape_of(1, 0, 1),)) == ("mixed",)
+    assert cluster.seats((shape_of(1, 0, 1, "nvidia"),)) == ("mixed",), "all of them are"
+
+
 def test_a_gang_is_packed_onto_few_nodes():
     rooms = {node: empty_room(shape_of(cpus, 0, 0)) for node, cpus in (("a", 2), ("b", 4), ("c", 3))}
     assert pack((shape_of(1, 0, 0),) * 4, rooms) == ("b",) * 4

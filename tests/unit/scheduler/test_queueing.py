@@ -12,6 +12,7 @@ from libs.common.contracts.messages import (
     ExplainJob,
     Gang,
     ListMachines,
+    NodesReported,
     OrderJob,
     Principal,
     Project,
@@ -83,6 +84,22 @@ async def test_a_model_that_no_node_has_fails_at_once_with_the_reason(world):
     reason = "needs 1 H200 GPU, 1 CPU, and no node has such a GPU; the GPUs here are NVIDIA H100"
     assert detail.job.detail == reason
     assert (await world.query(ExplainJob(job_id=job_id))).summary == f"It has failed: {reason}"
+
+
+async def test_a_model_of_an_executor_that_is_away_is_waited_for(world):
+    """A restart of the one cluster that has it must not fail the jobs that queue for it."""
+    elsewhere = NodesReported(nodes=(node("node2", gpu_count=1, gpu_model="H100"),))
+    await world.deliver(elsewhere, source="executor.far")
+    world.wait(31)
+    await world.report_nodes(node(gpu_count=1, gpu_model="A100"))
+    job_id = await world.submit(resources=Resources(gpu_model="H100"))
+    assert await world.place() == 0
+    job = await world.job(job_id)
+    assert (job.state, job.detail) == ("queued", "needs 1 H100 GPU, and no node that takes work has such a GPU")
+    away = {each.node_id: each.obstacle for each in (await world.query(ExplainJob(job_id=job_id))).nodes}
+    assert away["node2"] == "the executor is silent"
+    await world.deliver(elsewhere, source="executor.far")
+    assert await world.place() == 1
 
 
 async def test_a_job_that_waited_when_the_last_such_gpu_left_fails_too(world):

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from libs.common.clock import from_us, utc_now
 from libs.common.contracts.messages import Point, RecordUsage, Usage
 from libs.common.errors import Refusal
-from services.executor.adapters.agent.usage import Gpus, Meter, Reading, Subject, rates
+from services.executor.adapters.agent.gpus import GpuMeter, load_nvml
+from services.executor.adapters.agent.usage import Meter, Reading, Subject, rates
 from services.executor.adapters.attempts.processes import Tree
 
 SAMPLE_S = 1.0
@@ -57,7 +58,7 @@ class Watch:
     slowness: int = 0
     points: deque[Point] = field(default_factory=lambda: deque(maxlen=WAITING_POINTS))
 
-    def sample(self, gpus: Gpus, tree: Tree, now_us: int) -> None:
+    def sample(self, gpus: GpuMeter, tree: Tree, now_us: int) -> None:
         """Reads the attempt when it is its turn."""
         step = (now_us - self.attempt.started_us) // 1_000_000
         if step < self.due_step:
@@ -75,7 +76,7 @@ class Watch:
         percent = (self.meter.cpu_s() - self.last.cpu_s) / max(now_s - self.last_at_s, 1e-3) * 100
         return percent < STILL_PERCENT
 
-    def _read(self, gpus: Gpus, tree: Tree, step: int, now_us: int, now_s: float) -> None:
+    def _read(self, gpus: GpuMeter, tree: Tree, step: int, now_us: int, now_s: float) -> None:
         reading = self.meter.read(tree)
         before, passed_s = self.last, now_s - self.last_at_s
         self.last, self.last_at_s = reading, now_s
@@ -97,12 +98,13 @@ class Metering:
     Args:
         present: the attempts that run just now.
         send: has the registry keep it, on behalf of a team.
+        gpus: the driver's own, unless told otherwise.
     """
 
-    def __init__(self, present: Callable[[], Iterable[Metered]], send: Send) -> None:
+    def __init__(self, present: Callable[[], Iterable[Metered]], send: Send, gpus: GpuMeter | None = None) -> None:
         self._present = present
         self._send = send
-        self._gpus = Gpus()
+        self._gpus = gpus or GpuMeter(load_nvml())
         self._watches: dict[str, Watch] = {}
 
     async def run(self) -> None:

@@ -378,6 +378,7 @@ class NodeAgent:
             log_limit_bytes=config.log_limit_bytes,
             disk_reserve_bytes=config.disk_reserve_bytes,
             network=self._network,
+            gpus=self._gpus,
         )
 
 

@@ -115,7 +115,9 @@ class Preparing:
         """Args: container: with the registry's password in place of its name."""
         order = self._order
         uid = job_uid(order.team_uid, None, self._node)
-        asker = ImageAsker(order.team_id, uid, order.gpu_indices, self._tell_of_image)
+        # For GPUs that Ray was only told of there is nothing to ask of an engine.
+        gpus = order.gpu_indices if self._node.gpus.devices_of(order.gpu_indices) else ()
+        asker = ImageAsker(order.team_id, uid, gpus, self._tell_of_image)
         async with self._images.prepared(container, asker) as walls:
             self._tell_of_node(f"{walls.isolation}, image: {walls.image.name}")
             await self._write_down(origin, None, walls)

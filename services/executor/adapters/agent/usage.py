@@ -5,13 +5,12 @@ Only reading; who is read, and when, is the business of metering.py.
 
 from __future__ import annotations
 
-import importlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from services.executor.adapters.attempts import processes
 from services.executor.adapters.runtimes.cgroup import folders_of
@@ -69,27 +68,6 @@ class Meter:
             received_bytes=network[0] if network else None,
             sent_bytes=network[1] if network else None,
         )
-
-
-class Gpus:
-    """NVML, where the node has it: utilisation, memory and power by the node's own numbers of GPUs."""
-
-    def __init__(self) -> None:
-        self._nvml: Any = None
-        with suppress(Exception):  # no package, no driver, no device: there is nothing to read
-            nvml = importlib.import_module("pynvml")
-            nvml.nvmlInit()
-            self._nvml = nvml
-
-    def read(self, indices: Sequence[int]) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for index in indices if self._nvml else ():
-            with suppress(self._nvml.NVMLError):
-                device = self._nvml.nvmlDeviceGetHandleByIndex(index)
-                found[f"system/gpu_{index}_percent"] = float(self._nvml.nvmlDeviceGetUtilizationRates(device).gpu)
-                found[f"system/gpu_{index}_memory_bytes"] = float(self._nvml.nvmlDeviceGetMemoryInfo(device).used)
-                found[f"system/gpu_{index}_power_watts"] = self._nvml.nvmlDeviceGetPowerUsage(device) / 1000
-        return found
 
 
 def rates(before: Reading, now: Reading, passed_s: float) -> dict[str, float]:

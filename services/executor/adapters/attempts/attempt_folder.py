@@ -98,7 +98,8 @@ class AttemptSpec:
 
     `command` is an argv, or one string for `sh -c`. `environment_prefix` is a virtualenv (or any prefix with
     a bin/) shown read-only at its own path and put first on PATH. `pids_limit` bounds the processes and
-    threads of the attempt. `gpu_indices` are the node's own numbers. `run_as_uid` is required when the
+    threads of the attempt. `gpu_indices` are the node's own numbers, `gpu_devices` their device
+    nodes in the same order, none for GPUs that Ray was only told of. `run_as_uid` is required when the
     platform is root.
     """
 
@@ -110,6 +111,7 @@ class AttemptSpec:
     cpu_count: float = 1.0
     memory_bytes: int | None = None
     gpu_indices: list[int] = field(default_factory=list)
+    gpu_devices: list[str] = field(default_factory=list)
     isolation: Isolation = "bwrap"
     image: Image | None = None
     run_as_uid: int | None = None
@@ -424,6 +426,8 @@ def _number_problems(spec: AttemptSpec) -> Iterator[str]:
         yield "run_as_uid is not the number of an ordinary user"
     if not all(_is_whole(index, 0) for index in spec.gpu_indices):
         yield "gpu_indices are not numbers of GPUs"
+    if spec.gpu_devices and len(spec.gpu_devices) != len(spec.gpu_indices):
+        yield "gpu_devices are not those of the gpu_indices"
     ports = [*spec.expose_ports, *(p for d in spec.front_door for p in (d.listen_port, d.target_port))]
     if not all(_is_whole(port, 1) and port < 65536 for port in ports):
         yield "a port is not between 1 and 65535"
@@ -433,7 +437,7 @@ def _path_problems(spec: AttemptSpec) -> Iterator[str]:
     given = [spec.workspace_path, spec.artifacts_path, spec.environment_prefix, spec.node_contact_file]
     inside = [bind.inside for bind in (*spec.binds_ro, *spec.binds_rw)]
     host = [bind.host for bind in (*spec.binds_ro, *spec.binds_rw)]
-    for path in [*(p for p in given if p is not None), *inside, *host, spec.bwrap_path]:
+    for path in [*(p for p in given if p is not None), *inside, *host, *spec.gpu_devices, spec.bwrap_path]:
         if not _is_text(path) or not os.path.isabs(path) or ".." in path.split("/"):
             yield f"{path!r} is not an absolute path without '..'"
 

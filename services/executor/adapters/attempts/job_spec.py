@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from libs.common import secret_refs
+from services.executor.adapters.agent.gpus import Gpus
 from services.executor.adapters.attempts.attempt_folder import AttemptSpec, Bind, FrontDoor, Isolation
+from services.executor.adapters.runtimes.cdi import LIBRARIES_INSIDE, PROGRAMS_INSIDE
 from services.executor.adapters.runtimes.images import Walls
 from services.executor.adapters.runtimes.isolation import closed_to
+from services.executor.adapters.runtimes.job_view import SYSTEM_PATH
 from services.executor.domain.gang import first_free_port
 from services.executor.domain.gang_environment import (
     GENERATED,
@@ -49,6 +53,7 @@ class NodeFacts:
     log_limit_bytes: int
     disk_reserve_bytes: int
     network: Network  # of a job that asks for none
+    gpus: Gpus = field(default_factory=Gpus)
 
 
 def spec_for(
@@ -69,6 +74,8 @@ def spec_for(
     uid = job_uid(order.team_uid, environment_prefix, node)
     host, port = door_of(node.front_door)
     env, secret_env = secret_refs.variables(job_variables(order, node, walled=walled))
+    driver = list(walls.driver) if walls else []
+    env |= _driver_variables(env) if driver else {}
     network = network_of(order, node)
     sdk = Bind(str(node.client_folder / "nabla"), f"{SDK_INSIDE}/nabla")
     return AttemptSpec(
@@ -79,13 +86,14 @@ def spec_for(
         secret_env=secret_env,
         cpu_count=template.resources.cpu_count or 1.0,
         memory_bytes=template.resources.memory_bytes or None,
-        gpu_indices=list(order.gpu_indices),
+        gpu_indices=sorted(order.gpu_indices),
+        gpu_devices=node.gpus.devices_of(order.gpu_indices),
         isolation=isolation,
         image=walls.image if walls else None,
         run_as_uid=uid,
         timeout_s=template.timeout_s or None,
         stop_grace_s=STOP_GRACE_S,
-        binds_ro=[sdk, *_generated(order, node)] if walled else [],
+        binds_ro=[sdk, *_generated(order, node), *driver] if walled else [],
         binds_rw=[Bind(str(storage_of(order.team_id, node.storage_root, uid)), "/storage")],
         environment_prefix=environment_prefix,
         front_door=[FrontDoor(port, host, port)] if walled and network.policy != NONE else [],
@@ -97,6 +105,12 @@ def spec_for(
         bwrap_path=node.bwrap_path,
         network=network,
     )
+
+
+def _driver_variables(env: Mapping[str, str]) -> dict[str, str]:
+    """The user's own paths come first; the driver's programs last, as an image may bring what they are called."""
+    libraries = ":".join(filter(None, (env.get("LD_LIBRARY_PATH"), LIBRARIES_INSIDE)))
+    return {"LD_LIBRARY_PATH": libraries, "PATH": f"{env.get('PATH', SYSTEM_PATH)}:{PROGRAMS_INSIDE}"}
 
 
 def command_of(order: StartOrder) -> list[str] | str:

@@ -89,7 +89,21 @@ def _gpu_indices(group: Any, parts: Sequence[Part]) -> tuple[tuple[int, ...], ..
             task = ray.remote(num_cpus=0, num_gpus=count, max_calls=0, scheduling_strategy=strategy)(_gpu_reader())
             asked[index] = task.remote()
     found = dict(zip(asked, ray.get(list(asked.values()), timeout=GPU_READ_LIMIT_S), strict=True))
-    return tuple(tuple(sorted(int(gpu) for gpu in found.get(index, ()))) for index in range(len(parts)))
+    return tuple(numbers_of(found.get(index, ())) for index in range(len(parts)))
+
+
+def numbers_of(names: Sequence[str]) -> tuple[int, ...]:
+    """Ray's names of GPUs, which it takes from its node's CUDA_VISIBLE_DEVICES where that is set.
+
+    Raises:
+        NoRoom: they are UUIDs, as parts of a divided GPU (MIG) have: no device node can be told from those.
+    """
+    if unknown := [name for name in names if not name.isdecimal()]:
+        raise NoRoom(
+            f"Ray calls a GPU of the node {unknown[0]}, not by its number: start Ray there without "
+            "CUDA_VISIBLE_DEVICES or with numbers in it; parts of a divided GPU (MIG) cannot be given to jobs"
+        )
+    return tuple(sorted(map(int, names)))
 
 
 def _gpu_reader() -> Callable[[], list[str]]:

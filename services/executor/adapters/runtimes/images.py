@@ -20,11 +20,11 @@ from pathlib import Path
 
 from libs.common.contracts.messages import Container
 from libs.common.image_names import name_problem
-from services.executor.adapters.attempts.attempt_folder import Image, Isolation, write_durably
+from services.executor.adapters.attempts.attempt_folder import Bind, Image, Isolation, write_durably
+from services.executor.adapters.runtimes import cdi
 from services.executor.adapters.runtimes.engine import Engine, NoEngine, image_list
 from services.executor.adapters.runtimes.engine_calls import AUTH_PREFIX, Tell, ask, auth_file, follow
 from services.executor.adapters.runtimes.image_root import has_program, lines_of
-from services.executor.adapters.runtimes.job_view import have_devices
 from services.executor.adapters.runtimes.podman import reason_in
 from services.executor.domain.beginnings import NotStarted
 from services.executor.domain.images import (
@@ -43,8 +43,6 @@ from services.executor.domain.images import (
 PULL_LIMIT_S = 3600.0
 CACHE_BYTES = 50_000_000_000
 SHELL = "/bin/sh"
-CDI_FOLDERS = (Path("/etc/cdi"), Path("/var/run/cdi"))
-CDI_KIND = "nvidia.com/gpu"
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +57,7 @@ class Walls:
 
     isolation: Isolation
     image: Image
+    driver: Sequence[Bind] = ()  # the GPU driver's files, where no engine brings them
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,15 +149,16 @@ class Images:
             raise ImageRefused(problem)
         engine = await self.engine()
         if isinstance(engine, NoEngine):
-            yield await asyncio.to_thread(self._unpacked_walls, container, engine)
+            yield await asyncio.to_thread(self._unpacked_walls, container, engine, asker)
             return
+        devices = await asyncio.to_thread(_devices, asker.gpu_indices)
         image_id, record = await self._present(engine, container, asker)
         try:
-            yield _walls(engine, image_id, record, container, asker)
+            yield _walls(engine, image_id, record, container, asker, devices=devices)
         finally:
             self._held[image_id] -= 1
 
-    def _unpacked_walls(self, container: Container, without: NoEngine) -> Walls:
+    def _unpacked_walls(self, container: Container, without: NoEngine, asker: Asker) -> Walls:
         root = self._unpacked / folder_name(container.image) / "rootfs"
         if not root.is_dir():
             advice = f"`{without.remedy}` on the node, or unpack it" if without.remedy else "unpack it"
@@ -168,7 +168,8 @@ class Images:
             )
         if container.user:
             raise ImageRefused("over an unpacked image a job runs as the platform's own user: leave the user out")
-        return Walls("bwrap", Image(image=str(root), name=container.image, has_shell=has_program(root, SHELL)))
+        image = Image(image=str(root), name=container.image, has_shell=has_program(root, SHELL))
+        return Walls("bwrap", image, cdi.driver_binds() if asker.gpu_indices else ())
 
     async def _present(self, engine: Engine, container: Container, asker: Asker) -> tuple[str, _Record]:
         """The image's id, held, and what is known of it."""
@@ -289,7 +290,16 @@ def _fetched(record: _Record, team_id: str, is_new: bool) -> _Record:
     return _Record(record.size_bytes, record.has_shell, record.users, record.groups, is_new or record.is_ours, teams)
 
 
-def _walls(engine: Engine, image_id: str, record: _Record, container: Container, asker: Asker) -> Walls:
+def _devices(gpu_indices: Sequence[int]) -> list[str]:
+    try:
+        return cdi.names_of(gpu_indices)
+    except cdi.NoDevices as error:
+        raise ImageRefused(str(error)) from None
+
+
+def _walls(
+    engine: Engine, image_id: str, record: _Record, container: Container, asker: Asker, *, devices: list[str]
+) -> Walls:
     uid = gid = None
     if container.user:
         found = user_of(container.user, record.users, record.groups)
@@ -308,22 +318,9 @@ def _walls(engine: Engine, image_id: str, record: _Record, container: Container,
         uid=uid,
         gid=gid,
         has_shell=record.has_shell,
-        devices=_devices(asker.gpu_indices),
+        devices=devices,
     )
     return Walls("podman", image)
-
-
-def _devices(gpu_indices: Sequence[int]) -> list[str]:
-    """CDI names of the job's GPUs; none for GPUs that Ray was only told of."""
-    if not gpu_indices or not have_devices(gpu_indices):
-        return []
-    specs = [path for folder in CDI_FOLDERS for path in folder.glob("*.*") if path.suffix in (".json", ".yaml")]
-    if not any(CDI_KIND in path.read_text(errors="replace") for path in specs):
-        raise ImageRefused(
-            "this node does not say how containers get its GPUs; there, "
-            "`nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml` does"
-        )
-    return [f"{CDI_KIND}={index}" for index in gpu_indices]
 
 
 def _read_root(root: Path, size_bytes: int) -> _Record:

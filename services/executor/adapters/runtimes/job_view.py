@@ -8,7 +8,7 @@ tools leave there are not the user's work, and are not kept with it.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +78,10 @@ def _promised(spec: AttemptSpec, folder: AttemptFolder) -> dict[str, str]:
         "NABLA_WORKSPACE": "/workspace" if walled else workspace_of(spec, folder),
         "NABLA_ARTIFACTS": "/artifacts" if walled else artifacts_of(spec, folder),
         "CUDA_VISIBLE_DEVICES": _visible_gpus(spec),
+        # By default the fastest is CUDA's first; the platform, as the driver, counts along the bus.
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        # For programs that go by it. Images of CUDA's say "all", whatever they were given.
+        "NVIDIA_VISIBLE_DEVICES": _visible_gpus(spec) or "void",
     }
     for bind in spec.binds_rw:
         if bind.inside == "/storage":
@@ -143,11 +147,6 @@ def resolver_file(spec: AttemptSpec) -> str:
     return ""
 
 
-def have_devices(gpu_indices: Sequence[int]) -> bool:
-    """Are these GPUs of the node's own, or some that Ray was only told of?"""
-    return all(os.path.exists(f"/dev/nvidia{index}") for index in gpu_indices)
-
-
 def _visible_gpus(spec: AttemptSpec) -> str:
     """CUDA counts the devices that it can open: behind walls the given ones are 0, 1, ...; without,
     themselves.
@@ -155,7 +154,7 @@ def _visible_gpus(spec: AttemptSpec) -> str:
     Where the node has no such device (GPUs that Ray was only told of) their numbers are passed on as they
     are.
     """
-    renumbered = spec.is_walled and have_devices(spec.gpu_indices)
+    renumbered = spec.is_walled and spec.gpu_devices
     return ",".join(str(n if renumbered else index) for n, index in enumerate(sorted(spec.gpu_indices)))
 
 

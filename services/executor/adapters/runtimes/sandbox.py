@@ -249,7 +249,7 @@ def remedy_for(reason: str, settings: Mapping[str, str]) -> str:
 def _options(spec: AttemptSpec, mounts: Iterable[Mount], system: _System, environment: Mapping[str, str]) -> list[str]:
     options = ["--unshare-user", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv"]
     options += ["--cap-drop", "ALL", "--uid", USER_ID, "--gid", USER_ID, "--hostname", spec.attempt_id]
-    options += [*system.folders, *_devices(spec.gpu_indices)]
+    options += [*system.folders, *_devices(spec.gpu_devices)]
     binds = [[("--ro-bind", "--bind")[mount.writable], mount.source, mount.inside] for mount in mounts]
     bound = [word for bind in binds for word in bind]
     # An image's /etc is one of the mounts, and then covered; without an image jobs may be given files below ours.
@@ -313,12 +313,13 @@ def _etc(spec: AttemptSpec) -> list[str]:
     return options
 
 
-def _devices(gpu_indices: Sequence[int]) -> list[str]:
+def _devices(gpus: Sequence[str]) -> list[str]:
     """bwrap's small /dev with a real /dev/shm; of the GPUs only those given, and /sys with them for NCCL."""
     options = ["--dev", "/dev", "--perms", "1777", "--tmpfs", "/dev/shm"]
-    if not gpu_indices:
+    if not gpus:
         return options
-    for name in (*(f"nvidia{index}" for index in gpu_indices), *_GPU_CONTROL):
+    options += [word for path in gpus for word in ("--dev-bind", path, path)]
+    for name in _GPU_CONTROL:
         options += ["--dev-bind-try", f"/dev/{name}", f"/dev/{name}"]
     return [*options, "--ro-bind", "/sys", "/sys"]
 
