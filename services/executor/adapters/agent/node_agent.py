@@ -39,7 +39,7 @@ from services.executor.adapters.agent.secrets import Secrets
 from services.executor.adapters.agent.unkept import bound_unkept
 from services.executor.adapters.agent.zygote_keeper import ZygoteKeeper
 from services.executor.adapters.attempts.attempt_folder import AttemptFolder, MalformedSpec
-from services.executor.adapters.attempts.job_spec import NodeFacts
+from services.executor.adapters.attempts.job_spec import NodeFacts, door_of
 from services.executor.adapters.attempts.shim import write_contact
 from services.executor.adapters.doors.door_keeper import DoorKeeper, address_towards
 from services.executor.adapters.environments.building import InstallerBuilder
@@ -59,7 +59,7 @@ from services.executor.adapters.workspaces.sources import GitAndS3
 from services.executor.adapters.workspaces.staging import Staging
 from services.executor.adapters.workspaces.transfer import Threads, remove_tree
 from services.executor.domain.execution import ENDED
-from services.executor.domain.network import FULL, Network, checked_policy, installation_tag
+from services.executor.domain.network import FULL, INTERNET, Network, checked_policy, installation_tag
 from services.executor.ports import AgentConfig, AgentView, StartOrder
 
 LOCK_PATIENCE_S = 30.0
@@ -124,6 +124,9 @@ class NodeAgent:
             asyncio.to_thread(isolation.probe, self._config.isolation), asyncio.to_thread(find_gpus)
         )
         await asyncio.to_thread(self._find_network)
+        if self._has_wall:  # elsewhere a network is not made, or only with a process that carries it
+            warm, port = replace(self._network, policy=INTERNET), door_of(self._config.front_door)[1]
+            await asyncio.to_thread(self._zygote.keep_warm, warm, [port])
         self._means = self._make_means(self._zygote)
         for path in sorted(self._attempts.iterdir()):
             if path.is_dir():
