@@ -6,13 +6,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from services.executor.adapters.attempts import zygote
 from services.executor.adapters.attempts.attempt_folder import AttemptFolder, FrontDoor
 from services.executor.adapters.networks.network_pool import SIZE
-from services.executor.domain.network import Network, interface_prefix
+from services.executor.domain.network import Network, installation_tag, interface_prefix
 from tests.integration.executor.attempts import Ended, eventually, said
 from tests.integration.executor.netspaces import NodeOn, World, ip, node_on, why_no_network
 from tests.integration.executor.test_network import stop
@@ -133,6 +134,19 @@ def test_an_address_that_the_node_has_since_is_refused_too(node: NodeOn) -> None
     assert "Error" in ended.text
     eventually(lambda: not ready & host_ends(node), "the end of those that did not know the address")
     filled(node)
+
+
+def test_the_walls_of_killed_agents_are_found_by_their_folders(node: NodeOn, tmp_path: Path) -> None:
+    folder = tmp_path / "some" / "node"
+    folder.mkdir(parents=True)
+    (folder / "agent.lock").touch()
+    tag = installation_tag(str(folder))
+    node.machine.python(
+        "from pathlib import Path; from services.executor.adapters.networks import network_host as host; "
+        f"host.raise_wall({tag!r}, '100.96.0.0/16', []); assert host.wall_stands({tag!r}); "
+        f"from tests.support.leftovers import take_walls_down; take_walls_down(Path({str(tmp_path)!r})); "
+        f"assert not host.wall_stands({tag!r})"
+    )
 
 
 def test_nothing_is_left_when_their_keeper_is_killed(node: NodeOn) -> None:
