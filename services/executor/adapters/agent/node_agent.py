@@ -162,7 +162,8 @@ class NodeAgent:
             self._zygote = None
         if self._lock:
             if self._has_wall:
-                await asyncio.to_thread(network_host.take_wall_down, self._network.installation)
+                within_s = network_host.GOING_S if all(run.is_over for run in self._runs.values()) else 0.0
+                await asyncio.to_thread(network_host.take_wall_down, self._network.installation, within_s)
             self._lock.close()
             self._lock = None
 

@@ -108,7 +108,7 @@ class Preparing:
                 origin |= await self._keep_record(environment)
             uid = job_uid(order.team_uid, environment.prefix, node)
             self._tell_of_node(told_isolation(uid, node))
-            await self._write_down(origin, environment.prefix, None)
+            await asyncio.to_thread(self._write_down, origin, environment.prefix, None)
 
     async def _prepare_image(self, container: Container, origin: dict[str, str]) -> None:
         """Args: container: with the registry's password in place of its name."""
@@ -117,7 +117,7 @@ class Preparing:
         asker = ImageAsker(order.team_id, uid, order.gpu_indices, self._tell_of_image)
         async with self._images.prepared(container, asker) as walls:
             self._tell_of_node(f"{walls.isolation}, image: {walls.image.name}")
-            await self._write_down(origin, None, walls)
+            await asyncio.to_thread(self._write_down, origin, None, walls)
 
     def _tell_of_image(self, line: str) -> None:
         self._log.say(f"image-{line}", f"image: {line}")
@@ -126,14 +126,12 @@ class Preparing:
         network = told_network(network_of(self._order, self._node))
         self._log.say("node", f"node: {self._node.hostname}, isolation: {isolation}, network: {network}")
 
-    async def _write_down(self, origin: dict[str, str], prefix: str | None, walls: Walls | None) -> None:
+    def _write_down(self, origin: dict[str, str], prefix: str | None, walls: Walls | None) -> None:
         if origin:
-            note = json.dumps(origin).encode()
-            await asyncio.to_thread(write_durably, self._folder.path / "origin.json", note)
-        await asyncio.to_thread(generate_files, self._order, self._node)
+            write_durably(self._folder.path / "origin.json", json.dumps(origin).encode())
+        generate_files(self._order, self._node)
         # The order's own template: the values of secrets are on no disk.
-        spec = await asyncio.to_thread(spec_for, self._order, prefix, self._node, walls)
-        await asyncio.to_thread(AttemptFolder.create, self._node.node_dir, spec)
+        AttemptFolder.create(self._node.node_dir, spec_for(self._order, prefix, self._node, walls))
 
     async def _wanted(self, environment: Environment) -> Environment:
         """A recorded environment is one whose list is in a file set."""
