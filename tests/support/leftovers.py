@@ -7,13 +7,34 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from services.executor.adapters.attempts.attempt_folder import AttemptFolder
+from services.executor.adapters.networks.network_host import take_wall_down
+from services.executor.domain.network import installation_tag
 
 CGROUPS = Path("/sys/fs/cgroup")
 NAMESPACES = Path("/run/netns")
+
+
+@contextlib.contextmanager
+def installation_folder() -> Iterator[Path]:
+    """A folder for one installation and its nodes, of which nothing is left afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="nabla-home-"))
+    try:
+        yield folder
+    finally:
+        take_walls_down(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def take_walls_down(top: Path) -> None:
+    """Removes this machine's filters of all nodes with their folders in here, whose agents may have been killed."""
+    for lock in top.rglob("agent.lock"):
+        take_wall_down(installation_tag(str(lock.parent)))
 
 
 def left_by(attempt_ids: Collection[str], node_dirs: Collection[Path]) -> list[str]:

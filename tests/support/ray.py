@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.executor.adapters.attempts import processes
+from tests.support.leftovers import take_walls_down
 from tests.support.ports import free_port
 
 START_LIMIT_S = 60
@@ -271,6 +272,7 @@ def ended_afterwards() -> Iterator[tuple[Path, dict[str, str]]]:
         RayHead(0, folder, {}).stop()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+        take_walls_down(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
 

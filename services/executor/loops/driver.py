@@ -104,7 +104,8 @@ class Driver:
             return
         crash_point("executor.before_reserve")
         try:
-            await self._store.run(lambda unit: _take_ports(unit, row.attempt_id))
+            if row.gang:
+                await self._store.run(lambda unit: _take_ports(unit, row.attempt_id))
             gpus = await self._cluster.reserve(reservation_of(row))
         except NodeAway as error:
             await self._end(row, "lost", f"it never started: {error}")

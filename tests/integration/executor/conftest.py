@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from services.executor.adapters.networks.network_host import take_wall_down
-from services.executor.domain.network import installation_tag
 from services.executor.routes import routes
 from tests.integration.executor.world import Neighbours, ObjectStore, grants, meet_neighbours
+from tests.support.leftovers import take_walls_down
 from tests.support.nats import NatsServer, running_nats
 
 
@@ -42,5 +41,5 @@ def node_dir() -> Iterator[Path]:
     """Short, as it holds a Unix socket; on the disk that the platform uses, not in pytest's deep folders."""
     folder = Path(tempfile.mkdtemp(prefix="nabla-node-"))
     yield folder
+    take_walls_down(folder)  # of agents that left while their jobs went on
     shutil.rmtree(folder, ignore_errors=True)
-    take_wall_down(installation_tag(str(folder / "node")))  # of an agent that left while its jobs went on

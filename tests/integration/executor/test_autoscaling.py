@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from services.executor.routes import routes
 from services.executor.settings import ExecutorSettings
 from tests.integration.executor.on_ray import Onlooker, running, start
 from tests.integration.executor.world import Neighbours, ObjectStore, grants, meet_neighbours, until
+from tests.support.leftovers import installation_folder
 from tests.support.nats import NatsServer, running_nats
 from tests.support.ray import RayHead, autoscaling_ray
 
@@ -29,9 +28,8 @@ def ray_head() -> Iterator[RayHead]:
 
 @pytest.fixture
 def home() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="nabla-home-"))
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    with installation_folder() as folder:
+        yield folder
 
 
 @pytest.fixture

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
-import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -36,7 +34,7 @@ from services.executor.routes import routes
 from services.executor.settings import ExecutorSettings
 from tests.integration.executor.on_ray import Onlooker, running, start, stdout
 from tests.integration.executor.world import TEAM, Neighbours, ObjectStore, grants, meet_neighbours, until
-from tests.support.leftovers import left_by, reserved_in
+from tests.support.leftovers import installation_folder, left_by, reserved_in
 from tests.support.nats import NatsServer, running_nats
 from tests.support.ray import RayHead, RayNode, running_ray
 
@@ -73,9 +71,8 @@ def joined(head: RayHead, name: str, **facts) -> Iterator[RayNode]:  # type: ign
 
 @pytest.fixture(scope="module")
 def home() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="nabla-home-"))
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    with installation_folder() as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +24,7 @@ from services.executor.routes import routes
 from services.executor.settings import ExecutorSettings
 from tests.integration.executor.on_ray import Onlooker, running, start, stdout
 from tests.integration.executor.world import TEAM, Neighbours, ObjectStore, grants, meet_neighbours, until
+from tests.support.leftovers import installation_folder
 from tests.support.nats import NatsServer, running_nats
 from tests.support.ray import RayHead, running_ray
 from tests.unit.executor.cluster_suite import ClusterSuite, reservation
@@ -42,9 +41,8 @@ def ray_head() -> Iterator[RayHead]:
 
 @pytest.fixture(scope="module")
 def home() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="nabla-home-"))
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    with installation_folder() as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from services.executor.routes import routes
 from services.executor.settings import ExecutorSettings
 from tests.integration.executor.on_ray import Onlooker, running, start, stdout
 from tests.integration.executor.world import Neighbours, ObjectStore, grants, meet_neighbours, until
-from tests.support.leftovers import left_by
+from tests.support.leftovers import installation_folder, left_by
 from tests.support.links import Link, linked_namespace, why_no_links
 from tests.support.nats import NatsServer, running_nats
 from tests.support.ray import RayHead, RayNode, running_ray
@@ -52,9 +50,8 @@ def far(ray_head: RayHead, link: Link) -> Iterator[RayNode]:
 
 @pytest.fixture
 def home() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="nabla-home-"))
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    with installation_folder() as folder:
+        yield folder
 
 
 @pytest.fixture

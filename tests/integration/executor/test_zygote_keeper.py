@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from socket import if_nameindex
 
 import pytest
 
@@ -13,7 +14,10 @@ from libs.common.ids import new_id
 from services.executor.adapters.agent.zygote_keeper import ZygoteKeeper
 from services.executor.adapters.attempts import zygote
 from services.executor.adapters.attempts.attempt_folder import AttemptFolder, AttemptSpec
+from services.executor.adapters.networks.network_pool import SIZE
+from services.executor.domain.network import Network, installation_tag, interface_prefix
 from tests.integration.executor.attempts import JOB_UID, eventually
+from tests.integration.executor.netspaces import why_no_network
 
 pytestmark = pytest.mark.integration
 
@@ -99,3 +103,22 @@ def test_one_that_another_caller_replaced_is_not_replaced_again(node_dir: Path) 
         assert second.poll() is None
     finally:
         keeper.end()
+
+
+@pytest.mark.skipif(bool(why_no_network()), reason=why_no_network())
+def test_one_that_follows_keeps_networks_ready_too(node_dir: Path) -> None:
+    network = Network(policy="internet", reach="full", installation=installation_tag(str(node_dir)))
+
+    def ready() -> set[str]:
+        prefix = interface_prefix(network.installation)
+        return {name for _, name in if_nameindex() if name.startswith(prefix)}
+
+    keeper = ZygoteKeeper(node_dir)
+    try:
+        keeper.keep_warm(network, [8123])
+        first = eventually(lambda: found if len(found := ready()) == SIZE else None, "the first one's networks")
+        keeper.replace(keeper.process)
+        eventually(lambda: len(ready() - first) == SIZE and not ready() & first, "the networks of the second alone")
+    finally:
+        keeper.end()
+    eventually(lambda: not ready(), "the end of the networks")

@@ -39,7 +39,7 @@ from services.executor.adapters.agent.secrets import Secrets
 from services.executor.adapters.agent.unkept import bound_unkept
 from services.executor.adapters.agent.zygote_keeper import ZygoteKeeper
 from services.executor.adapters.attempts.attempt_folder import AttemptFolder, MalformedSpec
-from services.executor.adapters.attempts.job_spec import NodeFacts
+from services.executor.adapters.attempts.job_spec import NodeFacts, door_of
 from services.executor.adapters.attempts.shim import write_contact
 from services.executor.adapters.doors.door_keeper import DoorKeeper, address_here, address_towards
 from services.executor.adapters.environments.building import InstallerBuilder
@@ -59,7 +59,7 @@ from services.executor.adapters.workspaces.sources import GitAndS3
 from services.executor.adapters.workspaces.staging import Staging
 from services.executor.adapters.workspaces.transfer import Threads, remove_tree
 from services.executor.domain.execution import ENDED
-from services.executor.domain.network import FULL, Network, checked_policy, installation_tag
+from services.executor.domain.network import FULL, INTERNET, Network, checked_policy, installation_tag
 from services.executor.ports import AgentConfig, AgentView, StartOrder
 
 LOCK_PATIENCE_S = 30.0
@@ -127,6 +127,9 @@ class NodeAgent:
         if self._config.door_key:
             host, key = address_towards(self._config.front_door), bytes.fromhex(self._config.door_key)
             self._door = await asyncio.to_thread(DoorKeeper, host, key, self._node_id, self._node_dir)
+        if self._has_wall:  # elsewhere a network is not made, or only with a process that carries it
+            warm, port = replace(self._network, policy=INTERNET), door_of(self._config.front_door)[1]
+            await asyncio.to_thread(self._zygote.keep_warm, warm, [port])
         self._means = self._make_means(self._zygote)
         for path in sorted(self._attempts.iterdir()):
             if path.is_dir():
@@ -160,7 +163,8 @@ class NodeAgent:
             self._zygote = None
         if self._lock:
             if self._has_wall:
-                await asyncio.to_thread(network_host.take_wall_down, self._network.installation)
+                within_s = network_host.GOING_S if all(run.is_over for run in self._runs.values()) else 0.0
+                await asyncio.to_thread(network_host.take_wall_down, self._network.installation, within_s)
             self._lock.close()
             self._lock = None
 

@@ -93,7 +93,9 @@ class Preparing:
         if version:
             origin[VERSION_OF[template.source.kind]] = version
             self._log.say("source", f"workspace: {template.source.url} at {version}")
-            await self._note(origin)  # another try is of the same, whatever keeps this one from starting
+            await asyncio.to_thread(
+                self._note, origin
+            )  # another try is of the same, whatever keeps this one from starting
         if template.container == Container():
             await self._prepare_environment(template.environment, origin)
         else:
@@ -109,7 +111,7 @@ class Preparing:
                 origin |= await self._keep_record(environment)
             uid = job_uid(order.team_uid, environment.prefix, node)
             self._tell_of_node(told_isolation(uid, node))
-            await self._write_down(origin, environment.prefix, None)
+            await asyncio.to_thread(self._write_down, origin, environment.prefix, None)
 
     async def _prepare_image(self, container: Container, origin: dict[str, str]) -> None:
         """Args: container: with the registry's password in place of its name."""
@@ -120,7 +122,7 @@ class Preparing:
         asker = ImageAsker(order.team_id, uid, gpus, self._tell_of_image)
         async with self._images.prepared(container, asker) as walls:
             self._tell_of_node(f"{walls.isolation}, image: {walls.image.name}")
-            await self._write_down(origin, None, walls)
+            await asyncio.to_thread(self._write_down, origin, None, walls)
 
     def _tell_of_image(self, line: str) -> None:
         self._log.say(f"image-{line}", f"image: {line}")
@@ -129,17 +131,15 @@ class Preparing:
         network = told_network(network_of(self._order, self._node))
         self._log.say("node", f"node: {self._node.hostname}, isolation: {isolation}, network: {network}")
 
-    async def _write_down(self, origin: dict[str, str], prefix: str | None, walls: Walls | None) -> None:
-        await self._note(origin)
-        await asyncio.to_thread(generate_files, self._order, self._node)
+    def _write_down(self, origin: dict[str, str], prefix: str | None, walls: Walls | None) -> None:
+        self._note(origin)
+        generate_files(self._order, self._node)
         # The order's own template: the values of secrets are on no disk.
-        spec = await asyncio.to_thread(spec_for, self._order, prefix, self._node, walls)
-        await asyncio.to_thread(AttemptFolder.create, self._node.node_dir, spec)
+        AttemptFolder.create(self._node.node_dir, spec_for(self._order, prefix, self._node, walls))
 
-    async def _note(self, origin: dict[str, str]) -> None:
+    def _note(self, origin: dict[str, str]) -> None:
         if origin:
-            note = json.dumps(origin).encode()
-            await asyncio.to_thread(write_durably, self._folder.path / "origin.json", note)
+            write_durably(self._folder.path / "origin.json", json.dumps(origin).encode())
 
     async def _wanted(self, environment: Environment) -> Environment:
         """A recorded environment is one whose list is in a file set."""

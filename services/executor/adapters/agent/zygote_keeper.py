@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 from services.executor.adapters.attempts import zygote
+from services.executor.domain.network import Network
 
 LONGEST_SOCKET_PATH = 100
 ANSWERS_S = 10.0
@@ -26,6 +27,7 @@ class ZygoteKeeper:
         self.socket_path = path
         self._guard = threading.Lock()
         self._ended = False
+        self._warm: tuple[Network, list[int]] | None = None
         self.process: subprocess.Popen[bytes] = zygote.start_zygote(path)
 
     def start_attempt(self, attempt_dir: Path, secrets: bytes = b"", answers_s: float = ANSWERS_S) -> int:
@@ -45,6 +47,12 @@ class ZygoteKeeper:
         except zygote.ZygoteUnavailable:
             self.replace(asked)
             raise
+
+    def keep_warm(self, network: Network, door_ports: list[int]) -> None:
+        """Has networks such as this one kept ready, by this zygote and each that follows it. Called from threads."""
+        with self._guard:
+            self._warm = network, door_ports
+            self._tell_warm()
 
     def revive(self) -> None:
         """Starts another one if it died. Called from threads."""
@@ -66,6 +74,15 @@ class ZygoteKeeper:
 
     def _start(self) -> None:
         self.process = zygote.start_zygote(self.socket_path)
+        self._tell_warm()
+
+    def _tell_warm(self) -> None:
+        """A zygote that does not hear of it has attempts make their own."""
+        if self._warm and not self._ended:
+            try:
+                zygote.keep_warm(self.socket_path, *self._warm)
+            except zygote.ZygoteUnavailable as error:
+                log.warning("no networks are made ahead", extra={"reason": str(error)})
 
     def end(self) -> None:
         """For good. A start that is under way in a thread fails, and its shim, if it came to be, lives on."""

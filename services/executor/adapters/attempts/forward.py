@@ -17,7 +17,7 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple, NoReturn
 
@@ -27,6 +27,11 @@ from services.executor.adapters.attempts.attempt_folder import FrontDoor
 _BUFFER_BYTES = 256 * 1024
 _IP_FREEBIND = 15  # binds 127.0.0.1 before bwrap has brought the loopback up
 _WAIT_S = 10.0
+
+# Of a loopback: the kind of socket, and its number.
+Port = tuple[int, int]
+Listeners = Mapping[Port, socket.socket]
+NOTHING_READY: Listeners = {}
 
 
 class Route(NamedTuple):
@@ -78,13 +83,16 @@ class Way:
             os._exit(1)
 
 
-def open_front_door(network: int, doors: Sequence[FrontDoor], uid: int | None) -> Way:
+def open_front_door(network: int, doors: Sequence[FrontDoor], uid: int | None, ready: Listeners = NOTHING_READY) -> Way:
     """Listen inside the network namespace and serve from out here. Raises OSError.
 
     Connections wait in the listeners from now on, so the command can be let go.
+
+    Args:
+        ready: what listens there already.
     """
     targets = [_resolve(door.target_host, door.target_port) for door in doors]
-    listeners = listen_inside(network, [(socket.SOCK_STREAM, door.listen_port) for door in doors], uid)
+    listeners = listen_inside(network, [(socket.SOCK_STREAM, door.listen_port) for door in doors], uid, ready)
     way = _way([Route(s, *target) for s, target in zip(listeners, targets, strict=True)], None, uid)
     way.serve()
     return way
@@ -126,14 +134,18 @@ def listen(host: str, port: int, kind: int = socket.SOCK_STREAM, shared: bool = 
     return listener
 
 
-def listen_inside(network: int, ports: Sequence[tuple[int, int]], uid: int | None) -> list[socket.socket]:
+def listen_inside(
+    network: int, ports: Sequence[Port], uid: int | None, ready: Listeners = NOTHING_READY
+) -> list[socket.socket]:
     """Have a forked helper enter the namespace, make the sockets there and pass them back. Raises OSError.
 
     The ranks of a gang share a namespace, and each has its own relays: the kernel spreads what comes over them.
 
     Args:
-        ports: of loopback, each with the kind of its socket.
+        ready: what listens there already.
     """
+    if all(port in ready for port in ports):
+        return [ready[port] for port in ports]
     ours, theirs = socket.socketpair()
     with ours, theirs:
         helper = os.fork()
@@ -142,7 +154,7 @@ def listen_inside(network: int, ports: Sequence[tuple[int, int]], uid: int | Non
         theirs.close()
         ours.settimeout(_WAIT_S)
         try:
-            message, descriptors, _, _ = socket.recv_fds(ours, 4096, len(ports))
+            message, descriptors = kernel.receive(ours, 4096, len(ports))
         finally:
             os.waitpid(helper, 0)
     if len(descriptors) != len(ports):
@@ -150,7 +162,7 @@ def listen_inside(network: int, ports: Sequence[tuple[int, int]], uid: int | Non
     return [socket.socket(fileno=descriptor) for descriptor in descriptors]
 
 
-def _run_helper(channel: socket.socket, network: int, ports: Sequence[tuple[int, int]], uid: int | None) -> NoReturn:
+def _run_helper(channel: socket.socket, network: int, ports: Sequence[Port], uid: int | None) -> NoReturn:
     try:
         signal.alarm(int(_WAIT_S))
         _enter(network, uid)

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from services.executor.adapters.attempts import forward, kernel, processes
 from services.executor.adapters.attempts.attempt_folder import AttemptFolder, AttemptSpec, Isolation, MalformedSpec
 from services.executor.adapters.networks import network
+from services.executor.adapters.networks.network import ReadyNetwork
 from services.executor.adapters.runtimes import cgroup
 from services.executor.adapters.runtimes.cgroup import Cgroup
 from services.executor.adapters.runtimes.job_view import prepare_folders
@@ -29,13 +30,17 @@ _STRAYS_LIMIT_S = 5.0
 RUNTIMES: Mapping[Isolation, Runtime] = {"bwrap": Bwrap(), "process": Plain(), "podman": Podman()}
 
 
-def launch(spec: AttemptSpec, folder: AttemptFolder, group: Cgroup | None) -> Job:
-    """Everything but the command itself. Raises LaunchRefused; the caller sweeps what is left of the try."""
+def launch(spec: AttemptSpec, folder: AttemptFolder, group: Cgroup | None, ready: ReadyNetwork | None = None) -> Job:
+    """Everything but the command itself. Raises LaunchRefused; the caller sweeps what is left of the try.
+
+    Args:
+        ready: a network such as the spec asks for.
+    """
     if os.geteuid() == 0 and spec.run_as_uid is None:
         raise LaunchRefused("the platform runs as root here, and the spec names no other uid to run the job as")
     with _told_as_refusal():
         prepare_folders(spec, folder)
-        joined = network.open_network(spec.network, spec.attempt_id, folder.path.parent.parent)
+        joined = network.open_network(spec.network, spec.attempt_id, folder.path.parent.parent, ready)
     try:
         with _told_as_refusal():
             job = RUNTIMES[spec.isolation].start(spec, folder, group, joined)
@@ -75,11 +80,12 @@ def end_strays(folder: AttemptFolder) -> None:
 def _open_ways(job: Job, spec: AttemptSpec) -> None:
     uid = spec.run_as_uid if os.geteuid() == 0 else None
     inside = job.network.descriptor if job.network else kernel.open_network(job.root)
+    ready = job.network.listeners if job.network else forward.NOTHING_READY
     if job.network:
         job.ways.extend(job.network.ways)
-    job.ways.extend(network.open_services(spec.network, inside, uid))
+    job.ways.extend(network.open_services(spec.network, inside, uid, ready))
     if spec.front_door:
-        job.ways.append(forward.open_front_door(inside, spec.front_door, uid))
+        job.ways.append(forward.open_front_door(inside, spec.front_door, uid, ready))
     if spec.expose_ports:
         way, ports = forward.expose(inside, spec.expose_ports, uid)
         job.ways.append(way)

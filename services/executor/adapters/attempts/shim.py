@@ -35,6 +35,7 @@ from services.executor.adapters.attempts.forward import Way
 from services.executor.adapters.attempts.launch import clean_up, launch
 from services.executor.adapters.attempts.masking import MaskedStream, Masker
 from services.executor.adapters.attempts.spool import SpoolWriter, Stream
+from services.executor.adapters.networks.network import ReadyNetwork
 from services.executor.adapters.runtimes.cgroup import Cgroup, Limits
 from services.executor.adapters.runtimes.runtime import Job, LaunchRefused, shell_code
 
@@ -81,16 +82,19 @@ def run_attempt(path: str | os.PathLike[str]) -> None:
     see_through(path)
 
 
-def see_through(path: str | os.PathLike[str], secrets: Mapping[str, str] = NO_SECRETS) -> None:
+def see_through(
+    path: str | os.PathLike[str], secrets: Mapping[str, str] = NO_SECRETS, ready: ReadyNetwork | None = None
+) -> None:
     """Run the attempt in this process, which is its shim already, and write its end.
 
     Args:
         secrets: the values of those that the spec names; they stay in this process and the job's.
+        ready: a network such as the spec asks for, if one was made before.
     """
     folder = AttemptFolder(path)
     with contextlib.ExitStack() as afterwards:
         try:
-            record = _run(folder, afterwards, secrets)
+            record = _run(folder, afterwards, secrets, ready)
         except Exception as error:
             _say(traceback.format_exc())
             started = folder.read_started()  # what it left is kept, although nobody knows how it ended
@@ -132,7 +136,12 @@ def _write_end(folder: AttemptFolder, record: ExitRecord) -> None:
             return
 
 
-def _run(folder: AttemptFolder, afterwards: contextlib.ExitStack, secrets: Mapping[str, str]) -> ExitRecord:
+def _run(
+    folder: AttemptFolder,
+    afterwards: contextlib.ExitStack,
+    secrets: Mapping[str, str],
+    ready: ReadyNetwork | None,
+) -> ExitRecord:
     masker = Masker(secrets.values())
     try:
         spec = _with_secrets(folder.read_spec(), secrets)
@@ -145,7 +154,7 @@ def _run(folder: AttemptFolder, afterwards: contextlib.ExitStack, secrets: Mappi
     if cgroup is not None:
         afterwards.callback(cgroup.remove)
     try:
-        job = launch(spec, folder, cgroup)
+        job = launch(spec, folder, cgroup, ready)
         afterwards.callback(job.leave_network)
         return _Attempt(folder, spec, cgroup, job, masker).run()
     except LaunchRefused as error:

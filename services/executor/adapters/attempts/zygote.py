@@ -4,7 +4,8 @@ Secrets of an attempt come with the request, as a descriptor of memory: they pas
 
 Started by the node agent as `python -I zygote.py SOCKET [PARENT]` (see `start_zygote`). Python and its
 imports would cost each attempt a tenth of a second and ten megabytes. A request is one line of JSON,
-{"start": FOLDER}, and so is its answer: {"pid": N} or {"error": TEXT}.
+{"start": FOLDER}, and so is its answer: {"pid": N} or {"error": TEXT}. {"warm": NETWORK, "ports": [N, ...]} has it
+keep networks ready for the shims (network_pool.py); {} is the answer.
 
 A shim is forked twice, into a session of its own, because Ray ends the direct children of what it stops. So
 it survives the death of the zygote, of the agent and of Ray. Asking twice for one attempt, of one zygote or
@@ -26,9 +27,10 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 if not __package__:  # run by its path under -I: Python does not look for our packages beside it
     sys.path.insert(0, str(Path(__file__).resolve().parents[4]))
@@ -36,6 +38,9 @@ if not __package__:  # run by its path under -I: Python does not look for our pa
 from services.executor.adapters.attempts import kernel, shim
 from services.executor.adapters.attempts.attempt_folder import AttemptFolder
 from services.executor.adapters.attempts.forward import keep_only
+from services.executor.adapters.networks.network import ReadyNetwork
+from services.executor.adapters.networks.network_pool import NetworkPool
+from services.executor.domain.network import Network
 
 _ANSWER_LIMIT_S = 10.0
 _LOOK_FOR_PARENT_S = 1.0
@@ -70,19 +75,32 @@ def start_attempt(
     Args:
         secrets: a JSON object of values by name, for the shim alone.
     """
-    request = json.dumps({"start": os.fspath(attempt_dir)}).encode() + b"\n"
+    answer = _ask(socket_path, {"start": os.fspath(attempt_dir)}, timeout_s, secrets)
+    if "pid" not in answer:
+        raise StartFailed(answer.get("error", "no reason given"))
+    return int(answer["pid"])
+
+
+def keep_warm(
+    socket_path: str | os.PathLike[str], network: Network, door_ports: Sequence[int], timeout_s: float = 10.0
+) -> None:
+    """Have networks such as this one kept ready, with listeners for the front door. Raises ZygoteUnavailable."""
+    _ask(socket_path, {"warm": asdict(network), "ports": list(door_ports)}, timeout_s)
+
+
+def _ask(
+    socket_path: str | os.PathLike[str], request: Mapping[str, Any], timeout_s: float, secrets: bytes = b""
+) -> dict[str, Any]:
     with (
         _connect(os.fspath(socket_path), time.monotonic() + timeout_s) as connection,
         _in_memory(secrets) as descriptors,
     ):
         try:
-            socket.send_fds(connection, [request], descriptors)
-            answer = json.loads(connection.makefile("rb").readline())
+            socket.send_fds(connection, [json.dumps(request).encode() + b"\n"], descriptors)
+            answer: dict[str, Any] = json.loads(connection.makefile("rb").readline())
         except (OSError, ValueError) as error:
             raise ZygoteUnavailable(str(error)) from error
-    if "pid" not in answer:
-        raise StartFailed(answer.get("error", "no reason given"))
-    return int(answer["pid"])
+    return answer
 
 
 def serve(socket_path: str, parent: int) -> None:
@@ -93,14 +111,16 @@ def serve(socket_path: str, parent: int) -> None:
     events.register(listener, select.POLLIN)
     with contextlib.suppress(OSError):  # gone already, or a kernel before 5.3: then the look once a second says so
         events.register(os.pidfd_open(parent), select.POLLIN)
+    pool = NetworkPool(events)
     while os.getppid() == parent:
-        events.poll(_LOOK_FOR_PARENT_S * 1000)
+        events.poll(min(_LOOK_FOR_PARENT_S, pool.patience_s) * 1000)
         with contextlib.suppress(BlockingIOError), listener.accept()[0] as connection:
             connection.settimeout(_ANSWER_LIMIT_S)
-            _answer(connection)
+            _answer(connection, pool)
+        pool.look()
 
 
-def start_shim(attempt_dir: Path, secrets: Sequence[int] = ()) -> int:
+def start_shim(attempt_dir: Path, secrets: Sequence[int], pool: NetworkPool) -> int:
     """The pid of this attempt's shim, forked now if there was none ever."""
     folder = AttemptFolder(attempt_dir)
     deadline = time.monotonic() + _ANSWER_LIMIT_S
@@ -110,9 +130,21 @@ def start_shim(attempt_dir: Path, secrets: Sequence[int] = ()) -> int:
             if record is not None:
                 return record.pid
             if lock is not None:
-                return _fork_twice(folder, lock, secrets)
+                ready = pool.take(_network_of(folder))
+                try:
+                    return _fork_twice(folder, lock, secrets, ready)
+                finally:
+                    if ready is not None:
+                        ready.close()
         time.sleep(0.002)  # another zygote forks it just now
     raise TimeoutError("another process holds the lock of this attempt, and names no shim")
+
+
+def _network_of(folder: AttemptFolder) -> object:
+    """As the spec has it; the shim says what is wrong with a spec that cannot be read."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return json.loads((folder.path / "spec.json").read_bytes()).get("network")
+    return None
 
 
 @contextlib.contextmanager
@@ -158,39 +190,43 @@ def _listen(socket_path: str) -> socket.socket:
     return listener
 
 
-def _answer(connection: socket.socket) -> None:
+def _answer(connection: socket.socket, pool: NetworkPool) -> None:
     """The one request of a connection; a broken one ends the connection and nothing else."""
     descriptors: list[int] = []
     try:
         with contextlib.suppress(OSError):
             line = b""
             while not line.endswith(b"\n") and len(line) < _LINE_BYTES:
-                piece, handed, _, _ = socket.recv_fds(connection, _LINE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+                piece, handed = kernel.receive(connection, _LINE_BYTES, 1)
                 descriptors += handed
                 if not piece:
                     return
                 line += piece
-            connection.sendall(json.dumps(_answer_to(line, descriptors)).encode() + b"\n")
+            connection.sendall(json.dumps(_answer_to(line, descriptors, pool)).encode() + b"\n")
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
 
 
-def _answer_to(line: bytes, secrets: Sequence[int]) -> dict[str, object]:
+def _answer_to(line: bytes, secrets: Sequence[int], pool: NetworkPool) -> dict[str, object]:
     try:
-        return {"pid": start_shim(Path(json.loads(line)["start"]), secrets)}
+        request = json.loads(line)
+        if "warm" in request:
+            pool.keep(request["warm"], request["ports"])
+            return {}
+        return {"pid": start_shim(Path(request["start"]), secrets, pool)}
     except (OSError, ValueError, KeyError, TypeError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def _fork_twice(folder: AttemptFolder, lock: int, secrets: Sequence[int]) -> int:
+def _fork_twice(folder: AttemptFolder, lock: int, secrets: Sequence[int], ready: ReadyNetwork | None) -> int:
     """Fork the shim by way of a child that leaves at once, so that it is no child of this process."""
     report, report_write = os.pipe()
     middle = os.fork()
     if middle == 0:
         try:
             if os.fork() == 0:
-                _run_shim(folder, lock, report_write, secrets)
+                _run_shim(folder, lock, report_write, secrets, ready)
         finally:  # also where no process more is allowed: this one must not go on as a second zygote
             os._exit(0)
     os.close(report_write)
@@ -202,9 +238,11 @@ def _fork_twice(folder: AttemptFolder, lock: int, secrets: Sequence[int]) -> int
     return int(answer)
 
 
-def _run_shim(folder: AttemptFolder, lock: int, report: int, secrets: Sequence[int]) -> NoReturn:
+def _run_shim(
+    folder: AttemptFolder, lock: int, report: int, secrets: Sequence[int], ready: ReadyNetwork | None
+) -> NoReturn:
     try:
-        keep_only([lock, report, *secrets])
+        keep_only([lock, report, *secrets, *(ready.descriptors if ready else ())])
         values = _read_secrets(secrets)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
@@ -215,7 +253,7 @@ def _run_shim(folder: AttemptFolder, lock: int, report: int, secrets: Sequence[i
         with contextlib.suppress(BrokenPipeError):  # the zygote was ended: the record says who this is
             os.write(report, b"%d" % record.pid)
         os.close(report)
-        shim.see_through(folder.path, values)
+        shim.see_through(folder.path, values, ready)
     except BaseException:
         traceback.print_exc()
     finally:

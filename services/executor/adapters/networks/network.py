@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from services.executor.adapters.attempts import kernel
-from services.executor.adapters.attempts.forward import Way, listen_inside
+from services.executor.adapters.attempts.forward import NOTHING_READY, Listeners, Way, listen_inside
 from services.executor.adapters.networks import (
     network_names,
     network_pasta,
@@ -39,16 +39,35 @@ _HOST_END, _INNER_END = "02:6e:61:62:00:01", "02:6e:61:62:00:02"
 _EXISTS = "File exists"
 
 
+@dataclass(frozen=True, slots=True)
+class ReadyNetwork:
+    """A network that was made before it was asked for, for one attempt alone, and what listens at its loopback."""
+
+    descriptor: int
+    listeners: Listeners
+
+    @property
+    def descriptors(self) -> list[int]:
+        return [self.descriptor, *(listener.fileno() for listener in self.listeners.values())]
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+        for listener in self.listeners.values():
+            listener.close()
+
+
 @dataclass(slots=True)
 class OpenNetwork:
     """A network that a sandbox can join: `descriptor` in this process, `path` for other programs.
 
-    `ways` are processes that serve it, to be watched and replaced like those of the front door.
+    `ways` are processes that serve it, to be watched and replaced like those of the front door. `listeners` are there
+    already.
     """
 
     spec: Network
     descriptor: int
     ways: list[Way] = field(default_factory=list)
+    listeners: Listeners = field(default_factory=dict)
     _leave: Callable[[], None] = lambda: None
 
     @property
@@ -61,18 +80,26 @@ class OpenNetwork:
         os.close(self.descriptor)
 
 
-def open_network(spec: Network, attempt_id: str, node_dir: Path) -> OpenNetwork | None:
-    """The network that this attempt's sandbox joins; None where it needs none but its own loopback. Raises OSError."""
+def open_network(
+    spec: Network, attempt_id: str, node_dir: Path, ready: ReadyNetwork | None = None
+) -> OpenNetwork | None:
+    """The network that this attempt's sandbox joins; None where it needs none but its own loopback. Raises OSError.
+
+    Args:
+        ready: one such as `spec` asks for, for this attempt.
+    """
+    if ready is not None:
+        return OpenNetwork(spec, ready.descriptor, listeners=ready.listeners)
     if not spec.leads_out and not spec.is_shared:
         return None
     name = spec.gang.name if spec.gang else attempt_id
-    make = partial(_make, spec, name)
+    make_it = partial(make, spec, name)
     if not spec.is_shared:
-        opened = OpenNetwork(spec, make())
+        opened = OpenNetwork(spec, make_it())
     else:
         folder = node_dir / "networks"
         leave = partial(network_sharing.leave, folder, name, partial(_close_gate, spec, name))
-        opened = OpenNetwork(spec, network_sharing.join_or_make(folder, name, make), _leave=leave)
+        opened = OpenNetwork(spec, network_sharing.join_or_make(folder, name, make_it), _leave=leave)
     if spec.leads_out and os.geteuid() != 0:
         try:
             opened.ways.append(network_pasta.carry(opened.descriptor, spec.gang, node_dir / "networks"))
@@ -84,15 +111,19 @@ def open_network(spec: Network, attempt_id: str, node_dir: Path) -> OpenNetwork 
     return opened
 
 
-def open_services(spec: Network, network: int, uid: int | None) -> list[Way]:
-    """What a sandbox with policy `internet` needs besides its way out, served at its loopback. Raises OSError."""
+def open_services(spec: Network, network: int, uid: int | None, ready: Listeners = NOTHING_READY) -> list[Way]:
+    """What a sandbox with policy `internet` needs besides its way out, served at its loopback. Raises OSError.
+
+    Args:
+        ready: what listens there already.
+    """
     if spec.policy != INTERNET:
         return []
     if spec.needs_proxy:
         (listener,) = listen_inside(network, [(socket.SOCK_STREAM, network_proxy.PORT)], uid)
         serve = partial(network_proxy.serve, listener, spec.allowed, own_addresses())
     elif spec.leads_out:
-        (listener,) = listen_inside(network, [(socket.SOCK_DGRAM, network_names.PORT)], uid)
+        (listener,) = listen_inside(network, [(socket.SOCK_DGRAM, network_names.PORT)], uid, ready)
         serve = partial(network_names.relay_names, listener, network_names.name_servers())
     else:
         return []
@@ -106,7 +137,8 @@ def variables(spec: Network) -> dict[str, str]:
     return network_proxy.variables() if spec.needs_proxy else {}
 
 
-def _make(spec: Network, name: str) -> int:
+def make(spec: Network, name: str) -> int:
+    """A descriptor of a new network; what leads to it from the host is called after `name`. Raises OSError."""
     as_root = os.geteuid() == 0
     interface, address = interface_name(spec, name), ""
     with _Builder(spec, as_root) as builder:
@@ -169,7 +201,7 @@ class _Builder:
             self._run(theirs, as_root)
         theirs.close()
         try:
-            message, descriptors, _, _ = socket.recv_fds(self._channel, 4096, 1)
+            message, descriptors = kernel.receive(self._channel, 4096, 1)
         except OSError:
             self.__exit__()
             raise

@@ -18,7 +18,8 @@ from services.executor.domain.network import interface_prefix
 
 _TOOL_PATH = "/usr/sbin:/sbin:/usr/bin:/bin:/usr/local/sbin:/usr/local/bin"
 _TOOL_S = 20.0
-_GOING_S = 1.0
+# In which the kernel removes networks that nobody holds any more, also on a busy machine.
+GOING_S = 10.0
 _FORWARDING = Path("/proc/sys/net/ipv4/ip_forward")
 _ARGUMENTS = {"ip": ["-batch", "-"], "nft": ["-f", "-"]}
 
@@ -72,13 +73,13 @@ def wall_stands(installation: str) -> bool:
     return bool(_nft("list", "chain", "ip", network_rules.table_of(installation), "postrouting"))
 
 
-def take_wall_down(installation: str) -> None:
-    """Remove the installation's tables, unless one of its sandboxes lives.
+def take_wall_down(installation: str, within_s: float = GOING_S) -> None:
+    """Remove the installation's tables, unless one of its sandboxes lives, or is being removed for longer than this.
 
     Forwarding stays on, and with it the guard that keeps the host from being a router: others may rely on it by now.
     """
     prefix = interface_prefix(installation)
-    deadline = time.monotonic() + _GOING_S  # the kernel takes a moment to remove those of sandboxes that have ended
+    deadline = time.monotonic() + within_s  # the kernel takes a moment to remove those of sandboxes that have ended
     while any(name.startswith(prefix) for _, name in socket.if_nameindex()):
         if time.monotonic() > deadline:
             return
