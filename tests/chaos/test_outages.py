@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nabla import Client
-from nabla.objects import Job, JobTemplate, LogLine, Resources
+from nabla.objects import Attempt, Job, JobTemplate, LogLine, Resources
 from tests.support.holding import HeldNats
 from tests.support.leftovers import left_by
 from tests.support.platform import Platform
@@ -75,7 +75,7 @@ def test_what_came_up_while_nats_was_away_arrives_in_order_and_once(
 
         jobs = {job.id: ended(client, job) for job in (talks, ends, tracks, submitted.result(60))}
         for job in jobs.values():
-            assert (job.state, job.attempt.number) == ("failed" if job.id == ends.id else "succeeded", 1), job.detail
+            assert (job.state, of(job).number) == ("failed" if job.id == ends.id else "succeeded", 1), job.detail
         assert jobs[ends.id].exit_code == 3
         last = int(downloaded(client, talks, "n", platform.home.parent))
         numbers = [str(n) for n in range(1, last + 1)]
@@ -91,7 +91,7 @@ def test_what_came_up_while_nats_was_away_arrives_in_order_and_once(
         for job in jobs.values():
             states = [(entry.state, entry.detail) for entry in client.jobs.get(job.id).timeline]
             assert len(states) == len(set(states)), f"{job.template.name}: {states}"
-        eventually(lambda: not left_by([job.attempt.id for job in jobs.values()], []), "nothing left")
+        eventually(lambda: not left_by([of(job).id for job in jobs.values()], []), "nothing left")
         for file in ("go", "end"):
             (storage / file).unlink()
 
@@ -102,6 +102,11 @@ def said(client: Client, job: Job) -> list[str]:
 
 def heard(followed: Future[list[LogLine | Job]]) -> list[LogLine]:
     return [event for event in followed.result(60) if isinstance(event, LogLine)]
+
+
+def of(job: Job) -> Attempt:
+    assert job.attempt
+    return job.attempt
 
 
 def ended(client: Client, job: Job) -> Job:
