@@ -32,6 +32,7 @@ def main() -> int:
                 "command_line": measures.command_line(platform_under_test),
                 "idle": measures.idle(platform_under_test),
                 "log_follow": logs.follow(platform_under_test),
+                "log_follow_beside_flood": logs.follow_beside_flood(platform_under_test),
                 "log_throughput": logs.throughput(platform_under_test),
             }
         found["footprint"] = footprint.sleeping()

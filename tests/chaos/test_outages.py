@@ -89,8 +89,13 @@ def test_what_came_up_while_nats_was_away_arrives_in_order_and_once(
         submissions = [job.id for job in client.jobs.list(project, limit=50) if job.template.name == name]
         assert len(submissions) == 1
         for job in jobs.values():
-            states = [(entry.state, entry.detail) for entry in client.jobs.get(job.id).timeline]
-            assert len(states) == len(set(states)), f"{job.template.name}: {states}"
+            states = [entry.state for entry in client.jobs.get(job.id).timeline]
+            # In a long outage it is unreachable for a while, and says so.
+            assert [state for state in states if state in ("queued", "starting", job.state)] == [
+                "queued",
+                "starting",
+                job.state,
+            ]
         eventually(lambda: not left_by([of(job).id for job in jobs.values()], []), "nothing left")
         for file in ("go", "end"):
             (storage / file).unlink()
