@@ -34,6 +34,9 @@ ENDING_S = 20.0
 JOBS_END_S = 30.0
 # What a person may still want, and no cluster has.
 KEPT = ("storage", "node/unkept")
+# Ray waits a minute for a head that is gone, and a new one does not know the node anyway: with what it takes to start
+# again, the node would be out of contact for so long that it had to end its jobs.
+WITHOUT_HEAD_S = 20
 
 
 class NotLeft(Exception):
@@ -86,6 +89,7 @@ def ray_environment(home: Path, facts: dict[str, Any]) -> dict[str, str]:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(home / "ray-token"),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_gcs_rpc_server_reconnect_timeout_s": str(WITHOUT_HEAD_S),
         }
     )
 

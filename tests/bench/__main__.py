@@ -56,6 +56,7 @@ def main() -> int:
                 "command_line": step("the command line", lambda: measures.command_line(running)),
                 "idle": step("the idle platform", lambda: measures.idle(running)),
                 "log_follow": step("following a log", lambda: logs.follow(running)),
+                "log_follow_beside_flood": step("beside a flood", lambda: logs.follow_beside_flood(running)),
                 "log_throughput": step("a flood of lines", lambda: logs.throughput(running)),
             }
         found["containers"] = step("containers beside podman's own", containers.beside_podman)

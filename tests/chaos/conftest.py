@@ -6,10 +6,17 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.holding import HeldNats, held_nats
 from tests.support.platform import Platform, running_platform
 
 
 @pytest.fixture(scope="session")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with running_platform(tmp_path_factory.mktemp("chaos") / "home") as platform:
+def nats(tmp_path_factory: pytest.TempPathFactory) -> HeldNats:
+    return held_nats(tmp_path_factory.mktemp("nats"))
+
+
+@pytest.fixture(scope="session")
+def platform(tmp_path_factory: pytest.TempPathFactory, nats: HeldNats) -> Iterator[Platform]:
+    home = tmp_path_factory.mktemp("chaos") / "home"
+    with running_platform(home, nats_server=str(nats.program)) as platform:
         yield platform

@@ -15,7 +15,7 @@ from tests.support.platform import Platform
 
 pytestmark = pytest.mark.chaos
 
-SERVERS = ("nats", pytest.param("s3", marks=pytest.mark.full), pytest.param("traefik", marks=pytest.mark.full))
+SERVERS = ("nats", "ray", pytest.param("s3", marks=pytest.mark.full), pytest.param("traefik", marks=pytest.mark.full))
 
 
 def trained_while_killing(platform: Platform, client: Client, victim: str) -> Job:

@@ -190,6 +190,33 @@ def test_ssh_forwards_to_ports_of_the_job_alone(door: Door, job: AttemptFolder) 
     assert door.ssh(job, "-W", "192.0.2.1:80", input=request).returncode == 255
 
 
+@pytest.mark.parametrize("first", ["server", "client"])
+def test_a_forwarded_connection_is_over_when_both_ends_have_said_all(
+    door: Door, job: AttemptFolder, first: str
+) -> None:
+    (job.workspace / "hello.txt").write_text("from inside")
+    eventually(lambda: web_answer(door, job), "the job's web server")
+    command = ["ssh", *door.options(job), "-W", "127.0.0.1:8000", f"nabla@{job.path.name}"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=client_environment()
+    ) as client:
+        assert client.stdin
+        assert client.stdout
+        try:
+            client.stdin.write(b"GET /hello.txt HTTP/1.0\r\n\r\n")
+            if first == "client":
+                client.stdin.close()
+                answer = client.stdout.read()
+            else:
+                client.stdin.flush()
+                answer = client.stdout.read()
+                client.stdin.close()
+            assert answer.endswith(b"from inside")
+            assert client.wait(30) == 0
+        finally:
+            client.kill()
+
+
 def test_a_port_where_nothing_listens_is_told(door: Door, job: AttemptFolder) -> None:
     answer = door.enter(door.ticket(job, "tcp", 9))
     assert isinstance(answer, Response)

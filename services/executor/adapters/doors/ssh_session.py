@@ -15,10 +15,13 @@ import signal
 import socket
 import struct
 import termios
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, cast
 
 import asyncssh
+from asyncssh.forward import SSHForwarder
 
 USER = "nabla"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -134,11 +137,39 @@ class _Server(asyncssh.SSHServer):
     def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
         return key.public_data == self._key.public_data
 
-    def connection_requested(self, dest_host: str, dest_port: int, orig_host: str, orig_port: int) -> bool:
-        return dest_host in _LOOPBACK
+    def connection_requested(
+        self, dest_host: str, dest_port: int, orig_host: str, orig_port: int
+    ) -> Awaitable[asyncssh.SSHTCPSession[bytes]] | Literal[False]:
+        if dest_host not in _LOOPBACK:
+            return False
+        connect = partial(asyncio.get_running_loop().create_connection, _End, dest_host, dest_port)
+        return cast(Awaitable[asyncssh.SSHTCPSession[bytes]], _reach(connect))
 
-    def unix_connection_requested(self, dest_path: str) -> bool:
-        return True
+    def unix_connection_requested(self, dest_path: str) -> Awaitable[asyncssh.SSHUNIXSession[bytes]]:
+        connect = partial(asyncio.get_running_loop().create_unix_connection, _End, dest_path)
+        return cast(Awaitable[asyncssh.SSHUNIXSession[bytes]], _reach(connect))
+
+
+class _End(SSHForwarder):
+    """One end of a connection to a port inside.
+
+    asyncssh's own leaves both ends open where the one inside says its last word first: a client that waits for the
+    end of the connection, as `ssh -W` does, then waits for ever.
+    """
+
+    def eof_received(self) -> bool:
+        goes_on = super().eof_received()
+        if not goes_on:
+            self.close()  # what is still to be sent is sent first
+        return goes_on
+
+
+async def _reach(connect: Callable[[], Awaitable[tuple[asyncio.BaseTransport, _End]]]) -> _End:
+    try:
+        _, inside = await connect()
+    except OSError as error:
+        raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, str(error)) from None
+    return _End(inside)
 
 
 class _Files(asyncssh.SFTPServer):
