@@ -128,6 +128,8 @@ class Container(Record):
     user: str = ""
     registry_username: str = ""
     registry_password: str = ""
+    build_args: Mapping[str, str] = EMPTY
+    built: str = ""
 
 
 class Source(Record):

@@ -162,13 +162,17 @@ class Container(Message):
     """An OCI image to run the job in."""
 
     image: str = ""
-    # A Dockerfile of the workspace to build the image from, in place of `image`.
+    # A Dockerfile of the workspace to build the image from, in place of `image`; its folder is the workspace.
     dockerfile: str = ""
     # As whom the job runs inside: a name or uid[:gid] of the image; empty for the platform's ordinary user.
     user: str = ""
     # Of the image's registry; each may be secret:NAME.
     registry_username: str = ""
     registry_password: str = ""
+    # For the ARGs of the Dockerfile; they are in the image's history, so they hold no secrets.
+    build_args: dict[str, str] = Field(default_factory=dict)
+    # The id of the image that an earlier attempt built from the same; used where a node still has it.
+    built: str = ""
 
 
 class Source(Message):

@@ -24,13 +24,15 @@ def check_origins(template: JobTemplate) -> None:
 
 def exact(template: JobTemplate, origin: Mapping[str, str]) -> JobTemplate:
     """The template with what a node found in place of what was asked for: the commit in place of a branch, the list
-    of what an environment became in place of what it was made from.
+    of what an environment became in place of what it was made from, the image that was built beside its Dockerfile.
     """
     changes: dict[str, object] = {}
     if template.source.kind == "git" and "commit" in origin:
         changes["source"] = template.source.model_copy(update={"ref": origin["commit"]})
     if "environment" in origin:
         changes["environment"] = Environment(kind="recorded", path=origin["environment"])
+    if template.container.dockerfile and "image" in origin:
+        changes["container"] = template.container.model_copy(update={"built": origin["image"]})
     return template.model_copy(update=changes)
 
 

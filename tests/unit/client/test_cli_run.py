@@ -65,7 +65,25 @@ def test_an_image_is_asked_for_with_its_user_and_the_name_of_its_secret(
         "user": "app",
         "registry_username": "me",
         "registry_password": "secret:registry",
+        "build_args": {},
+        "built": "",
     }
+
+
+@pytest.mark.parametrize(
+    ("words", "path"), [(["--dockerfile"], "Dockerfile"), (["--dockerfile", "docker/Dev"], "docker/Dev")]
+)
+def test_a_dockerfile_of_the_folder_is_named_and_no_environment_sent(
+    nabla: Nabla, server: StubServer, folder: Path, words: list[str], path: str
+) -> None:
+    serve_run(server, line(1, "hello"))
+    assert nabla("run", "--build-arg", "V=1", *words, "--", "python", "train.py").code == 0
+    template = server.calls("POST", "/experiments")[0].json["template"]
+    assert isinstance(template, dict)
+    assert template["container"]["dockerfile"] == path
+    assert template["container"]["build_args"] == {"V": "1"}
+    assert template["environment"]["kind"] == "default"
+    assert template["workspace_id"] == "fs1"
 
 
 @pytest.mark.parametrize(
@@ -73,6 +91,9 @@ def test_an_image_is_asked_for_with_its_user_and_the_name_of_its_secret(
     [
         (["--container-user", "app"], "name it with --container"),
         (["--container", "python:3.12", "--env", "active"], "An image brings its own Python"),
+        (["--container", "python:3.12", "--dockerfile"], "leave one of them out"),
+        (["--dockerfile", "--no-workspace"], "a file of the workspace"),
+        (["--build-arg", "A=1"], "name it with --dockerfile"),
     ],
 )
 def test_what_does_not_go_with_an_image_is_said_at_once(

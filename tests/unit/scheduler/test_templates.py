@@ -22,6 +22,7 @@ from services.scheduler.domain.templates import SERVICES, checked_template
 from tests.unit.scheduler.cases import template
 
 pytestmark = pytest.mark.unit
+WORKSPACE = new_id("fileset")
 
 
 def test_a_bare_template_gets_its_defaults():
@@ -95,7 +96,16 @@ def test_a_bare_template_gets_its_defaults():
         ("container.image", {"container": Container(image="--privileged")}),
         ("container.image", {"container": Container(image="0123456789ab")}),
         ("container.image", {"container": Container(image="localhost/nabla-own-t0b:1")}),
-        ("container.dockerfile", {"container": Container(dockerfile="Dockerfile")}),
+        ("container.dockerfile", {"container": Container(dockerfile="Dockerfile")}),  # there is no workspace
+        ("container.dockerfile", {"container": Container(image="a", dockerfile="b"), "workspace_id": WORKSPACE}),
+        ("container.dockerfile", {"container": Container(dockerfile="../x"), "workspace_id": WORKSPACE}),
+        ("container.dockerfile", {"container": Container(dockerfile="/etc/x"), "workspace_id": WORKSPACE}),
+        ("container.dockerfile", {"container": Container(dockerfile="x", built="y"), "workspace_id": WORKSPACE}),
+        (
+            "container.dockerfile",
+            {"container": Container(dockerfile="x", build_args={"--a": "b"}), "workspace_id": WORKSPACE},
+        ),
+        ("container.dockerfile", {"container": Container(image="a", build_args={"a": "b"})}),
         ("container.user", {"container": Container(image="python:3.12", user="a b")}),
         ("container.user", {"container": Container(image="python:3.12", user="--volume")}),
         ("container.registry_password", {"container": Container(image="python:3.12", registry_username="me")}),
@@ -111,6 +121,19 @@ def test_a_wrong_field_is_named_with_a_remedy(field, fields):
         checked_template(template(**fields))
     assert refusal.value.facts == {"field": f"template.{field}"}
     assert refusal.value.remedy
+
+
+def test_a_dockerfile_is_a_file_of_the_workspace():
+    container = Container(dockerfile="docker/Dockerfile", user="app", build_args={"V": "1"}, built="0" * 64)
+    given = template(workspace_id=WORKSPACE, container=container)
+    assert checked_template(given) == given
+
+
+def test_the_same_again_names_the_image_that_was_built():
+    given = template(workspace_id=WORKSPACE, container=Container(dockerfile="Dockerfile"))
+    assert exact(given, {"image": "0" * 64}).container == Container(dockerfile="Dockerfile", built="0" * 64)
+    plain = template(container=Container(image="python:3.12"))
+    assert exact(plain, {"image": "0" * 64}) == plain
 
 
 def test_a_secret_is_named_where_a_credential_stands():

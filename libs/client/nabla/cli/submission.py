@@ -15,7 +15,7 @@ import click
 from nabla import paths
 from nabla.cli import environment
 from nabla.cli.follow import follow
-from nabla.cli.images import CONTAINER_OPTIONS, container_of
+from nabla.cli.images import CONTAINER_OPTIONS, ImageSaid, container_of
 from nabla.cli.output import note, print_json, tell_left_out
 from nabla.cli.places import PLACE_OPTIONS, Said, place_of
 from nabla.cli.progress import progress
@@ -58,6 +58,8 @@ class Options:
     retry_delay: float
     network: str | None
     container: str
+    dockerfile: str
+    build_args: tuple[str, ...]
     container_user: str
     registry_username: str
     registry_password: str
@@ -144,15 +146,15 @@ _OPTIONS = (
 def submit_and_follow(session: Session, options: Options, folder: Path, gang: Gang = ALONE) -> int:
     """Everything `nabla run` does; a gang's processes are told apart in the log. The answer is the exit code."""
     env, models = environment.parse(options.env), tuple(map(model_output, options.models))
-    container = container_of(
-        options.container, options.container_user, options.registry_username, options.registry_password, env.choice
-    )
+    container = container_of(_image_said(options), env.choice)
+    if container.dockerfile and options.no_workspace:
+        raise click.UsageError("--dockerfile names a file of the workspace: leave out --no-workspace.")
     place = place_of(_said(options), folder)
     if place.folder:
         confirm_place(place.folder, options.yes)
     client = session.client(60.0)
     wish = environment.Wish(env.choice, options.requirements, options.python)
-    python = Environment() if container.image else environment.choose(wish, client, place)
+    python = Environment() if container.image or container.dockerfile else environment.choose(wish, client, place)
     project = choose_project(client, options.project, folder)
     workspace_id, origin = "", {"folder": folder.name}
     if place.folder:
@@ -189,6 +191,17 @@ def submit_and_follow(session: Session, options: Options, folder: Path, gang: Ga
 
 def resources_of(options: Options) -> Resources:
     return Resources(options.cpus, options.memory, options.gpus, options.gpu_model, options.gpu_memory)
+
+
+def _image_said(options: Options) -> ImageSaid:
+    return ImageSaid(
+        options.container,
+        options.dockerfile,
+        options.build_args,
+        options.container_user,
+        options.registry_username,
+        options.registry_password,
+    )
 
 
 def _said(options: Options) -> Said:

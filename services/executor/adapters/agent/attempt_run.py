@@ -38,6 +38,7 @@ from services.executor.adapters.attempts.attempt_folder import AttemptFolder, Ex
 from services.executor.adapters.attempts.job_spec import NodeFacts
 from services.executor.adapters.attempts.launch import end_strays
 from services.executor.adapters.environments.environments import EnvironmentRefused, Environments
+from services.executor.adapters.environments.image_building import ImageBuilding
 from services.executor.adapters.runtimes.images import ImageRefused, Images
 from services.executor.adapters.workspaces.sealing import Sealing
 from services.executor.adapters.workspaces.staging import Staging, StagingFailed
@@ -79,6 +80,7 @@ class Means:
     sealing: Sealing
     environments: Environments
     images: Images
+    building: ImageBuilding
     watch: FolderWatch
     node: NodeFacts
     starting: Threads
@@ -105,6 +107,7 @@ class AttemptRun:
             staging=means.staging,
             environments=means.environments,
             images=means.images,
+            building=means.building,
             sealing=means.sealing,
             node=means.node,
         )

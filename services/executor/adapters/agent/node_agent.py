@@ -44,6 +44,7 @@ from services.executor.adapters.attempts.shim import write_contact
 from services.executor.adapters.doors.door_keeper import DoorKeeper, address_here, address_towards
 from services.executor.adapters.environments.building import InstallerBuilder
 from services.executor.adapters.environments.environments import Environments
+from services.executor.adapters.environments.image_building import ImageBuilding
 from services.executor.adapters.environments.toolbox import Toolbox
 from services.executor.adapters.networks import network_host, network_probe, network_sharing
 from services.executor.adapters.networks.network_probe import NetworkProbe
@@ -333,6 +334,9 @@ class NodeAgent:
         git = GitSource(toolbox, self._node_dir / "fetching", config.source_hosts, config.workspace_bytes)
         sources = GitAndS3(git, S3Source(config.source_hosts, config.workspace_bytes))
         builder = InstallerBuilder(toolbox, default, cache / "downloads", config.package_hosts, config.installer)
+        images = self._make_images(cache / "images")
+        building = ImageBuilding(toolbox, images, cache / "builds", config.disk_reserve_bytes)
+        building.sweep()
         return Means(
             bus=bus,
             secrets=Secrets(bus),
@@ -346,7 +350,8 @@ class NodeAgent:
                 cache_bytes=config.environments_bytes,
                 in_use=partial(environments_in_use, self._attempts),
             ),
-            images=self._make_images(cache / "images"),
+            images=images,
+            building=building,
             watch=watch,
             node=node,
             starting=starting,

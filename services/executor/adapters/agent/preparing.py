@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from libs.common.contracts.messages import Container, Environment, JobTemplate
@@ -27,6 +28,7 @@ from services.executor.adapters.attempts.job_spec import (
 )
 from services.executor.adapters.environments.building import RECORD, write_new
 from services.executor.adapters.environments.environments import Asker, EnvironmentRefused, Environments, Prepared
+from services.executor.adapters.environments.image_building import BuildOrder, ImageBuilding
 from services.executor.adapters.environments.toolbox import Tell
 from services.executor.adapters.runtimes.images import Asker as ImageAsker
 from services.executor.adapters.runtimes.images import Images, Walls
@@ -39,6 +41,7 @@ from services.executor.ports import StartOrder
 # A long build says its newest line this often.
 TELL_S = 3.0
 KEEP_LIMIT_S = 30.0
+BUILD_LINES = 2000
 # In a built environment: the file set that keeps its list, by project.
 KEPT = ".kept.json"
 # What a source's version is called in an origin.
@@ -59,6 +62,7 @@ class Preparing:
         staging: Staging,
         environments: Environments,
         images: Images,
+        building: ImageBuilding,
         sealing: Sealing,
         node: NodeFacts,
     ) -> None:
@@ -68,6 +72,7 @@ class Preparing:
         self._staging = staging
         self._environments = environments
         self._images = images
+        self._building = building
         self._sealing = sealing
         self._node = node
 
@@ -93,10 +98,11 @@ class Preparing:
         if version:
             origin[VERSION_OF[template.source.kind]] = version
             self._log.say("source", f"workspace: {template.source.url} at {version}")
-            await asyncio.to_thread(
-                self._note, origin
-            )  # another try is of the same, whatever keeps this one from starting
-        if template.container == Container():
+            # Another try is of the same, whatever keeps this one from starting.
+            await asyncio.to_thread(self._note, origin)
+        if template.container.dockerfile:
+            await self._prepare_built(template, origin)
+        elif template.container == Container():
             await self._prepare_environment(template.environment, origin)
         else:
             await self._prepare_image(template.container, origin)
@@ -115,14 +121,47 @@ class Preparing:
 
     async def _prepare_image(self, container: Container, origin: dict[str, str]) -> None:
         """Args: container: with the registry's password in place of its name."""
-        order = self._order
-        uid = job_uid(order.team_uid, None, self._node)
-        # For GPUs that Ray was only told of there is nothing to ask of an engine.
-        gpus = order.gpu_indices if self._node.gpus.devices_of(order.gpu_indices) else ()
-        asker = ImageAsker(order.team_id, uid, gpus, self._tell_of_image)
-        async with self._images.prepared(container, asker) as walls:
+        async with self._images.prepared(container, self._image_asker(self._tell_of_image)) as walls:
             self._tell_of_node(f"{walls.isolation}, image: {walls.image.name}")
             await asyncio.to_thread(self._write_down, origin, None, walls)
+
+    async def _prepare_built(self, template: JobTemplate, origin: dict[str, str]) -> None:
+        """Args: template: with the registry's password in place of its name."""
+        order, resources = self._order, template.resources
+        tell = self._tell_of_build()
+        wanted = BuildOrder(
+            team_uid=order.team_uid,
+            workspace=self._folder.workspace,
+            cpu_count=resources.cpu_count or 1.0,
+            memory_bytes=resources.memory_bytes or None,
+            timeout_s=template.timeout_s or None,
+            network=replace(network_of(order, self._node), gang=None),
+            tell=tell,
+        )
+        async with self._building.prepared(template.container, self._image_asker(tell), wanted) as walls:
+            origin["image"] = walls.image.image
+            self._tell_of_node(f"{walls.isolation}, image: {walls.image.name}")
+            await asyncio.to_thread(self._write_down, origin, None, walls)
+
+    def _image_asker(self, tell: Tell) -> ImageAsker:
+        order = self._order
+        # For GPUs that Ray was only told of there is nothing to ask of an engine.
+        gpus = order.gpu_indices if self._node.gpus.devices_of(order.gpu_indices) else ()
+        return ImageAsker(order.team_id, job_uid(order.team_uid, None, self._node), gpus, tell)
+
+    def _tell_of_build(self) -> Tell:
+        """Every line of a build, up to some thousands; then the newest now and then."""
+        said, sparse = 0, self._teller("image")
+
+        def tell(line: str) -> None:
+            nonlocal said
+            said += 1
+            if said <= BUILD_LINES:
+                self._log.say(f"image-{time.time_ns()}-{said}", f"image: {line[:500]}")
+            else:
+                sparse(line)
+
+        return tell
 
     def _tell_of_image(self, line: str) -> None:
         self._log.say(f"image-{line}", f"image: {line}")

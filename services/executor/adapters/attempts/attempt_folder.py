@@ -35,7 +35,8 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 from services.executor.adapters.attempts import processes
 from services.executor.domain.network import Gang, MalformedNetwork, Network
 
-Isolation = Literal["bwrap", "process", "podman"]
+# build: a sandbox with users of its own, root among them, for the platform's builds of images; no job has it.
+Isolation = Literal["bwrap", "process", "podman", "build"]
 ExitReason = Literal["exited", "stopped", "timed_out", "out_of_memory", "fenced", "refused", "start_failure"]
 
 WAKE = signal.SIGURG  # ignored by default: it cannot end a shim that does not listen for it yet

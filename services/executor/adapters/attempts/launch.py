@@ -18,6 +18,7 @@ from services.executor.adapters.attempts.attempt_folder import AttemptFolder, At
 from services.executor.adapters.networks import network
 from services.executor.adapters.networks.network import ReadyNetwork
 from services.executor.adapters.runtimes import cgroup
+from services.executor.adapters.runtimes.build_sandbox import build_sandbox
 from services.executor.adapters.runtimes.cgroup import Cgroup
 from services.executor.adapters.runtimes.job_view import prepare_folders
 from services.executor.adapters.runtimes.plain import Plain
@@ -27,7 +28,12 @@ from services.executor.adapters.runtimes.sandbox import Bwrap
 
 _STRAYS_LIMIT_S = 5.0
 
-RUNTIMES: Mapping[Isolation, Runtime] = {"bwrap": Bwrap(), "process": Plain(), "podman": Podman()}
+RUNTIMES: Mapping[Isolation, Runtime] = {
+    "bwrap": Bwrap(),
+    "process": Plain(),
+    "podman": Podman(),
+    "build": build_sandbox(),
+}
 
 
 def launch(spec: AttemptSpec, folder: AttemptFolder, group: Cgroup | None, ready: ReadyNetwork | None = None) -> Job:

@@ -19,7 +19,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from libs.common.errors import NablaError
@@ -32,6 +32,7 @@ from services.executor.adapters.networks.reach import Gate, Place
 from services.executor.adapters.runtimes import cgroup
 from services.executor.adapters.runtimes.isolation import PROBE_UID, closed_to
 from services.executor.adapters.workspaces.transfer import remove_tree
+from services.executor.domain.network import Network
 
 LAST_LINES = 20
 LOOK_S = 1.0
@@ -47,6 +48,21 @@ class ToolFailed(NablaError):
 
 class ToolStopped(NablaError):
     """The tool was ended: the text says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AsBuilder:
+    """For a tool that is root among users of its own (see `build_sandbox`), within the limits of the job it works for.
+
+    Args:
+        first_uid: outside, of its range of users.
+        network: as the job's.
+    """
+
+    first_uid: int
+    cpu_count: float
+    memory_bytes: int | None
+    network: Network
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +85,7 @@ class Tool:
     prefix: str | None = None
     places: tuple[Place, ...] = ()
     limit_s: float = 600.0
+    builder: AsBuilder | None = None
     check: Callable[[], str] = lambda: ""
 
 
@@ -172,6 +189,8 @@ class Toolbox:
             node_fence_s=node.fence_s,
             bwrap_path=node.bwrap_path,
         )
+        if tool.builder:
+            spec = _for_builder(spec, tool.builder)
         if not self.walled:
             spec.env["TOOL_FILES"] = str(self._root / "attempts" / spec.attempt_id / "tmp" / "files")
         folder = AttemptFolder.create(self._root, spec)
@@ -182,10 +201,17 @@ class Toolbox:
 
     def _uid(self, tool: Tool) -> int | None:
         """A user that no team has, where the platform is root; without walls only where it can get in."""
+        if tool.builder:
+            return tool.builder.first_uid
         if os.geteuid() != 0:
             return None
         paths = [*tool.writable, *tool.readable, *([Path(tool.prefix)] if tool.prefix else []), self._node.node_dir]
         return 0 if not self.walled and closed_to(PROBE_UID, paths) else PROBE_UID
+
+
+def _for_builder(spec: AttemptSpec, builder: AsBuilder) -> AttemptSpec:
+    bounds = {"cpu_count": builder.cpu_count, "memory_bytes": builder.memory_bytes, "network": builder.network}
+    return replace(spec, isolation="build", **bounds)  # type: ignore[arg-type]
 
 
 class _Output:

@@ -43,10 +43,13 @@ def auth_file(folder: Path, container: Container) -> Iterator[Path]:
         Path(path).unlink(missing_ok=True)
 
 
-async def ask(engine: Engine, words: Sequence[str]) -> tuple[int, str, str]:
-    process = await _begin(engine, words)
+async def ask(
+    engine: Engine, words: Sequence[str], limit_s: float = ASK_LIMIT_S, folder: Path | None = None
+) -> tuple[int, str, str]:
+    """Args: folder: where the engine is run."""
+    process = await _begin(engine, words, folder)
     async with _ended(process):
-        async with asyncio.timeout(ASK_LIMIT_S):
+        async with asyncio.timeout(limit_s):
             out, err = await process.communicate()
     return process.returncode or 0, out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
 
@@ -70,7 +73,7 @@ async def follow(engine: Engine, words: Sequence[str], limit_s: float, tell: Tel
     return process.returncode or 0, "\n".join(said)
 
 
-async def _begin(engine: Engine, words: Sequence[str]) -> asyncio.subprocess.Process:
+async def _begin(engine: Engine, words: Sequence[str], folder: Path | None = None) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         *engine.command,
         *words,
@@ -78,6 +81,7 @@ async def _begin(engine: Engine, words: Sequence[str]) -> asyncio.subprocess.Pro
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         env=podman_environment(),
+        cwd=folder,
     )
 
 

@@ -158,6 +158,73 @@ class Images:
         finally:
             self._held[image_id] -= 1
 
+    @asynccontextmanager
+    async def held(self, container: Container, asker: Asker) -> AsyncIterator[str]:
+        """The id of an image to build upon, which nobody deletes within the block.
+
+        Raises:
+            ImageRefused.
+        """
+        if problem := name_problem(container.image):
+            raise ImageRefused(problem)
+        image_id, _ = await self._present(await self.builder(), container, asker)
+        try:
+            yield image_id
+        finally:
+            self._held[image_id] -= 1
+
+    @asynccontextmanager
+    async def built(self, reference: str, container: Container, asker: Asker) -> AsyncIterator[Walls | None]:
+        """What was built under this name or id, as `prepared`; None when it is not here, or not for this team."""
+        engine = await self.builder()
+        image_id = await self._id_of(engine, reference)
+        record = await asyncio.to_thread(self._read, image_id) if image_id else None
+        if image_id is None or record is None or (record.teams and asker.team_id not in record.teams):
+            yield None
+            return
+        self._held[image_id] += 1
+        try:
+            await asyncio.to_thread(self._write, image_id, record)
+            named = container.model_copy(update={"image": f"{container.dockerfile} ({image_id[:12]})"})
+            yield _walls(engine, image_id, record, named, asker)
+        finally:
+            self._held[image_id] -= 1
+
+    async def export(self, image_id: str, folder: Path) -> None:
+        """As files, for a build that must not see the engine's store."""
+        code, _, err = await ask(await self.builder(), ["push", "--quiet", image_id, f"dir:{folder}"], PULL_LIMIT_S)
+        if code != 0:
+            raise ImageRefused(f"an image to build upon cannot be read: {reason_in(err)}")
+
+    async def adopt(self, image_id: str, folder: Path, name: str, team_id: str) -> None:
+        """Take in what a build left as files in `image` of this folder: this team's alone, under this name."""
+        engine = await self.builder()
+        async with self._fetching.setdefault(name, asyncio.Lock()):
+            before = set(await self._ids_in_store(engine))
+            self._held[image_id] += 1
+            try:
+                # From a relative path the engine takes no name, so nothing in it names an image of somebody else's.
+                for words in (["pull", "--quiet", "dir:image"], ["tag", image_id, name]):
+                    code, _, err = await ask(engine, words, PULL_LIMIT_S, folder)
+                    if code != 0:
+                        raise ImageRefused(f"what was built cannot be taken over: {reason_in(err)}")
+                self._stamp = ()
+                record = await self._record_of(engine, image_id)
+                await asyncio.to_thread(self._write, image_id, _fetched(record, team_id, image_id not in before))
+                await self._make_room(engine)
+            finally:
+                self._held[image_id] -= 1
+
+    async def builder(self) -> Engine:
+        """Raises ImageRefused where nothing can be built."""
+        engine = await self.engine()
+        if isinstance(engine, NoEngine):
+            advice = f"; `{engine.remedy}` on the node" if engine.remedy else ""
+            raise ImageRefused(f"this node cannot build images: {engine.reason}{advice}")
+        if os.geteuid() != 0:
+            raise ImageRefused("this node cannot build images: there the platform is an ordinary user")
+        return engine
+
     def _unpacked_walls(self, container: Container, without: NoEngine, asker: Asker) -> Walls:
         root = self._unpacked / folder_name(container.image) / "rootfs"
         if not root.is_dir():

