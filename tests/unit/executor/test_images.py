@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from services.executor.adapters.attempts.attempt_folder import AttemptFolder, AttemptSpec, Bind, Image, MalformedSpec
-from services.executor.adapters.runtimes import image_root
+from services.executor.adapters.runtimes import image_root, seccomp
 from services.executor.adapters.runtimes.podman import job_config, reason_in, run_command
 from services.executor.domain.images import (
     BadUser,
@@ -63,7 +63,7 @@ def test_a_container_gets_the_job_and_loses_its_rights(tmp_path: Path) -> None:
     assert process["noNewPrivileges"]
     assert process["user"] == {"uid": 7, "gid": 7, "additionalGids": []}
     assert process["rlimits"] == [{"type": "RLIMIT_CORE", "hard": 0, "soft": 0}]
-    assert (process["cwd"], config["linux"]) == ("/workspace", CONFIG["linux"])
+    assert (process["cwd"], config["linux"]) == ("/workspace", {"seccomp": seccomp.oci_profile()})
     places = [mount["destination"] for mount in config["mounts"]]
     assert len(places) == len(set(places))
     assert {mount["destination"]: mount["type"] for mount in config["mounts"]}["/dev/shm"] == "tmpfs"
@@ -90,7 +90,7 @@ def test_an_image_without_a_shell_starts_the_words_themselves(tmp_path: Path) ->
 
 
 def test_no_value_of_a_job_is_on_a_command_line(tmp_path: Path) -> None:
-    words = run_command(spec_of(), AttemptFolder(tmp_path), "ns:/proc/1/fd/9")
+    words = run_command(spec_of(), AttemptFolder(tmp_path), "ns:/proc/1/fd/9", ["/usr/bin/podman"])
     assert "--network=ns:/proc/1/fd/9" in words
     assert not any("a\nb" in word or "python" in word for word in words)
 
