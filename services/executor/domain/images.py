@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 LOCAL = "localhost/"
+_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "ppc64le": "ppc64le", "s390x": "s390x", "riscv64": "riscv64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,22 @@ def too_many(kept: Iterable[Kept], most_bytes: int, used: Iterable[str]) -> list
             gone.append(image.id)
             total -= image.size_bytes
     return gone
+
+
+def other_machine(architecture: str, machine: str) -> str:
+    """Why an image's programs do not run here; "" when they do, or when one of the two is not known.
+
+    Args:
+        architecture: as images name it.
+        machine: as the kernel names it.
+    """
+    own = _ARCHITECTURES.get(machine, "")
+    if architecture in ("", own) or not own:
+        return ""
+    return (
+        f"the image is for {architecture}, and this node is {own}: its programs cannot run here; name an image that "
+        f"was built for {own} too"
+    )
 
 
 def pull_problem(name: str, said: str, *, has_credentials: bool) -> str:

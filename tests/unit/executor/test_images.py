@@ -16,6 +16,7 @@ from services.executor.domain.images import (
     accounts_in,
     folder_name,
     groups_in,
+    other_machine,
     pull_problem,
     registry_of,
     too_many,
@@ -175,3 +176,17 @@ def test_links_of_an_image_do_not_lead_out_of_it(tmp_path: Path) -> None:
     assert image_root.find_inside(root, "/loop") is None
     os.mkfifo(root / "pipe")
     assert image_root.lines_of(root, "/pipe") == []
+
+
+@pytest.mark.parametrize(
+    ("architecture", "machine", "refused"),
+    [
+        ("arm64", "x86_64", True),
+        ("amd64", "x86_64", False),
+        ("arm64", "aarch64", False),
+        ("", "x86_64", False),
+        ("arm64", "unheard-of", False),
+    ],
+)
+def test_an_image_for_another_machine_is_told(architecture: str, machine: str, refused: bool) -> None:
+    assert bool(other_machine(architecture, machine)) == refused

@@ -34,6 +34,7 @@ from services.executor.domain.images import (
     accounts_in,
     folder_name,
     groups_in,
+    other_machine,
     pull_problem,
     registry_of,
     too_many,
@@ -44,6 +45,7 @@ PULL_LIMIT_S = 3600.0
 CACHE_BYTES = 50_000_000_000
 SHELL = "/bin/sh"
 CDI_FOLDERS = (Path("/etc/cdi"), Path("/var/run/cdi"))
+EMULATORS = Path("/proc/sys/fs/binfmt_misc")  # of other machines' programs
 CDI_KIND = "nvidia.com/gpu"
 
 log = logging.getLogger(__name__)
@@ -219,10 +221,14 @@ class Images:
         return known or await self._look_into(engine, image_id)
 
     async def _look_into(self, engine: Engine, image_id: str) -> _Record:
-        code, out, err = await ask(engine, ["image", "inspect", "--format", "{{.Size}}", image_id])
+        code, out, err = await ask(engine, ["image", "inspect", "--format", "{{.Size}} {{.Architecture}}", image_id])
         if code != 0:
             raise ImageRefused(f"the image cannot be looked into: {reason_in(err)}")
-        size_bytes = int(out.split()[0])
+        size, *architecture = out.split()
+        size_bytes = int(size)
+        why_not = other_machine(architecture[0] if architecture else "", os.uname().machine)
+        if why_not and not await asyncio.to_thread(_emulates):
+            raise ImageRefused(why_not)
         code, out, err = await ask(engine, ["image", "mount", image_id])
         if code != 0:
             raise ImageRefused(f"the image cannot be looked into: {reason_in(err)}")
@@ -310,6 +316,10 @@ def _walls(engine: Engine, image_id: str, record: _Record, container: Container,
         devices=_devices(asker.gpu_indices),
     )
     return Walls("podman", image)
+
+
+def _emulates() -> bool:
+    return any(EMULATORS.glob("qemu-*"))
 
 
 def _devices(gpu_indices: Sequence[int]) -> list[str]:
