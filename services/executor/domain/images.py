@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from services.executor.domain.beginnings import sounds_passing
 
 LOCAL = "localhost/"
+_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "ppc64le": "ppc64le", "s390x": "s390x", "riscv64": "riscv64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,22 @@ def too_many(kept: Iterable[Kept], most_bytes: int, used: Iterable[str]) -> list
             gone.append(image.id)
             total -= image.size_bytes
     return gone
+
+
+def other_machine(architecture: str, machine: str) -> str:
+    """Why an image's programs do not run here; "" when they do, or when one of the two is not known.
+
+    Args:
+        architecture: as images name it.
+        machine: as the kernel names it.
+    """
+    own = _ARCHITECTURES.get(machine, "")
+    if architecture in ("", own) or not own:
+        return ""
+    return (
+        f"the image is for {architecture}, and this node is {own}: its programs cannot run here; name an image that "
+        f"was built for {own} too"
+    )
 
 
 def pull_problem(name: str, said: str, *, has_credentials: bool) -> tuple[str, bool]:

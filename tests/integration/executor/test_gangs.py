@@ -14,13 +14,16 @@ from pathlib import Path
 import pytest
 
 from libs.common.contracts.gangs import rank_template, ranks_of
-from libs.common.contracts.messages import Environment, Gang, JobTemplate, Resources, Role
+from libs.common.contracts.messages import Container, Environment, Gang, JobTemplate, Resources, Role
 from libs.common.ids import new_id
 from services.executor.adapters.agent.node_agent import NodeAgent, stop_all
+from services.executor.adapters.runtimes.engine import Engine
 from services.executor.domain.gang import BLOCKS, FIRST_PORT, PORT_COUNT, GangFacts, gang_order
 from services.executor.ports import AgentConfig, StartOrder
+from tests.integration.executor.runtimes import podman, why_no_podman
 from tests.integration.executor.test_node_agent import NODE, ROOT, config, running
 from tests.integration.executor.world import PROJECT, TEAM, Neighbours, reports, until
+from tests.support.images import podman_image
 
 __all__ = ["config"]
 pytestmark = pytest.mark.integration
@@ -116,6 +119,34 @@ async def test_ranks_on_one_node_meet_and_log_and_keep_as_themselves(agent: Node
     assert {(rank, f"rank {rank} done") for rank in range(3)} <= set(said)
     frames = await neighbours.frames(told[0].job_id)
     assert {frame.rank for frame in frames if frame.last} == {0, 1, 2}
+
+
+@pytest.mark.skipif(bool(why_no_podman()), reason=why_no_podman() or "there is one")
+@pytest.mark.timeout(240)  # it makes two images
+async def test_a_rank_in_a_container_meets_one_in_a_sandbox_and_one_of_another_image(
+    config: AgentConfig, neighbours: Neighbours
+) -> None:
+    engine = podman()
+    assert isinstance(engine, Engine)
+    with podman_image(engine.command) as one, podman_image(engine.command) as other:
+        roles = (
+            Role(name="master", count=1, container=Container(image=one)),
+            Role(name="worker", count=1),
+            Role(name="ps", count=1, container=Container(image=other)),
+        )
+        where = "test -e /etc/made-for-tests && echo in an image || echo in a sandbox; "
+        told = orders("torch", roles, ("sh", "-c", f'{where} exec python3 -c "$0"', MEET))
+        async with running(replace(config, isolation="bwrap")) as agent:
+            if (await agent.look({})).isolation != "bwrap":
+                pytest.skip("no sandboxes here: install bubblewrap")
+            for order in told:
+                await agent.start(order)
+            ended = await ends(neighbours, told, {0, 1, 2}, 100)
+        said = await lines(neighbours, told)
+    assert ended == {0: 0, 1: 0, 2: 0}, said
+    assert (0, "sum 3") in said
+    walls = {(0, "in an image"), (1, "in a sandbox"), (2, "in an image")}
+    assert walls == {pair for pair in said if pair[1].startswith("in a")}
 
 
 async def test_the_order_of_a_rank_outlives_its_agent(config: AgentConfig, neighbours: Neighbours) -> None:

@@ -264,3 +264,18 @@ async def test_without_an_engine_an_unpacked_image_is_run_or_the_way_told(cache:
 
 def test_the_tests_image_is_made_once() -> None:
     assert tiny_image() is tiny_image()
+
+
+async def test_an_image_for_another_kind_of_machine_is_refused_with_both_named(engine: Engine, cache: Path) -> None:
+    name = f"localhost/nabla-test-{os.getpid()}:foreign"
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "etc").mkdir()
+        tar = Path(folder, "tar")
+        subprocess.run(["tar", "-C", folder, "-cf", str(tar), "etc"], check=True)
+        words = ["import", "-q", "--arch=s390x", "--os=linux", str(tar), name]
+        await asyncio.to_thread(subprocess.run, [*engine.command, *words], check=True, capture_output=True)
+    try:
+        with pytest.raises(ImageRefused, match=r"the image is for s390x, and this node is \w+: .*name an image"):
+            await got(images_in(cache, engine), Container(image=name))
+    finally:
+        await asyncio.to_thread(subprocess.run, [*engine.command, "rmi", "-f", name], check=True, capture_output=True)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import AsyncIterator
+import contextlib
+import json
+import subprocess
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +15,14 @@ import pytest
 from libs.common.contracts.messages import Container, JobTemplate, Source
 from services.executor.adapters.agent.agent_bus import AgentBus
 from services.executor.adapters.agent.secrets import Secrets
+from services.executor.adapters.attempts.attempt_folder import AttemptFolder, AttemptSpec, Image
+from services.executor.adapters.runtimes import hold
+from services.executor.adapters.runtimes.engine import Engine
+from services.executor.adapters.runtimes.podman import Podman
+from services.executor.adapters.runtimes.runtime import LaunchRefused
 from services.executor.ports import AgentConfig
+from tests.integration.executor.attempts import eventually, running_node, said
+from tests.integration.executor.runtimes import Kit, podman, podman_kit, why_no_podman
 from tests.integration.executor.test_node_agent import config, ended, order, running, texts
 from tests.integration.executor.world import Neighbours, until
 from tests.support.nats import NatsServer
@@ -143,3 +153,50 @@ async def test_an_order_without_secrets_asks_nobody(secrets: Secrets, neighbours
     revealed = await secrets.reveal(order("true"))
     assert (revealed.values, revealed.for_shim()) == ({}, b"")
     assert neighbours.asked == []
+
+
+@contextlib.contextmanager
+def container_without_a_shell() -> Iterator[Kit]:
+    if why_no_podman():
+        pytest.skip(why_no_podman())
+    with podman_kit(has_shell=False) as kit:
+        yield kit
+
+
+def engine_folders() -> list[Path]:
+    """Where podman and its OCI runtime keep what they know of containers."""
+    engine = podman()
+    assert isinstance(engine, Engine)
+    form = "{{.Store.GraphRoot}}/overlay-containers {{.Store.RunRoot}} {{.Store.GraphRoot}}/libpod"
+    words = [*engine.command, "info", "--format", form]
+    said = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+    return [Path(folder) for folder in (*said, "/run/runc", "/run/crun", "/run/libpod", "/dev/shm")]
+
+
+def test_an_image_without_a_shell_gets_its_secrets_and_no_disk_does() -> None:
+    words = ["python3", "-c", "import os, time; print(len(os.environ['A']), flush=True); time.sleep(1000)"]
+    with running_node() as node, container_without_a_shell() as kit:
+        folder = node.start(words, secrets=json.dumps({"S": VALUE}).encode(), secret_env={"A": "S"}, **kit.fields)
+        eventually(lambda: said(folder, str(len(VALUE))), "the length of the secret")
+        assert [found for place in (node.path, *engine_folders()) for found in on_disk(place, VALUE)] == []
+        assert on_disk(node.path, "secret_env") != [], "the search finds what is no secret"
+        assert any(on_disk(place, folder.path.name) for place in engine_folders()), "and what podman knows"
+        folder.request_stop(0, "seen enough")
+        node.end_of(folder)
+        assert not list(Path("/dev/shm").glob(f"*{folder.path.name}*"))
+
+
+def test_where_no_memory_takes_them_secrets_without_a_shell_are_refused(tmp_path: Path) -> None:
+    folder = AttemptFolder(tmp_path / "attempts" / "a1")
+    image = Image(image="i", name="distroless", engine=["/usr/bin/podman", "--runtime=/usr/bin/runc"], has_shell=False)
+    spec = AttemptSpec(
+        attempt_id="a1", job_id="j1", command=["true"], isolation="podman", image=image, secret_env={"A": "S"}
+    )
+    with pytest.raises(LaunchRefused, match=r"distroless has no shell .*/usr is not in memory.* take an image with"):
+        Podman(memory=Path("/usr")).start(spec, folder, None, None)
+    assert not folder.path.exists()
+
+
+def test_a_folder_that_is_not_there_yet_is_in_memory_when_the_next_above_it_is() -> None:
+    assert hold.is_memory(Path("/dev/shm/not/there/yet"))
+    assert not hold.is_memory(Path("/usr/not/there"))

@@ -207,6 +207,29 @@ def test_status_and_doctor_tell_what_is_wrong(nabla: Nabla, server: StubServer) 
     assert {"client", "context", "server", "token", "node n1", "disk (cache)"} <= set(found)
 
 
+@pytest.mark.parametrize(
+    ("isolation", "runtimes", "verdict", "told"),
+    [
+        ("bwrap", [], "ok", "bwrap: jobs run in sandboxes of their own"),
+        ("podman", [], "ok", "podman: jobs run in containers of their own"),
+        ("bwrap", ["podman"], "ok", "with an image: podman (jobs run in containers of their own)"),
+        ("process", [], "warning", "process: jobs are not sandboxed"),
+        ("process", ["podman"], "warning", "process: jobs without an image are not sandboxed; with an image: podman"),
+        ("", [], "warning", "unknown"),
+    ],
+)
+def test_the_doctor_says_of_each_runtime_whether_it_has_walls(
+    nabla: Nabla, server: StubServer, isolation: str, runtimes: list[str], verdict: str, told: str
+) -> None:
+    node = {**STATUS["nodes"][0], "runtimes": runtimes}
+    server.on("GET", "/status", Reply(200, {**STATUS, "isolation": isolation, "nodes": [node]}))
+    server.on("GET", "/whoami", Reply(200, {"id": "us1", "role": "owner"}))
+    server.on("GET", "/health", Reply(200, {"status": "ok", "installation_id": ""}))
+    found = {check["name"]: check for check in nabla("doctor", "--json").json}  # type: ignore[attr-defined]
+    assert found["isolation"]["verdict"] == verdict
+    assert told in found["isolation"]["detail"]
+
+
 def test_the_doctor_does_not_take_another_web_server_for_nabla(nabla: Nabla, server: StubServer) -> None:
     server.on("GET", "/health", Reply(200, {"status": "ok"}))
     doctor = nabla("doctor")

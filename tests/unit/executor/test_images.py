@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from services.executor.adapters.attempts.attempt_folder import AttemptFolder, AttemptSpec, Bind, Image, MalformedSpec
-from services.executor.adapters.runtimes import image_root
+from services.executor.adapters.runtimes import image_root, seccomp
 from services.executor.adapters.runtimes.podman import job_config, reason_in, run_command
 from services.executor.domain.images import (
     BadUser,
@@ -16,6 +16,7 @@ from services.executor.domain.images import (
     accounts_in,
     folder_name,
     groups_in,
+    other_machine,
     pull_problem,
     registry_of,
     too_many,
@@ -63,7 +64,7 @@ def test_a_container_gets_the_job_and_loses_its_rights(tmp_path: Path) -> None:
     assert process["noNewPrivileges"]
     assert process["user"] == {"uid": 7, "gid": 7, "additionalGids": []}
     assert process["rlimits"] == [{"type": "RLIMIT_CORE", "hard": 0, "soft": 0}]
-    assert (process["cwd"], config["linux"]) == ("/workspace", CONFIG["linux"])
+    assert (process["cwd"], config["linux"]) == ("/workspace", {"seccomp": seccomp.oci_profile()})
     places = [mount["destination"] for mount in config["mounts"]]
     assert len(places) == len(set(places))
     assert {mount["destination"]: mount["type"] for mount in config["mounts"]}["/dev/shm"] == "tmpfs"
@@ -90,7 +91,7 @@ def test_an_image_without_a_shell_starts_the_words_themselves(tmp_path: Path) ->
 
 
 def test_no_value_of_a_job_is_on_a_command_line(tmp_path: Path) -> None:
-    words = run_command(spec_of(), AttemptFolder(tmp_path), "ns:/proc/1/fd/9")
+    words = run_command(spec_of(), AttemptFolder(tmp_path), "ns:/proc/1/fd/9", ["/usr/bin/podman"])
     assert "--network=ns:/proc/1/fd/9" in words
     assert not any("a\nb" in word or "python" in word for word in words)
 
@@ -179,3 +180,17 @@ def test_links_of_an_image_do_not_lead_out_of_it(tmp_path: Path) -> None:
     assert image_root.find_inside(root, "/loop") is None
     os.mkfifo(root / "pipe")
     assert image_root.lines_of(root, "/pipe") == []
+
+
+@pytest.mark.parametrize(
+    ("architecture", "machine", "refused"),
+    [
+        ("arm64", "x86_64", True),
+        ("amd64", "x86_64", False),
+        ("arm64", "aarch64", False),
+        ("", "x86_64", False),
+        ("arm64", "unheard-of", False),
+    ],
+)
+def test_an_image_for_another_machine_is_told(architecture: str, machine: str, refused: bool) -> None:
+    assert bool(other_machine(architecture, machine)) == refused

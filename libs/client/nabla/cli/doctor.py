@@ -95,10 +95,24 @@ def version(status: Status) -> Check:
     )
 
 
+# What stands between jobs and their node, for each class that has walls at all.
+WALLS = {
+    "bwrap": "jobs run in sandboxes of their own",
+    "podman": "jobs run in containers of their own",
+}
+
+
 def isolation(status: Status) -> Check:
-    if status.isolation == "bwrap":
-        return Check("isolation", OK, "bwrap: jobs run in sandboxes of their own")
-    detail = f"{status.isolation or 'unknown'}: jobs are not sandboxed"
+    """What every job may count on; those with an image have its walls besides, where a node can run images."""
+    images = sorted({runtime for node in status.nodes for runtime in node.runtimes})
+    with_image = f"; with an image: {' or '.join(f'{name} ({WALLS.get(name, name)})' for name in images)}"
+    told = with_image if images else ""
+    if status.isolation in WALLS:
+        return Check("isolation", OK, f"{status.isolation}: {WALLS[status.isolation]}{told}")
+    if not status.isolation:
+        return Check("isolation", WARNING, "unknown: no node has said it yet", "See `nabla status`.")
+    without = " without an image" if images else ""
+    detail = f"{status.isolation}: jobs{without} are not sandboxed{told}"
     return Check("isolation", WARNING, detail, status.isolation_detail or "See `nabla up`.")
 
 

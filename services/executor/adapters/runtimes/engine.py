@@ -1,8 +1,8 @@
 """Which container engine this node has, with which options it works here, and why it does not.
 
-Found out by running a container: of an engine's many needs (control groups, an OCI runtime that the kernel suits,
-hooks) no list would be complete. No image is needed for it: the container's root is an empty folder with the node's
-own /usr in it.
+Found out by running a container: of an engine's many needs (control groups, an OCI runtime that the kernel suits, a
+stand-in before it) no list would be complete. No image is needed for it: the container's root is an empty folder with
+the node's own /usr in it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import shutil
 import subprocess
 import tempfile
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.executor.adapters.runtimes.podman import podman_environment, reason_in, write_hooks
+from services.executor.adapters.runtimes.podman import podman_environment, reason_in
+from services.executor.adapters.runtimes.stand_in import ANSWER, ASKED, RUNTIME_OPTION, runtime_of, with_stand_in
 
 _TRY_LIMIT_S = 30.0
 _LINKS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
@@ -46,14 +47,9 @@ class NoEngine:
     remedy: str = ""
 
 
-# Without control groups of podman's own where its runtime can do that: the shim makes them, also where podman may not.
-_WAYS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
-    ((), ("--cgroups=disabled",)),
-    ((), ()),
-    (("--cgroup-manager=cgroupfs",), ()),
-    (("--cgroup-manager=cgroupfs", "--runtime=runc"), ()),
-    (("--runtime=runc",), ()),
-)
+_CGROUPFS = "--cgroup-manager=cgroupfs"
+_NO_CGROUPS = "--cgroups=disabled"
+_PROGRAMS = "/usr/bin:/usr/sbin:/usr/local/bin:/usr/local/sbin:/bin:/sbin"
 
 
 def find(wanted: str) -> Engine | NoEngine:
@@ -72,7 +68,7 @@ def find_podman() -> Engine | NoEngine:
     reasons = []
     with tempfile.TemporaryDirectory(prefix="nabla-podman-") as folder:
         root = _empty_root(Path(folder, "root"))
-        for number, (before, options) in enumerate(_WAYS):
+        for number, (before, options) in enumerate(_ways(podman)):
             reason = _try((podman, *before), options, root, Path(folder, str(number)))
             if not reason:
                 return Engine("podman", (podman, *before), options)
@@ -80,18 +76,30 @@ def find_podman() -> Engine | NoEngine:
     return NoEngine("; ".join(dict.fromkeys(reasons)))
 
 
+def _ways(podman: str) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Options before and behind `run`, best first.
+
+    Without control groups of podman's own where its runtime can do that: the shim makes them, also where podman may
+    not.
+    """
+    own = f"{RUNTIME_OPTION}{_info((podman,), '{{.Host.OCIRuntime.Path}}')}"
+    yield from (((own,), (_NO_CGROUPS,)), ((own,), ()), ((_CGROUPFS, own), ()))
+    if runc := shutil.which("runc", path=_PROGRAMS):
+        other = f"{RUNTIME_OPTION}{runc}"
+        yield from (((_CGROUPFS, other), ()), ((other,), ()))
+
+
 def image_list(engine: Engine) -> Path:
     """The file that changes whenever the engine's images do."""
-    form = "{{.Store.GraphRoot}}/{{.Store.GraphDriverName}}-images/images.json"
+    return Path(_info(engine.command, "{{.Store.GraphRoot}}/{{.Store.GraphDriverName}}-images/images.json"))
+
+
+def _info(command: Sequence[str], form: str) -> str:
+    words = [*command, "info", "--format", form]
     done = subprocess.run(
-        [*engine.command, "info", "--format", form],
-        env=podman_environment(),
-        capture_output=True,
-        text=True,
-        timeout=_TRY_LIMIT_S,
-        check=False,
+        words, env=podman_environment(), capture_output=True, text=True, timeout=_TRY_LIMIT_S, check=False
     )
-    return Path(done.stdout.strip())
+    return done.stdout.strip()
 
 
 def _empty_root(root: Path) -> Path:
@@ -103,9 +111,13 @@ def _empty_root(root: Path) -> Path:
     return root
 
 
-def _try(command: Iterable[str], options: Iterable[str], root: Path, hold: Path) -> str:
-    """Why a container does not run this way; "" when it does, its hooks included."""
-    hooks = write_hooks(hold, {"precreate": "cat", "createRuntime": 'cat > "$1/held"'})
+def _try(command: Sequence[str], options: Iterable[str], root: Path, hold: Path) -> str:
+    """Why a container does not run this way; "" when it does, with a stand-in for its runtime."""
+    if not os.access(runtime_of(command), os.X_OK):
+        return f"podman has no OCI runtime ({runtime_of(command) or 'podman info names none'})"
+    hold.mkdir(mode=0o700)
+    (hold / ANSWER).write_text("go\n")
+    podman = with_stand_in(command, hold / "runtimes", hold)
     user = ["--user", f"{_PROBE_UID}:{_PROBE_UID}"] if os.geteuid() == 0 else []
     ulimits = [f"--ulimit={kind}={_NOFILE}:{_NOFILE}" for kind in ("nofile", "nproc")]
     name = f"nabla-probe-{uuid.uuid4().hex[:12]}"
@@ -113,7 +125,7 @@ def _try(command: Iterable[str], options: Iterable[str], root: Path, hold: Path)
     run += [*ulimits, *user]
     try:
         done = subprocess.run(
-            [*command, f"--hooks-dir={hooks}", *run, *options, "--volume=/usr:/usr:ro", "--rootfs", str(root), "true"],
+            [*podman, *run, *options, "--volume=/usr:/usr:ro", "--rootfs", str(root), "true"],
             env=podman_environment(),
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -127,7 +139,7 @@ def _try(command: Iterable[str], options: Iterable[str], root: Path, hold: Path)
     if done.returncode != 0:
         _remove(command, name)
         return reason_in(done.stderr) or f"it ended with {done.returncode}"
-    return "" if (hold / "held").exists() else "its hooks were not called"
+    return "" if (hold / ASKED).exists() else "its runtime was not called in the way that the platform needs"
 
 
 def _remove(command: Iterable[str], name: str) -> None:

@@ -34,6 +34,7 @@ from services.executor.domain.images import (
     accounts_in,
     folder_name,
     groups_in,
+    other_machine,
     pull_problem,
     registry_of,
     too_many,
@@ -43,6 +44,7 @@ from services.executor.domain.images import (
 PULL_LIMIT_S = 3600.0
 CACHE_BYTES = 50_000_000_000
 SHELL = "/bin/sh"
+EMULATORS = Path("/proc/sys/fs/binfmt_misc")  # of other machines' programs
 
 log = logging.getLogger(__name__)
 
@@ -182,11 +184,12 @@ class Images:
         if image_id is None or record is None or (record.teams and asker.team_id not in record.teams):
             yield None
             return
+        devices = await asyncio.to_thread(_devices, asker.gpu_indices)
         self._held[image_id] += 1
         try:
             await asyncio.to_thread(self._write, image_id, record)
             named = container.model_copy(update={"image": f"{container.dockerfile} ({image_id[:12]})"})
-            yield _walls(engine, image_id, record, named, asker)
+            yield _walls(engine, image_id, record, named, asker, devices=devices)
         finally:
             self._held[image_id] -= 1
 
@@ -287,10 +290,14 @@ class Images:
         return known or await self._look_into(engine, image_id)
 
     async def _look_into(self, engine: Engine, image_id: str) -> _Record:
-        code, out, err = await ask(engine, ["image", "inspect", "--format", "{{.Size}}", image_id])
+        code, out, err = await ask(engine, ["image", "inspect", "--format", "{{.Size}} {{.Architecture}}", image_id])
         if code != 0:
             raise ImageRefused(f"the image cannot be looked into: {reason_in(err)}")
-        size_bytes = int(out.split()[0])
+        size, *architecture = out.split()
+        size_bytes = int(size)
+        why_not = other_machine(architecture[0] if architecture else "", os.uname().machine)
+        if why_not and not await asyncio.to_thread(_emulates):
+            raise ImageRefused(why_not)
         code, out, err = await ask(engine, ["image", "mount", image_id])
         if code != 0:
             raise ImageRefused(f"the image cannot be looked into: {reason_in(err)}")
@@ -388,6 +395,10 @@ def _walls(
         devices=devices,
     )
     return Walls("podman", image)
+
+
+def _emulates() -> bool:
+    return any(EMULATORS.glob("qemu-*"))
 
 
 def _read_root(root: Path, size_bytes: int) -> _Record:

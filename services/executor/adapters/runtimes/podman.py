@@ -1,12 +1,11 @@
 """Class `podman`: an OCI image, run by podman in the foreground.
 
-podman makes the container: image, file system, namespaces, seccomp, devices by CDI. What it is to run, and what of
-the node it sees, this module writes into the container's configuration by a hook of podman's (`precreate`): no value
-appears on a command line or in podman's database, and no path needs quoting. podman keeps that configuration on a
-disk, so the values of secrets are not in it: the command's shell reads them from a pipe. (An image without a shell
-has no such way: then they are in the container's own 0700 folder while it lives.) A second hook (`createRuntime`)
-holds the container when its namespaces exist, so that limits and ways through the walls stand before the command
-does.
+podman makes the container: image, file system, namespaces, devices by CDI. What it is to run, and what of the node it
+sees, this module writes into the container's configuration on its way from podman to the OCI runtime (stand_in.py): no
+value appears on a command line or in podman's records, and no path needs quoting. No value of a secret is on a disk:
+the command's shell reads them from a pipe, and for an image without a shell the configuration itself lies in memory;
+where the node has none of that kind, the job is refused. The container is held when its namespaces exist (hold.py), so
+that limits and ways through the walls stand before the command does.
 
 The process tree is shim -> guardian -> podman, and conmon and the container come to the guardian as orphans:
 whichever of them is killed, the others end, and the guardian has podman forget the container. A container whose
@@ -16,15 +15,9 @@ shim and guardian were both killed is removed by `clean_up` and `remove_strays`,
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import os
 import pwd
 import resource
-import secrets
-import select
-import shlex
-import shutil
 import signal
 import subprocess
 import time
@@ -37,6 +30,16 @@ from services.executor.adapters.attempts import guardian, processes
 from services.executor.adapters.attempts.attempt_folder import AttemptFolder, AttemptSpec, Image
 from services.executor.adapters.runtimes import seccomp
 from services.executor.adapters.runtimes.cgroup import Cgroup
+from services.executor.adapters.runtimes.hold import (
+    MEMORY,
+    NO_HOOKS,
+    Hold,
+    NoAnswer,
+    forget,
+    hold_folder,
+    is_forgotten,
+    why_not_in_memory,
+)
 from services.executor.adapters.runtimes.job_view import (
     SYSTEM_PATH,
     hosts_file,
@@ -56,21 +59,17 @@ from services.executor.adapters.runtimes.runtime import (
     read_present,
     read_to_end,
 )
+from services.executor.adapters.runtimes.stand_in import runtime_of, with_stand_in
 
 ATTEMPT_LABEL = "nabla.attempt"
 NODE_LABEL = "nabla.node"
-SECCOMP = "seccomp.json"
 
-_SETUP_LIMIT_S = 120.0
 _LEAVING_S = 10.0
 _REMOVAL_LIMIT_S = 60.0
 _REMOVALS = 5
+STAND_INS = "runtimes"
 _OOM_SCORE = 300  # when the node itself runs out, a job goes before the platform
 _KILLS_BEFORE_PODMAN = 10
-# What the hooks do: hand what they are given to the shim, and wait for its word. `$1` is the attempt's folder.
-_ASK = 'cat > "$1/asked" && read -r go < "$1/answer" && exec cat "$1/config"'
-_HOLD = 'read -r state; printf %s "$state" > "$1/held" && read -r go < "$1/go"'
-_HOOKS = {"precreate": _ASK, "createRuntime": _HOLD}
 _LOOK_S = 0.001
 _STARTING_LIMIT_S = 10.0
 # podman's own exit codes, which commands may have too, and what it says when its runtime would not start one.
@@ -83,7 +82,6 @@ _READ_SECRETS = (
     'nabla_all=; while IFS= read -r nabla_line && [ "$nabla_line" != "$0" ]; do nabla_all="$nabla_all$nabla_line\n"; '
     f'done < {_SECRETS_INSIDE}; eval "$nabla_all"; unset nabla_all nabla_line; exec "$@"'
 )
-_F_SETPIPE_SZ, _SECRETS_BYTES = 1031, 1024 * 1024
 _NOT_EXECUTED = {b"No such file or directory": 127, b"Permission denied": 126}
 
 
@@ -91,7 +89,7 @@ _NOT_EXECUTED = {b"No such file or directory": 127, b"Permission denied": 126}
 class PodmanJob(Job):
     """A guardian and a held container. `root` is the container's first process, podman's small init."""
 
-    _hold: _Hold
+    _hold: Hold
     _has_shell: bool
     _kills: int = 0
     _has_started: bool = False
@@ -126,31 +124,44 @@ class PodmanJob(Job):
 
 
 class Podman:
-    """Runtime of class `podman`."""
+    """Runtime of class `podman`.
+
+    Args:
+        memory: a folder whose files are on no disk.
+    """
+
+    def __init__(self, memory: Path = MEMORY) -> None:
+        self._memory = memory
 
     def start(
         self, spec: AttemptSpec, folder: AttemptFolder, cgroup: Cgroup | None, network: JoinedNetwork | None
     ) -> Job:
+        image = _image_of(spec)
+        told_by_config = bool(spec.secret_env) and not image.has_shell
+        if told_by_config and (why_not := why_not_in_memory(runtime_of(image.engine), self._memory)):
+            raise LaunchRefused(
+                f"the image {image.name} has no shell that could read the job's secrets, and {why_not}: they would get "
+                "onto its disk; take an image with /bin/sh, or have an administrator mount a tmpfs there"
+            )
         output, block, shim = Output.open(spec.run_as_uid), os.pipe(), os.getpid()
-        hold = _Hold(folder)
-        for name, make in _ETC_FILES.items():
-            write_readable(_hold_folder(folder) / name, make(spec))
-        command = run_command(spec, folder, f"ns:{network.path}" if network else "none")
+        engine = with_stand_in(image.engine, folder.path.parent.parent / STAND_INS, hold_folder(folder))
+        command = run_command(spec, folder, f"ns:{network.path}" if network else "none", engine)
         pid = os.fork()
         if pid == 0:
             _run_child(output, block[0], shim, command, lambda: self.clean_up(spec, folder))
         output.close_childs_ends()
         os.close(block[0])
+        hold = Hold(folder)
+        for name, make in _ETC_FILES.items():
+            write_readable(hold.path / name, make(spec))
         os.write(block[1], b"\0")
         os.close(block[1])
-        image = _image_of(spec)
         with _told(output):
-            config = json.loads(hold.hear("asked", pid))
+            config = hold.hear_config(pid)
             handed = hold.hand_over(secrets_of(spec), uid_of(spec)) if secrets_of(spec) else ""
-            hold.answer(job_config(config, spec, folder, bounded=cgroup is not None, handed=handed))
-            state = json.loads(hold.hear("held", pid))
-            hold.note_bundle(state["bundle"])
-            root = int(state["pid"])
+            ours = job_config(config, spec, folder, bounded=cgroup is not None, handed=handed)
+            hold.answer(ours, self._memory if told_by_config else None)
+            root = hold.hear_root(pid)
         if cgroup is not None:
             cgroup.add(root)
         return PodmanJob(pid, root, output.out[0], output.err[0], hold, image.has_shell)
@@ -158,91 +169,10 @@ class Podman:
     def clean_up(self, spec: AttemptSpec, folder: AttemptFolder) -> None:
         """podman removes a container that ended by itself; this one may have been killed with all around it."""
         for _ in range(_REMOVALS):  # conmon may have podman remove it at the same time, and one of the two fails
-            if _Hold.is_forgotten(folder):
+            if is_forgotten(folder):
                 return
             if remove_container(_image_of(spec).engine, container_of(spec.attempt_id)):
-                _Hold.forget(folder)
-
-
-class _NoAnswer(Exception):
-    """podman has ended, or takes too long."""
-
-
-class _Hold:
-    """The shim's side of the hooks: pipes in the attempt's folder, which only the platform can reach."""
-
-    def __init__(self, folder: AttemptFolder) -> None:
-        self._path = _hold_folder(folder)
-        write_hooks(self._path, _HOOKS)
-        (self._path / SECCOMP).write_text(json.dumps(seccomp.oci_profile()))
-        self._heard = {name: self._pipe(name, os.O_RDONLY | os.O_NONBLOCK) for name in ("asked", "held")}
-        # Open for reading too, so that a word waits here for a hook that has not come so far.
-        self._said = {name: self._pipe(name, os.O_RDWR) for name in ("answer", "go")}
-
-    def hear(self, name: str, guard: int) -> bytes:
-        """All that a hook hands over. Raises _NoAnswer when the guardian's end comes first."""
-        pipe, end = self._heard.pop(name), os.pidfd_open(guard)
-        heard, deadline = b"", time.monotonic() + _SETUP_LIMIT_S
-        try:
-            while time.monotonic() < deadline:
-                ready, _, _ = select.select([pipe, end], [], [], max(0.0, deadline - time.monotonic()))
-                piece = os.read(pipe, 65536) if pipe in ready else None
-                if piece == b"" and heard:
-                    return heard
-                if piece:
-                    heard += piece
-                elif end in ready:
-                    break
-        finally:
-            os.close(pipe)
-            os.close(end)
-        raise _NoAnswer
-
-    def hand_over(self, values: Mapping[str, str], uid: int) -> str:
-        """Have the job's shell find these in a pipe; the line that ends them. Raises OSError when they do not fit."""
-        last = f"# {secrets.token_hex(16)}"
-        lines = [*(f"export {name}={shlex.quote(value)}" for name, value in values.items()), last, ""]
-        content = "\n".join(lines).encode("utf-8", "surrogateescape")
-        self._said["secrets"] = pipe = self._pipe("secrets", os.O_RDWR | os.O_NONBLOCK)
-        if os.geteuid() == 0:
-            os.fchown(pipe, uid, uid)
-        fcntl.fcntl(pipe, _F_SETPIPE_SZ, _SECRETS_BYTES)
-        if os.write(pipe, content) < len(content):
-            raise OSError("the job's secrets are too large")
-        return last
-
-    def answer(self, config: Mapping[str, Any]) -> None:
-        path = self._path / "config"
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(config, file)
-        os.write(self._said["answer"], b"go\n")
-
-    def note_bundle(self, bundle: str) -> None:
-        """Where podman keeps the container: as long as that is there, it is not forgotten."""
-        (self._path / "config").unlink(missing_ok=True)  # it holds secrets, and podman has it
-        (self._path / "bundle").write_text(bundle)
-
-    def let_go(self) -> None:
-        os.write(self._said["go"], b"go\n")
-
-    @staticmethod
-    def is_forgotten(folder: AttemptFolder) -> bool:
-        path = _hold_folder(folder)
-        with contextlib.suppress(FileNotFoundError):
-            return not Path((path / "bundle").read_text()).parent.exists()
-        return not path.exists()
-
-    @staticmethod
-    def forget(folder: AttemptFolder) -> None:
-        """podman has answered that there is no such container."""
-        shutil.rmtree(_hold_folder(folder), ignore_errors=True)
-
-    def _pipe(self, name: str, flags: int) -> int:
-        path = self._path / name
-        path.unlink(missing_ok=True)
-        os.mkfifo(path, 0o600)
-        return os.open(path, flags | os.O_CLOEXEC)
+                forget(folder)
 
 
 def write_readable(path: Path, text: str) -> None:
@@ -291,24 +221,12 @@ def podman_environment() -> dict[str, str]:
     return environment
 
 
-def write_hooks(path: Path, scripts: Mapping[str, str]) -> Path:
-    """A folder for `--hooks-dir`: at each stage a line for sh, whose `$1` is this path."""
-    hooks = path / "hooks"
-    hooks.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for stage, script in scripts.items():
-        args = ["sh", "-c", script, "sh", str(path)]
-        hook = {"path": "/bin/sh", "args": args, "env": [f"PATH={SYSTEM_PATH}"]}
-        text = json.dumps({"version": "1.0.0", "hook": hook, "when": {"always": True}, "stages": [stage]})
-        (hooks / f"{stage}.json").write_text(text)
-    return hooks
-
-
-def run_command(spec: AttemptSpec, folder: AttemptFolder, network: str) -> list[str]:
+def run_command(spec: AttemptSpec, folder: AttemptFolder, network: str, engine: Sequence[str]) -> list[str]:
     """What `podman run` is told: all that podman itself must know, and nothing of what the job is."""
     image = _image_of(spec)
     return [
-        *image.engine,
-        f"--hooks-dir={_hold_folder(folder) / 'hooks'}",
+        *engine,
+        f"--hooks-dir={hold_folder(folder) / NO_HOOKS}",
         "run",
         "--rm",
         "--init",
@@ -321,8 +239,9 @@ def run_command(spec: AttemptSpec, folder: AttemptFolder, network: str) -> list[
         "--image-volume=ignore",
         "--cap-drop=all",
         "--security-opt=no-new-privileges",
-        # The engine's own profile has four hundred rules: 20 ms of a start go into them.
-        f"--security-opt=seccomp={_hold_folder(folder) / SECCOMP}",
+        "--security-opt=seccomp=unconfined",  # it gets the filter of sandboxes: podman's would take 20 ms to compile
+        "--no-hosts",
+        "--ipc=none",  # /dev/shm is the job's own
         f"--network={network}",
         f"--hostname={spec.attempt_id}",
         f"--name={container_of(spec.attempt_id)}",
@@ -371,13 +290,14 @@ def job_config(
         process["rlimits"].append(_rlimit("RLIMIT_NPROC", processes.threads_of(uid_of(spec)) + spec.pids_limit))
     ours = [
         {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["nosuid", "nodev", "mode=1777"]},
-        *(_bind(str(_hold_folder(folder) / name), f"/etc/{name}", writable=False) for name in _ETC_FILES),
-        *([_bind(str(_hold_folder(folder) / "secrets"), _SECRETS_INSIDE, writable=False)] if handed else []),
+        *(_bind(str(hold_folder(folder) / name), f"/etc/{name}", writable=False) for name in _ETC_FILES),
+        *([_bind(str(hold_folder(folder) / "secrets"), _SECRETS_INSIDE, writable=False)] if handed else []),
         *(_bind(mount.source, mount.inside, mount.writable) for mount in mounts_for(spec, folder)),
     ]
     covered = {mount["destination"] for mount in ours}
     given = [mount for mount in config["mounts"] if mount["destination"] not in covered]
-    return {**config, "process": process, "mounts": [*given, *ours]}
+    linux = {**config["linux"], "seccomp": seccomp.oci_profile()}
+    return {**config, "process": process, "mounts": [*given, *ours], "linux": linux}
 
 
 def _run_child(output: Output, block: int, shim: int, command: Sequence[str], clean_up: Callable[[], None]) -> NoReturn:
@@ -402,7 +322,7 @@ def _told(output: Output) -> Iterator[None]:
     """Why podman made no container, in its own words."""
     try:
         yield
-    except _NoAnswer:
+    except NoAnswer:
         said = read_present(output.err[0]) or read_to_end(output.error[0])
         raise LaunchRefused(reason_in(said) or "podman did not make the container in time") from None
 
@@ -441,10 +361,6 @@ def _rlimit(kind: str, value: int) -> dict[str, Any]:
     hard = resource.getrlimit(getattr(resource, kind))[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     return {"type": kind, "hard": value, "soft": value}
-
-
-def _hold_folder(folder: AttemptFolder) -> Path:
-    return folder.path / "podman"
 
 
 def _image_of(spec: AttemptSpec) -> Image:
