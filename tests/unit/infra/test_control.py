@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -86,17 +89,27 @@ def test_a_second_up_waits_for_the_first_and_says_so(installation: Installation)
         assert said == ["Another `up` is starting Nabla here: waiting for it"]
 
 
-def test_a_process_that_cannot_be_ended_is_named_and_not_waited_for_for_ever(tmp_path: Path) -> None:
-    with subprocess.Popen(["sleep", "600"], env=leftovers.marked(tmp_path) | {"PATH": os.environ["PATH"]}) as process:
+@contextlib.contextmanager
+def marked_process(home: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """One that shows its mark: the kernel lets a new program's environment be read a moment after it began."""
+    with subprocess.Popen(["sleep", "600"], env=leftovers.marked(home) | {"PATH": os.environ["PATH"]}) as process:
         try:
-            with pytest.raises(InstallationError, match=str(process.pid)):
-                leftovers.end_processes(tmp_path, patience_s=600, limit_s=-600)
-            assert process.poll() is None
+            while process.pid not in leftovers.processes_of(home):
+                assert process.poll() is None
+                time.sleep(0.01)
+            yield process
         finally:
             process.kill()
 
 
+def test_a_process_that_cannot_be_ended_is_named_and_not_waited_for_for_ever(tmp_path: Path) -> None:
+    with marked_process(tmp_path) as process:
+        with pytest.raises(InstallationError, match=str(process.pid)):
+            leftovers.end_processes(tmp_path, patience_s=600, limit_s=-600)
+        assert process.poll() is None
+
+
 def test_a_process_that_does_not_end_by_itself_is_killed(tmp_path: Path) -> None:
-    with subprocess.Popen(["sleep", "600"], env=leftovers.marked(tmp_path) | {"PATH": os.environ["PATH"]}) as process:
+    with marked_process(tmp_path) as process:
         leftovers.end_processes(tmp_path, patience_s=0.0)
         assert process.wait() == -signal.SIGKILL
