@@ -82,7 +82,7 @@ class AttemptRow(Base, table=True):
     seen: str = Field(sa_type=Text)
     decided_by: int | None
     state: str
-    reason: str = Field(default="", sa_column_kwargs={"server_default": ""})
+    reason: str = ""
     detail: str = Field(sa_type=Text)
     exit_code: int | None
     created_us: int = Field(sa_type=BigInteger)

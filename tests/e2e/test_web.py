@@ -128,7 +128,9 @@ def test_a_run_shows_its_attempts_its_timeline_its_ranks_and_what_it_used(
     view: Watched, client: Client, project: str, ui: str
 ) -> None:
     gang = Gang("torch", (Role("worker", 2),))
-    wish = JobTemplate(name="gang", command=('echo "I am $RANK"; sleep 4; exit 3',), gang=gang)
+    wish = JobTemplate(
+        name="gang", command=('echo "I am $RANK"; sleep 4; exit 3',), gang=gang, resources=Resources(cpu_count=0.1)
+    )
     job = client.experiments.start(project, "gang", wish).jobs[0]
     page = view.page
     page.goto(f"{ui}/runs/{job.id}")

@@ -15,7 +15,7 @@ from libs.common.waiting import end, happens
 from services.executor.domain.execution import ACCEPTED, ENDED, RESERVED, amounts_for
 from services.executor.domain.gang import BLOCKS, free_block, gang_order, missing_addresses
 from services.executor.domain.gpus import Use, free_gpus, share_of
-from services.executor.domain.inventory import GONE
+from services.executor.domain.inventory import GONE, READY
 from services.executor.domain.isolation import PROCESS, refusal
 from services.executor.handlers import advance
 from services.executor.loops.endings import ExecutorStore, end_execution, load
@@ -108,7 +108,7 @@ class Driver:
                 await self._store.run(lambda unit: _take_ports(unit, row.attempt_id))
             gpus = await self._cluster.reserve(reservation_of(row))
         except NodeAway as error:
-            await self._end(row, "lost", f"it never started: {error}")
+            await self._leave_node(row, error)
         except NoRoom as error:
             await self._wait_for_room(row, error)
         else:
@@ -176,12 +176,25 @@ class Driver:
             gang=gang_order(template.gang.type, gang, ranks, row.rank, await _addresses(unit)) if gang else None,
         )
 
+    async def _leave_node(self, row: ExecutionRow, error: NodeAway) -> None:
+        """Not before the inventory says so too: whoever goes by it would choose the same node for the next attempt."""
+        gang = row.read_gang()
+        wanted = set(gang.node_ids) if gang else {row.node_id}
+        async with self._store.view() as view:
+            ready = {node.id for node in await view.nodes() if node.state == READY}
+        if wanted <= ready and self._waited_s(row) < self._settings.reserve_patience_s:
+            await self._look_again(row, self._settings.look_s)
+        else:
+            await self._end(row, "lost", f"it never started: {error}")
+
     async def _wait_for_room(self, row: ExecutionRow, error: NoRoom) -> None:
-        waited_s = (to_us(utc_now()) - row.accepted_us) / 1_000_000
-        if waited_s < self._settings.reserve_patience_s:
+        if self._waited_s(row) < self._settings.reserve_patience_s:
             await self._store.run(lambda unit: self._note_waiting(unit, row.id, str(error)))
             return
         await self._end(row, "lost", f"it never started: {error}")
+
+    def _waited_s(self, row: ExecutionRow) -> float:
+        return (to_us(utc_now()) - row.accepted_us) / 1_000_000
 
     async def _note_waiting(self, unit: ExecutorUnit, execution_id: str, why: str) -> None:
         """Keeps why it does not start yet, for who asks; it is due again, after those that were due before."""

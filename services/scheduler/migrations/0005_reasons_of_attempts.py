@@ -13,6 +13,8 @@ def upgrade() -> None:
     column = sa.Column("reason", sa.String(), nullable=False, server_default="")
     with op.batch_alter_table("attempts", schema=None) as batch_op:
         batch_op.add_column(column)
+    with op.batch_alter_table("attempts", schema=None) as batch_op:
+        batch_op.alter_column("reason", server_default=None)
 
 
 def downgrade() -> None:

@@ -223,7 +223,7 @@ def test_archives_of_each_kind_come_from_a_bucket(seaweed: Seaweed, tmp_path: Pa
 
     assert refused(url="s3://archives/none") == "there is no s3://archives/none"
     assert refused(url="s3://nobucket/none").startswith("there is no s3://nobucket/none")
-    assert "cannot be fetched" in refused(password="wrong")
+    assert "is not given out for these credentials" in refused(password="wrong")
     assert refused(S3Source((seaweed.address,), 50)).endswith("50 is the most for a workspace")
     assert "does not begin with https" in refused(S3Source((), LIMIT))
     assert "private address" in refused(S3Source((), LIMIT), endpoint=f"https://{seaweed.address}")

@@ -214,7 +214,7 @@ async def test_a_build_has_the_limits_of_its_job(config: AgentConfig, neighbours
     slow = built(neighbours, {"Dockerfile": f"FROM {base}\nRUN sleep 1000\n".encode()}, "true", timeout_s=3.0)
     end, said = await ran(config, neighbours, slow)
     assert end.reason == "refused", said
-    assert "it ran for 3 s" in end.detail
+    assert "longer than its limit of 3 s" in end.detail
     assert leftovers(config) == []
 
 

@@ -245,6 +245,21 @@ async def test_a_full_node_is_waited_for_and_given_up_in_the_end(bench: Bench) -
     assert second.attempt_id not in await bench.cluster.reserved()
 
 
+async def test_an_attempt_leaves_an_absent_node_once_the_inventory_says_so(bench: Bench) -> None:
+    driver = Driver(bench.store, bench.cluster, ExecutorSettings(home=bench.settings.home, look_s=0.0))
+    asked = start()
+    await bench.watcher.look()
+    bench.cluster.alive.clear()
+    await bench.deliver(asked)
+    await _drive(driver)
+    assert (await bench.row(asked.attempt_id)).state == "accepted", "the scheduler would choose the same node again"
+    await bench.watcher.look()
+    await _drive(driver)
+    row = await bench.row(asked.attempt_id)
+    assert (row.state, row.reason) == ("ended", "lost")
+    assert row.detail == f"it never started: the node {NODE} is not among the living ones"
+
+
 async def test_a_reservation_that_came_late_leaves_no_reason_behind(bench: Bench) -> None:
     first, second = (start(template=JobTemplate(command=("x",), resources=Resources(cpu_count=3))) for _ in "ab")
     for asked in (first, second):

@@ -107,6 +107,7 @@ async def test_a_gang_with_a_node_that_is_not_there_never_starts(two_nodes: Benc
     asked = gang(NODE, "node2")
     await two_nodes.deliver(asked)
     two_nodes.cluster.alive.remove("node2")
+    await two_nodes.watcher.look()
     await two_nodes.work()
     row = await two_nodes.row(rank_id(asked, 0))
     assert (row.state, row.reason) == ("ended", "lost")
