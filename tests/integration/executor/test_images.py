@@ -15,7 +15,7 @@ import pytest
 
 from libs.common.contracts.messages import Container
 from services.executor.adapters.attempts.attempt_folder import Bind, Image
-from services.executor.adapters.runtimes.engine import Engine, NoEngine
+from services.executor.adapters.runtimes.engine import Engine, NoEngine, remove_leftovers
 from services.executor.adapters.runtimes.images import Asker, ImageRefused, Images, Walls
 from tests.integration.executor.attempts import Node, running_node
 from tests.integration.executor.runtimes import podman, why_no_podman
@@ -102,6 +102,22 @@ async def test_an_image_of_the_node_is_taken_as_it_is(cache: Path, engine: Engin
     walls = await got(images, Container(image=local), asker(told=told))
     assert (walls.isolation, walls.image.has_shell, walls.image.uid, told) == ("podman", True, None, [])
     assert images.runtimes == ("podman",)
+
+
+def test_what_a_killed_probe_left_is_taken_away_and_no_other_container(cache: Path, engine: Engine) -> None:
+    alone = (*engine.command, "--root", str(cache / "store"), "--runroot", str(cache / "run"))
+    root, left, young = cache / "root", cache / "nabla-podman-left", cache / "nabla-podman-young"
+    for folder in (root, left, young):
+        folder.mkdir()
+    for name, label in (("left", "--label=org.nabla.probe"), ("other", "--label=own")):
+        words = [*alone, "create", f"--name={name}", label, "--network=none", "--rootfs", str(root), "true"]
+        subprocess.run(words, check=True, capture_output=True)
+    os.utime(left, (0, 0))
+    remove_leftovers(alone, cache, over_s=60)
+    assert (left.exists(), young.exists()) == (False, True)
+    remove_leftovers(alone, cache, over_s=-60)  # made a moment ago, it is old enough
+    listed = subprocess.run([*alone, "ps", "--all", "--format={{.Names}}"], check=True, capture_output=True, text=True)
+    assert listed.stdout.split() == ["other"]
 
 
 async def test_a_known_image_costs_no_question_to_the_engine(cache: Path, engine: Engine) -> None:

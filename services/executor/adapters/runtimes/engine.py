@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ class NoEngine:
     remedy: str = ""
 
 
+_FOLDERS = "nabla-podman-"
+_LABEL = "org.nabla.probe"
 _CGROUPFS = "--cgroup-manager=cgroupfs"
 _NO_CGROUPS = "--cgroups=disabled"
 _PROGRAMS = "/usr/bin:/usr/sbin:/usr/local/bin:/usr/local/sbin:/bin:/sbin"
@@ -65,8 +68,9 @@ def find_podman() -> Engine | NoEngine:
         return NoEngine("podman is not installed", _INSTALL)
     if not any(os.access(path, os.X_OK) for path in _INITS):
         return NoEngine("podman's init for containers (catatonit) is not installed", "apt-get install catatonit")
+    remove_leftovers((podman,), Path(tempfile.gettempdir()))
     reasons = []
-    with tempfile.TemporaryDirectory(prefix="nabla-podman-") as folder:
+    with tempfile.TemporaryDirectory(prefix=_FOLDERS) as folder:
         root = _empty_root(Path(folder, "root"))
         for number, (before, options) in enumerate(_ways(podman)):
             reason = _try((podman, *before), options, root, Path(folder, str(number)))
@@ -87,6 +91,22 @@ def _ways(podman: str) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
     if runc := shutil.which("runc", path=_PROGRAMS):
         other = f"{RUNTIME_OPTION}{runc}"
         yield from (((_CGROUPFS, other), ()), ((other,), ()))
+
+
+def remove_leftovers(command: Sequence[str], folders: Path, over_s: float = 2 * _TRY_LIMIT_S) -> None:
+    """Of probes whose process was killed in their middle.
+
+    Args:
+        over_s: so old a probe is not under way any more.
+    """
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        words = [*command, "container", "prune", "--force", f"--filter=label={_LABEL}", f"--filter=until={over_s:g}s"]
+        subprocess.run(words, env=podman_environment(), capture_output=True, timeout=_TRY_LIMIT_S, check=False)
+    for path in folders.glob(f"{_FOLDERS}*"):
+        with contextlib.suppress(OSError):
+            found = path.lstat()
+            if found.st_uid == os.geteuid() and time.time() - found.st_mtime > over_s:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def image_list(engine: Engine) -> Path:
@@ -122,7 +142,7 @@ def _try(command: Sequence[str], options: Iterable[str], root: Path, hold: Path)
     ulimits = [f"--ulimit={kind}={_NOFILE}:{_NOFILE}" for kind in ("nofile", "nproc")]
     name = f"nabla-probe-{uuid.uuid4().hex[:12]}"
     run = ["run", "--rm", f"--name={name}", "--init", "--network=none", "--log-driver=passthrough", "--cap-drop=all"]
-    run += [*ulimits, *user]
+    run += [f"--label={_LABEL}", *ulimits, *user]
     try:
         done = subprocess.run(
             [*podman, *run, *options, "--volume=/usr:/usr:ro", "--rootfs", str(root), "true"],
