@@ -19,6 +19,7 @@ from services.executor.adapters.attempts import zygote
 from services.executor.adapters.attempts.attempt_folder import AttemptFolder, AttemptSpec
 from services.executor.adapters.environments.building import InstallerBuilder
 from services.executor.adapters.environments.environments import Asker, EnvironmentRefused, Environments, Prepared
+from services.executor.adapters.runtimes import cgroup
 from tests.integration.executor.attempts import JOB_UID, eventually
 from tests.integration.executor.tools import (
     ROOT,
@@ -247,5 +248,6 @@ async def test_what_an_agent_left_running_is_ended_by_the_next(node: ToolNode) -
     await asyncio.to_thread(zygote.start_attempt, node.socket, folder.path)
     started = await asyncio.to_thread(eventually, folder.read_started, "the start of the tool")
     await asyncio.to_thread(node.toolbox.sweep)
+    assert [path for path in cgroup.folders_of(folder.path.name) if path.exists()] == []
     await asyncio.to_thread(eventually, lambda: not Path(f"/proc/{started.pid}").exists(), "the end of the tool")
     assert not node.leftovers()

@@ -16,6 +16,7 @@ import pytest
 
 from libs.common.contracts.messages import Container, Execution, Resources
 from services.executor.adapters.environments import image_building
+from services.executor.adapters.runtimes import cgroup
 from services.executor.adapters.runtimes.engine import Engine
 from services.executor.ports import AgentConfig, StartOrder
 from tests.integration.executor.runtimes import podman, why_no_podman
@@ -228,10 +229,13 @@ async def test_a_build_that_is_cut_leaves_nothing(
     if how == "killed":
         await _killed_while_it_builds(config, asked)
         assert leftovers(config), "the build was over before the agent was killed"
+        killed = [path.name for path in Path(config.node_dir, "tools", "attempts").iterdir()]
         async with running(config) as agent:
             await until(lambda: _is_building(config), START_S)  # the next agent begins with it again
             await agent.stop(asked.attempt_id, 0.0, "enough")
             await ended(agent, asked.attempt_id)
+        assert killed
+        assert [path for name in killed for path in cgroup.folders_of(name) if path.exists()] == []
     else:
         async with running(config) as agent:
             await agent.start(asked)

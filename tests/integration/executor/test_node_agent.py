@@ -489,10 +489,12 @@ async def test_contact_is_kept_after_a_question_that_failed(config: AgentConfig,
             raise RuntimeError("Ray is restarting")
         return True
 
+    contact = Path(config.node_dir, "contact.json")
     agent = NodeAgent(NODE, replace(config, node_fence_s=0.2), fails_twice)
     await agent.open()
     try:
-        await until(lambda: asyncio.to_thread(lambda: len(asked) > 3))
+        written = await asyncio.to_thread(contact.read_bytes)
+        await until(lambda: asyncio.to_thread(lambda: len(asked) > 3 and contact.read_bytes() != written))
     finally:
         await agent.close()
 

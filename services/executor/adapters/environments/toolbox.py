@@ -27,6 +27,7 @@ from libs.common.waiting import happens
 from services.executor.adapters.agent.folder_watch import FolderWatch
 from services.executor.adapters.attempts.attempt_folder import AttemptFolder, AttemptSpec, Bind, ExitRecord, FrontDoor
 from services.executor.adapters.attempts.job_spec import NodeFacts
+from services.executor.adapters.attempts.launch import end_strays
 from services.executor.adapters.attempts.spool import SpoolReader
 from services.executor.adapters.networks.reach import Gate, Place
 from services.executor.adapters.runtimes import cgroup
@@ -113,7 +114,6 @@ class Toolbox:
         """Ends and removes what an earlier agent left. Blocks; call it before the first `run`."""
         for path in (self._root / "attempts").glob("*"):
             _kill(AttemptFolder(path))
-            cgroup.remove_leftover(path.name)
             remove_tree(path)
         if self._fetching.exists():
             remove_tree(self._fetching)
@@ -251,7 +251,7 @@ def _end(folder: AttemptFolder) -> None:
     record = folder.read_shim()
     if record is not None and _outlives(record.is_alive, END_S):
         _kill(folder)
-    cgroup.remove_leftover(folder.path.name)
+    cgroup.remove_leftover(folder.path.name)  # of a shim that somebody else killed
     remove_tree(folder.path)
 
 
@@ -261,6 +261,7 @@ def _kill(folder: AttemptFolder) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(record.pid, signal.SIGKILL)
         _outlives(record.is_alive, END_S)
+    end_strays(folder)
 
 
 def _outlives(is_alive: Callable[[], bool], limit_s: float) -> bool:
